@@ -1,0 +1,72 @@
+"""The low-resolution view V(x, s) of the paper (eq. 18): each output pixel is the mean of the area it covers.
+
+Output row i averages the input rows ⌊i·H/h⌋ to ⌈(i+1)·H/h⌉ − 1, and columns likewise, so bins overlap where
+the ratio is no integer: what ``F.interpolate(mode="area")`` computes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ats_kernels._checks import (
+    Normalisation,
+    check_image,
+    check_normalisation,
+    check_pair,
+    compute_dtype,
+    normalise,
+    output_dtype,
+)
+
+
+def area_downsample_ref(
+    image: Tensor,  # (B, C, H, W)
+    size: tuple[int, int],
+    *,
+    means: list[float] | None = None,
+    stds: list[float] | None = None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The op in plain PyTorch, differentiable in a floating-point image. Arguments as `area_downsample` passes."""
+    pixels = image.to(compute_dtype(image.dtype, dtype))
+    # Rows, then columns: a bin's mean is the mean of its rows' means, and sums stay short enough for float32.
+    rows = F.adaptive_avg_pool2d(pixels, (size[0], pixels.shape[3]))  # (B, C, h, W)
+    view = F.adaptive_avg_pool2d(rows, size)  # (B, C, h, w)
+    return normalise(view, means, stds, channel_dim=1, is_byte=image.dtype == torch.uint8).to(dtype)
+
+
+def area_downsample(
+    image: Tensor,
+    size: int | tuple[int, int],
+    *,
+    mean: Normalisation = None,
+    std: Normalisation = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Shrink images to a low-resolution view by averaging areas, normalised.
+
+    Args:
+        image: (B, C, H, W) uint8, float16, bfloat16, float32 or float64, any strides.
+        size: of the view in pixels, an int or (h, w); no larger than the image.
+        mean, std: a float, or one a channel: the view is (x − mean) / std, of x / 255 for a uint8 image.
+        dtype: of the view; float32 for uint8 images and the image's own otherwise.
+
+    Returns:
+        (B, C, h, w), differentiable in a floating-point image.
+
+    Raises:
+        TypeError: an image of a dtype that does not fit, a `dtype` that is not floating point.
+        ValueError: an image that is not (B, C, H, W) or is empty; a size that is not positive or larger than the
+            image; a mean or std of the wrong length or a std that is not positive.
+
+    Source: paper, eq. 18.
+    """
+    check_image(image)
+    height, width = check_pair("size", size)
+    if height > image.shape[2] or width > image.shape[3]:
+        raise ValueError(
+            f"size {(height, width)} is larger than the image, {tuple(image.shape[2:])}; "
+            "a view has at most the image's resolution"
+        )
+    means, stds = check_normalisation(mean, std, image.shape[1])
+    return area_downsample_ref(image, (height, width), means=means, stds=stds, dtype=output_dtype(image, dtype))

@@ -1,0 +1,30 @@
+"""What several test files share: the table of tolerances and a patch cut by plain slicing."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# How far two computations of one quantity may lie apart, by the dtype they end in.
+TOLERANCES = {
+    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-6},
+    torch.float16: {"rtol": 2e-3, "atol": 1e-3},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2},
+}
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Compare values within the tolerance of `dtype`, by default that of `actual`; NaN equals NaN."""
+    tolerance = TOLERANCES[actual.dtype if dtype is None else dtype]
+    torch.testing.assert_close(actual, expected.to(actual.dtype), equal_nan=True, **tolerance)
+
+
+def cut(image: Tensor, top: int, left: int, size: tuple[int, int], mode: str = "constant") -> Tensor:
+    """The patch (C, ph, pw) of one image (C, H, W), sliced out of a padded copy."""
+    margin = max(size) + max(0, -top, -left, top + size[0] - image.shape[1], left + size[1] - image.shape[2])
+    padded = F.pad(image[None].double(), [margin] * 4, mode=mode)[0]
+    return padded[:, top + margin : top + margin + size[0], left + margin : left + margin + size[1]]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
