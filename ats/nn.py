@@ -1,0 +1,178 @@
+"""The functions of `ats.functional` as modules, and the whole model with its attention and feature networks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ats import functional
+from ats.functional import PatchSample
+from ats.geometry import receptive_field as receptive_field_of
+from ats_kernels._checks import Normalisation, check_count, check_pair
+
+
+class SamplePatches(nn.Module):
+    """`ats.sample_patches` as a module: forward(image, logits) -> `PatchSample`."""
+
+    def __init__(
+        self,
+        n_patches: int,
+        patch_size: int | tuple[int, int],
+        *,
+        replace: bool = False,
+        method: str = "sample",
+        receptive_field: int = 0,
+        padding: str = "zeros",
+        mean: Normalisation = None,
+        std: Normalisation = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_patches = check_count("n_patches", n_patches)
+        self.patch_size = check_pair("patch_size", patch_size)
+        self.replace = replace
+        self.method = method
+        self.receptive_field = receptive_field
+        self.padding = padding
+        self.mean = mean
+        self.std = std
+        self.dtype = dtype
+
+    def forward(
+        self,
+        image: Tensor,
+        logits: Tensor,
+        *,
+        view_size: tuple[int, int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> PatchSample:
+        """Image (B, C, H, W) and logits (B, gh, gw) -> PatchSample. `view_size` is needed with a receptive_field."""
+        return functional.sample_patches(
+            image,
+            logits,
+            self.n_patches,
+            replace=self.replace,
+            method=self.method,
+            view_size=view_size,
+            generator=generator,
+            **self.reading(),
+        )
+
+    def reading(self) -> dict[str, Any]:
+        """The options that say how patches are read, wherever they lie."""
+        return {
+            name: getattr(self, name) for name in ("patch_size", "receptive_field", "padding", "mean", "std", "dtype")
+        }
+
+    def extra_repr(self) -> str:
+        """The options that differ between users."""
+        return (
+            f"n_patches={self.n_patches}, patch_size={self.patch_size}, replace={self.replace}, method={self.method!r}"
+        )
+
+
+class Expectation(nn.Module):
+    """`ats.expectation` as a module: forward(features, log_attention) -> pooled features (B, …)."""
+
+    def __init__(self, *, replace: bool = False, estimator: str = "ordered") -> None:
+        super().__init__()
+        self.replace = replace
+        self.estimator = estimator
+
+    def forward(self, features: Tensor, log_attention: Tensor) -> Tensor:
+        """Features (B, N, …) and log_attention (B, N) -> (B, …)."""
+        return functional.expectation(features, log_attention, replace=self.replace, estimator=self.estimator)
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"replace={self.replace}, estimator={self.estimator!r}"
+
+
+class AttentionSampling(nn.Module):
+    """Attention on a low-resolution view, features of the patches drawn from it, pooled without bias.
+
+    Args:
+        attention: network from the view (B, C, h, w) to logits (B, gh, gw) or (B, 1, gh, gw).
+        feature: network from patches (M, C, ph, pw) to features (M, …); end it with an L2 normalisation, for which
+            sampling from the attention has the least variance (paper, section 3.4).
+        n_patches: patches an image.
+        patch_size: pixels, an int or (ph, pw).
+        replace, method, padding, mean, std, dtype: as in `ats.sample_patches`.
+        estimator: as in `ats.expectation`.
+        receptive_field: view pixels that the attention network loses along an axis, or "auto" to work it out from
+            its layers (`ats.receptive_field`).
+
+    `sampler.n_patches`, `sampler.method` and `sampler.replace` may be changed at any time, e.g. for evaluation.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        feature: nn.Module,
+        n_patches: int,
+        patch_size: int | tuple[int, int],
+        *,
+        replace: bool = False,
+        method: str = "sample",
+        estimator: str = "ordered",
+        receptive_field: int | str = 0,
+        padding: str = "zeros",
+        mean: Normalisation = None,
+        std: Normalisation = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(receptive_field, str):
+            if receptive_field != "auto":
+                raise ValueError(f"receptive_field must be an int or 'auto', got {receptive_field!r}")
+            receptive_field = receptive_field_of(attention)
+        self.attention = attention
+        self.feature = feature
+        self.sampler = SamplePatches(
+            n_patches,
+            patch_size,
+            replace=replace,
+            method=method,
+            receptive_field=receptive_field,
+            padding=padding,
+            mean=mean,
+            std=std,
+            dtype=dtype,
+        )
+        self.estimator = estimator
+
+    def forward(
+        self, view: Tensor, image: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, PatchSample]:
+        """View (B, C, h, w) and image (B, C, H, W) -> pooled features (B, …), logits, PatchSample."""
+        logits = self.attention(view)
+        sample = self.sampler(image, logits, view_size=tuple(view.shape[-2:]), generator=generator)
+        batch, n_patches = sample.indices.shape
+        features = self.feature(sample.patches.flatten(0, 1)).unflatten(0, (batch, n_patches))
+        pooled = functional.expectation(
+            features, sample.log_attention, replace=self.sampler.replace, estimator=self.estimator
+        )
+        return pooled, logits, sample
+
+    def full(self, view: Tensor, image: Tensor, *, chunk_size: int = 1024) -> Tensor:
+        """Φ = Σ_i a_i f_i (B, …) over all K cells, `chunk_size` patches at a time: the model without sampling.
+
+        It reads K patches an image: for checks and small images. It works with gradients too, for which the
+        features of all chunks are kept; evaluate under ``torch.no_grad()`` where none are wanted.
+        """
+        logits = self.attention(view)
+        grid = (logits.shape[-2], logits.shape[-1])
+        log_attention = logits.flatten(1).log_softmax(-1)  # (B, K)
+        cells = torch.arange(log_attention.shape[1], device=logits.device)
+        reading = self.sampler.reading() | {"view_size": tuple(view.shape[-2:])}
+        batch = logits.shape[0]
+        total: Tensor | None = None
+        for some in cells.split(max(1, chunk_size // batch)):
+            indices = some.expand(batch, -1)  # (B, M)
+            patches, _ = functional.extract_cells(image, indices, grid, **reading)
+            features = self.feature(patches.flatten(0, 1)).unflatten(0, (batch, len(some)))  # (B, M, …)
+            attention = log_attention[:, some].exp().to(features.dtype)
+            part = torch.einsum("bm,bm...->b...", attention, features)
+            total = part if total is None else total + part
+        assert total is not None  # a grid has at least one cell
+        return total

@@ -1,0 +1,206 @@
+"""`ats.nn`: the modules do what the functions do, and the sampled model estimates the full one."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ats
+from tests.helpers import assert_close, cut, seeded
+
+
+class UnitNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, dim=-1)
+
+
+class Masked(nn.Module):
+    """Attention that is −inf where the view is darker than −1."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, view: Tensor) -> Tensor:
+        return self.attention(view).masked_fill(view < -1, float("-inf"))
+
+
+def make_model(n_patches=4, patch_size=5, *, padded=True, masked=False, **options) -> ats.nn.AttentionSampling:
+    """A model in float64 for images 24×30 with a view of 8×10; logits are 8×10, or 4×6 where not padded."""
+    torch.manual_seed(0)
+    padding = int(padded)
+    attention = nn.Sequential(nn.Conv2d(1, 3, 3, padding=padding), nn.Tanh(), nn.Conv2d(3, 1, 3, padding=padding))
+    feature = nn.Sequential(nn.Flatten(), nn.Linear(patch_size**2, 6), nn.Tanh(), nn.Linear(6, 3), UnitNorm())
+    with torch.no_grad():
+        attention[-1].weight.mul_(8)  # an attention far from flat
+    network = Masked(attention) if masked else attention
+    return ats.nn.AttentionSampling(network, feature, n_patches, patch_size, **options).double()
+
+
+@pytest.fixture
+def images():
+    image = torch.randn(2, 1, 24, 30, dtype=torch.float64, generator=seeded(3))
+    return image[:, :, ::3, ::3].contiguous(), image  # view, image
+
+
+def slow_full(model, view, image, *, lost=0):
+    """Φ cell by cell: the formula for where a cell lies, a slice there, its feature times its attention."""
+    logits = model.attention(view)[:, 0]
+    gh, gw = logits.shape[1:]
+    attention = logits.flatten(1).softmax(-1)
+    size = model.sampler.patch_size
+    total = 0
+    for cell in range(gh * gw):
+        y, x = (
+            ats.cell_offsets(torch.tensor(cell), (gh, gw), (24, 30), size, view_size=(8, 10), receptive_field=lost)
+        ).tolist()
+        patches = torch.stack([cut(one, y, x, size) for one in image])
+        total = total + attention[:, cell, None] * model.feature(patches)
+    return total
+
+
+def test_forward_is_its_parts(images):
+    """Attention on the view, patches from the image, features of each patch, the estimate of section 3."""
+    view, image = images
+    model = make_model(padded=False, receptive_field="auto", padding="edge", mean=0.1, std=0.5)
+    pooled, logits, sample = model(view, image, generator=seeded())
+    assert torch.equal(logits, model.attention(view))
+    expected = ats.sample_patches(
+        image, logits, 4, 5, receptive_field=4, view_size=(8, 10), padding="edge", mean=0.1, std=0.5, generator=seeded()
+    )
+    assert torch.equal(sample.indices, expected.indices)
+    assert torch.equal(sample.offsets, expected.offsets)
+    assert torch.equal(sample.patches, expected.patches)
+    features = torch.stack([model.feature(patches) for patches in sample.patches])
+    weights = ats.estimator_weights(sample.log_attention)
+    assert_close(pooled, (weights.unsqueeze(-1) * features).sum(1))
+
+
+def test_modules_pass_their_options_on(images):
+    """An option forgotten on the way would silently be the default."""
+    _, image = images
+    options = {"padding": "edge", "mean": 0.3, "std": 2.0, "dtype": torch.float32}
+    logits = torch.randn(2, 8, 10, generator=seeded(4))
+    for method, replace in (("topk", False), ("sample", True)):
+        module = ats.nn.SamplePatches(6, (9, 4), method=method, replace=replace, **options)
+        got = module(image, logits, generator=seeded())
+        want = ats.sample_patches(
+            image, logits, 6, (9, 4), method=method, replace=replace, generator=seeded(), **options
+        )
+        assert torch.equal(got.patches, want.patches)
+        assert torch.equal(got.indices, want.indices)
+    lossy = ats.nn.SamplePatches(6, 4, receptive_field=2)(image, logits, view_size=(12, 15), generator=seeded())
+    want = ats.sample_patches(image, logits, 6, 4, receptive_field=2, view_size=(12, 15), generator=seeded())
+    assert torch.equal(lossy.offsets, want.offsets)
+    for replace in (False, True):
+        pool = ats.nn.Expectation(replace=replace)
+        pooled = pool(got.patches, got.log_attention)
+        assert torch.equal(pooled, ats.expectation(got.patches, got.log_attention, replace=replace))
+
+
+def test_with_replacement_the_pool_knows(images):
+    """Sampling with replacement and pooling without would be biased."""
+    model = make_model(n_patches=9, replace=True)
+    pooled, _, sample = model(*images, generator=seeded())
+    features = torch.stack([model.feature(patches) for patches in sample.patches])
+    assert_close(pooled, features.mean(1))
+
+
+def test_options_changed_for_evaluation(images):
+    model = make_model()
+    model.sampler.n_patches, model.sampler.method = 7, "topk"
+    _, logits, sample = model(*images)
+    assert torch.equal(sample.indices, logits.flatten(1).topk(7).indices)
+
+
+MODELS = {
+    "same": ({}, 0),
+    "auto": ({"padded": False, "receptive_field": "auto"}, 4),
+    "masked": ({"masked": True}, 0),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_full_is_a_loop_over_all_cells(name, images):
+    """Value and gradient of Φ to every parameter, in chunks of any size; masked cells count for nothing."""
+    options, lost = MODELS[name]
+    model = make_model(**options)
+    parameters = list(model.parameters())
+    direction = torch.randn(2, 3, dtype=torch.float64, generator=seeded(9))
+    expected = slow_full(model, *images, lost=lost)
+    gradients = torch.autograd.grad((expected * direction).sum(), parameters)
+    assert all(gradients[i].abs().max() > 1e-6 for i in (0, 2, 4, 6)), "the problem must put every weight to work"
+    for chunk_size in (1, 14, 10_000):
+        full = model.full(*images, chunk_size=chunk_size)
+        assert_close(full, expected)
+        for got, want in zip(torch.autograd.grad((full * direction).sum(), parameters), gradients, strict=True):
+            assert_close(got, want)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_sampled_forwards_average_to_full(name, replace, images):
+    """Mean of 4,000 forwards within 5 standard errors of Φ in each of 6 numbers: false alarms 4e-6 a case."""
+    model = make_model(n_patches=3, replace=replace, **MODELS[name][0])
+    view, image = images
+    with torch.no_grad():
+        full = model.full(view, image)
+        for b in range(2):
+            many = 4000
+            pooled, _, _ = model(
+                view[b].expand(many, -1, -1, -1), image[b].expand(many, -1, -1, -1), generator=seeded(b)
+            )
+            standard_error = pooled.std(0) / many**0.5
+            assert (standard_error < 0.02).all()
+            assert ((pooled.mean(0) - full[b]).abs() < 5 * standard_error).all()
+
+
+def test_features_of_any_shape(images):
+    """Feature maps (M, D, h, w) are pooled as they are, sampled and in full."""
+    model = make_model(n_patches=80)
+    model.feature = nn.Conv2d(1, 2, 2).double()
+    pooled, _, sample = model(*images, generator=seeded())
+    features = torch.stack([model.feature(patches) for patches in sample.patches])
+    weights = ats.estimator_weights(sample.log_attention)
+    assert_close(pooled, torch.einsum("bn,bndhw->bdhw", weights, features))
+    attention = sample.log_attention.exp()  # every cell was drawn
+    assert_close(model.full(*images), torch.einsum("bn,bndhw->bdhw", attention, features))
+
+
+def test_state_is_that_of_the_two_networks():
+    """Options are no buffers: a checkpoint holds the attention's and the feature network's weights only."""
+    names = make_model().state_dict().keys()
+    assert {name.split(".")[0] for name in names} == {"attention", "feature"}
+    assert len(names) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"receptive_field": "full"}, ValueError, "receptive_field must be an int or 'auto', got 'full'"),
+        ({"receptive_field": "auto", "masked": True}, ValueError, "receptive field of Masked"),
+        ({"n_patches": 0}, ValueError, "n(_patches)? must be at least 1, got 0"),
+        ({"n_patches": 81}, ValueError, "n=81 .* K=80"),
+        ({"method": "best"}, ValueError, "unknown method 'best'"),
+        ({"estimator": "best"}, ValueError, "unknown estimator 'best'"),
+        ({"padding": "mirror"}, ValueError, "unknown padding 'mirror'"),
+        ({"mean": [0.1, 0.2]}, ValueError, "mean has 2 values but the image has 1 channels"),
+        ({"receptive_field": 8}, ValueError, r"receptive_field=8 leaves nothing of a view of \(8, 10\)"),
+    ],
+)
+def test_errors(options, error, message, images):
+    """Raised when the model is built or, at the latest, when it is first used."""
+    with pytest.raises(error, match=message):
+        make_model(**options)(*images)
+
+
+def test_patch_size_is_checked_when_the_module_is_made():
+    with pytest.raises(ValueError, match="patch_size must be at least 1, got 0"):
+        ats.nn.SamplePatches(3, 0)
+
+
+def test_views_that_do_not_fit_the_image(images):
+    view, image = images
+    with pytest.raises(ValueError, match="image has batch size 2 but logits have 1"):
+        make_model()(view[:1], image)
+    with pytest.raises(ValueError, match=r"view_size \(8, 10\) is larger than the image, \(5, 30\)"):
+        make_model()(view, image[:, :, :5])
