@@ -72,7 +72,8 @@ def receptive_field(module: nn.Module) -> int:
 
     Args:
         module: a layer or (nested) nn.Sequential of 2-D convolutions, max and average pooling, pointwise
-            activations, normalisation and dropout.
+            activations, normalisation and dropout. A layer of your own that mixes no positions says so with an
+            attribute ``pointwise = True``.
 
     Raises:
         ValueError: another layer; layers that differ along the axes; padding that puts the first cell further
@@ -80,7 +81,7 @@ def receptive_field(module: nn.Module) -> int:
     """
     twice_centre, step = 1, 1
     for name, layer in module.named_modules(remove_duplicate=False):
-        if isinstance(layer, (nn.Sequential, *_POINTWISE)):
+        if isinstance(layer, (nn.Sequential, *_POINTWISE)) or getattr(layer, "pointwise", False):
             continue
         if not isinstance(layer, _WINDOWED):
             raise ValueError(

@@ -168,3 +168,13 @@ def test_receptive_field_errors(network, message):
     """A guess would read every patch beside its cell."""
     with pytest.raises(ValueError, match=message):
         ats.receptive_field(network)
+
+
+def test_a_layer_of_ones_own_can_say_that_it_mixes_no_positions() -> None:
+    class Halve(nn.Module):
+        pointwise = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / 2
+
+    assert ats.receptive_field(nn.Sequential(nn.Conv2d(1, 4, 3), Halve(), nn.Conv2d(4, 1, 3))) == 4

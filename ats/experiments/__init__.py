@@ -1,0 +1,1 @@
+"""Experiments: configurations, training with Lightning, evaluation, the demo and its figures."""

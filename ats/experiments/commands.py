@@ -1,0 +1,138 @@
+"""The commands behind ``ats``: their options, and errors as one line rather than a traceback."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from ats.experiments.config import PRESETS, ExperimentConfig
+from ats.experiments.demo import run_demo
+from ats.experiments.evaluation import evaluate, load_task
+from ats.experiments.training import InterruptedRunError, train, write_json
+from ats.version import __version__
+
+EXPERIMENTS = ("megapixel-mnist",)
+
+_HELP = f"""usage: ats COMMAND [OPTIONS]
+
+Attention sampling: learn from images too large to process whole.
+
+commands:
+  train EXPERIMENT      train a model; experiments: {", ".join(EXPERIMENTS)}; presets: {", ".join(PRESETS)}
+  evaluate CHECKPOINT   error and loss on images that were not trained on
+  demo                  attention sampling beside uniform sampling, in minutes on a CPU
+
+`ats COMMAND --help` lists a command's options; `ats --version` prints the version.
+"""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Error and loss of a trained model on images that it was not trained on."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """RUN/checkpoints/last.ckpt of a run of `ats train`."""
+    method: Literal["sample", "topk"] = "sample"
+    """Draw the patches, or take the most probable ones."""
+    n_patches: int | None = None
+    """Patches an image; default: what the model was trained with."""
+    repeats: int = 1
+    """Draws an image. Error and loss are averaged over them; the error of the averaged prediction is given too."""
+    images: int | None = None
+    """How many test images; default: as configured for the run."""
+    seed: int = 0
+    """Of the draws."""
+    device: str = "cpu"
+    """cpu, cuda, …"""
+    output: Path | None = None
+    """Also write the numbers to this JSON file."""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Attention sampling beside uniform sampling on Megapixel MNIST, from scratch on the CPU."""
+
+    seed: int = 0
+    """Of the images, the weights, the order of the data and the draws."""
+    output: Path = Path("runs/demo")
+    """Folder for the two runs, metrics.json and attention.png. A complete demo there is renamed, not overwritten."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line, without the program's name, and return the exit status."""
+    command, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
+    commands = {"train": _train, "evaluate": _evaluate, "demo": _demo}
+    if command in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    if command == "--version":
+        print(__version__)
+        return 0
+    errors = Console(stderr=True)
+    if command not in commands:
+        errors.print(f"ats: unknown command {command!r}, expected one of {', '.join(commands)}", markup=False)
+        return 2
+    try:
+        commands[command](rest)
+    except SystemExit as stop:  # the options' parser has said what is wrong, or helped
+        return int(stop.code or 0)
+    except (InterruptedRunError, KeyboardInterrupt) as stop:
+        errors.print(f"ats: {stop or 'interrupted'}", markup=False)
+        return 130
+    except (ValueError, OSError) as error:  # what a user can mend; a defect keeps its traceback
+        errors.print(f"ats: {error}", markup=False)
+        return 1
+    return 0
+
+
+def _train(arguments: list[str]) -> None:
+    experiment = arguments[0] if arguments else "--help"
+    if experiment in ("-h", "--help"):
+        print(f"usage: ats train {{{','.join(EXPERIMENTS)}}} [OPTIONS]\n\nats train EXPERIMENT --help lists them.")
+        return
+    if experiment not in EXPERIMENTS:
+        raise ValueError(f"unknown experiment {experiment!r}, expected one of {', '.join(EXPERIMENTS)}")
+    # The preset decides what the other options default to, so it is looked for first.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default=ExperimentConfig().preset)
+    preset = first.parse_known_args(arguments[1:])[0].preset
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}, expected one of {', '.join(PRESETS)}")
+    config = tyro.cli(ExperimentConfig, prog=f"ats train {experiment}", default=PRESETS[preset], args=arguments[1:])
+    checkpoint = train(config)
+    Console().print(f"Trained. Evaluate with: ats evaluate {checkpoint}")
+
+
+def _evaluate(arguments: list[str]) -> None:
+    options = tyro.cli(EvaluateOptions, prog="ats evaluate", args=arguments)
+    result = evaluate(
+        load_task(options.checkpoint).to(options.device),
+        method=options.method,
+        n_patches=options.n_patches,
+        repeats=options.repeats,
+        images=options.images,
+        seed=options.seed,
+    )
+    table = Table(
+        title=f"{options.checkpoint}: {result.images} test images, {result.n_patches} patches, {result.method}"
+    )
+    for column in ("", "error", "loss"):
+        table.add_column(column, justify="left" if not column else "right")
+    spread = f" ± {result.error_spread:.4f}" if result.repeats > 1 else ""
+    table.add_row(f"one draw (mean of {result.repeats})", f"{result.error:.4f}{spread}", f"{result.loss:.4f}")
+    if result.repeats > 1:
+        averaged = f"{result.averaged_error:.4f}", f"{result.averaged_loss:.4f}"
+        table.add_row(f"prediction averaged over {result.repeats} draws", *averaged)
+    Console().print(table)
+    if options.output is not None:
+        write_json(options.output, {"checkpoint": str(options.checkpoint), "seed": options.seed} | result.to_dict())
+
+
+def _demo(arguments: list[str]) -> None:
+    options = tyro.cli(DemoOptions, prog="ats demo", args=arguments)
+    run_demo(options.output, options.seed)

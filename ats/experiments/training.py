@@ -1,0 +1,125 @@
+"""Run a training: a folder of its own, logs, checkpoints, and going on where a run stopped."""
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar, Timer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from rich.console import Console
+
+from ats._files import write_whole
+from ats.experiments.config import ExperimentConfig, differences, from_dict, to_dict
+from ats.experiments.data import MegapixelMNISTData
+from ats.experiments.task import ClassificationTask
+
+
+class InterruptedRunError(Exception):
+    """The user stopped a run; the same command goes on with it."""
+
+
+def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> Path:
+    """Train, or go on training, the run of `config`, and return its last checkpoint.
+
+    The folder gets config.json, checkpoints/last.ckpt (after each epoch), csv/ and tensorboard/ logs, and
+    training.json once the run is complete. A run continued from a checkpoint ends with the same weights as one
+    that was never stopped; a complete run is left as it is.
+
+    Raises:
+        ValueError: the folder holds a run with other options.
+        InterruptedRunError: by the user.
+    """
+    folder = config.run_folder
+    last = folder / "checkpoints" / "last.ckpt"
+    _claim(folder, config)
+    if (folder / "training.json").exists():
+        Console().print(f"{folder} is complete: nothing to train.")
+        return last
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    timer = Timer()
+    trainer = _trainer(config, [timer, *callbacks])
+    task, data = ClassificationTask(config), MegapixelMNISTData(config)
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+    except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into an exit
+        raise InterruptedRunError(f"stopped in {folder}; the same command goes on from the last full epoch") from stop
+    if trainer.is_global_zero:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        summary = {"seconds": timer.time_elapsed("train"), "steps": trainer.global_step, "metrics": metrics}
+        write_json(folder / "training.json", summary)
+    return last
+
+
+def _trainer(config: ExperimentConfig, callbacks: list[Callback]) -> L.Trainer:
+    folder = config.run_folder
+    _quiet()
+    options = config.trainer
+    return L.Trainer(
+        accelerator=options.accelerator,
+        devices=int(options.devices) if options.devices.isdigit() else options.devices,
+        num_nodes=options.num_nodes,
+        strategy=options.strategy,
+        precision=options.precision,  # type: ignore[arg-type]
+        max_epochs=config.optim.epochs,
+        gradient_clip_val=config.optim.gradient_clip,
+        use_distributed_sampler=False,  # the loaders bring theirs
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),
+        default_root_dir=folder,
+        logger=[CSVLogger(folder, name="csv"), TensorBoardLogger(folder, name="tensorboard")],
+        callbacks=[
+            *callbacks,
+            ModelCheckpoint(folder / "checkpoints", filename="last", enable_version_counter=False),
+            LearningRateMonitor(),
+            RichProgressBar() if sys.stdout.isatty() else EpochLines(),
+        ],
+    )
+
+
+def _quiet() -> None:
+    """Silence advice of Lightning's that does not apply here, and advertisements."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # the loaders hand out indices
+        ".*number of training batches.*smaller than the logging interval.*",  # the log is by epoch
+        ".*Total length of `list` across ranks is zero.*",  # no validation was asked for
+        ".*Checkpoint directory .* exists and is not empty.*",  # it goes on from there
+        ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+class EpochLines(Callback):
+    """A line an epoch: progress for logs and pipes, where a bar would be noise."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            metrics = trainer.callback_metrics
+            numbers = "  ".join(f"{name} {float(metrics[name]):.3f}" for name in sorted(metrics) if "/" in name)
+            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {numbers}", flush=True)
+
+
+def _claim(folder: Path, config: ExperimentConfig) -> None:
+    """Make the run's folder, or check that what lies there is the same run."""
+    recorded = folder / "config.json"
+    if recorded.exists():
+        found = differences(from_dict(json.loads(recorded.read_text())), config)
+        if found:
+            raise ValueError(
+                f"{folder} holds a run with other options ({'; '.join(found)}); name another folder with --output, "
+                "or remove that one"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run; name another folder with --output")
+    else:
+        write_json(recorded, to_dict(config))
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values` so that the file is either old or new, never half."""
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())

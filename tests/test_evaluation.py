@@ -1,0 +1,169 @@
+"""Evaluation, the demo and its picture, and the command line."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ats.experiments import commands
+from ats.experiments.config import PRESETS, ExperimentConfig, to_dict
+from ats.experiments.demo import run_demo
+from ats.experiments.evaluation import evaluate, load_task
+from ats.experiments.task import ClassificationTask
+from ats.experiments.training import train
+from tests.test_training import tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny(tmp_path_factory.mktemp("evaluation") / "run"))
+
+
+def small_demo(folder: Path) -> ExperimentConfig:
+    return dataclasses.replace(tiny(folder), optim=dataclasses.replace(tiny(folder).optim, epochs=1))
+
+
+def test_evaluation_repeats_with_its_seed_and_not_with_another(checkpoint: Path) -> None:
+    task = load_task(checkpoint)
+    first, again, other = (evaluate(task, repeats=2, seed=seed) for seed in (0, 0, 1))
+    assert first == again
+    assert first.loss != other.loss
+    assert first.images == 8
+    assert first.n_patches == 10
+
+
+def test_averages_are_those_of_the_single_draws(checkpoint: Path) -> None:
+    """error and loss are means over draws; by Jensen's inequality the averaged prediction has no larger loss."""
+    task = load_task(checkpoint)
+    result = evaluate(task, repeats=4)
+    assert result.averaged_loss <= result.loss
+    assert (result.error * 4 * result.images) == pytest.approx(round(result.error * 4 * result.images))
+    single = evaluate(task, repeats=1)
+    assert single.loss == pytest.approx(single.averaged_loss)
+    assert single.error == single.averaged_error
+
+
+def test_topk_needs_no_seed_and_leaves_the_model_as_it_was(checkpoint: Path) -> None:
+    task = load_task(checkpoint)
+    results = [evaluate(task, method="topk", n_patches=4, seed=seed) for seed in (0, 1)]
+    assert results[0] == results[1]
+    assert results[0].n_patches == 4
+    assert task.model.sampling.sampler.n_patches == 10
+    assert task.model.sampling.sampler.method == "sample"
+    with pytest.raises(ValueError, match="repeats=2"):
+        evaluate(task, method="topk", repeats=2)
+
+
+def test_topk_works_for_a_model_trained_with_replacement() -> None:
+    config = tiny(Path("unused"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, replace=True))
+    task = ClassificationTask(config).eval()
+    assert evaluate(task, method="topk").images == 8
+    assert task.model.sampling.sampler.replace
+
+
+def test_fewer_images_are_the_first_ones_and_zero_draws_are_refused(checkpoint: Path) -> None:
+    task = load_task(checkpoint)
+    assert evaluate(task, images=3).images == 3
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        evaluate(task, repeats=0)
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing\.ckpt"):
+        load_task(tmp_path / "nothing.ckpt")
+    other = tmp_path / "other.ckpt"
+    torch.save({"weights": torch.zeros(1)}, other)
+    with pytest.raises(ValueError, match=r"other\.ckpt is not a checkpoint"):
+        load_task(other)
+
+
+def test_the_demo_writes_its_numbers_and_picture_and_keeps_an_older_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "demo"
+    config = small_demo(folder)
+    run_demo(folder, seed=3, config=config)
+    printed = capsys.readouterr().out
+    assert "ATS-10" in printed
+    assert "uniform-10" in printed
+    metrics = json.loads((folder / "metrics.json").read_text())
+    promised = {"test_error", "uniform_test_error", "seconds", "n_patches", "image_size", "train_images", "seed"}
+    assert promised <= metrics.keys()
+    assert (metrics["seed"], metrics["image_size"], metrics["train_images"]) == (3, 140, 24)
+    learned = load_task(folder / "learned" / "checkpoints" / "last.ckpt")
+    assert metrics["test_error"] == evaluate(learned, repeats=metrics["repeats"], seed=3).error
+    with Image.open(folder / "attention.png") as picture:
+        assert min(picture.size) > 800  # labels of 7.5 points are readable from there
+        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 100  # not a blank page
+
+    run_demo(folder, seed=3, config=config)
+    kept = json.loads((tmp_path / "demo-1" / "metrics.json").read_text())
+    again = json.loads((folder / "metrics.json").read_text())
+    assert {k: v for k, v in kept.items() if "seconds" not in k} == {
+        k: v for k, v in again.items() if "seconds" not in k
+    }
+
+
+def test_training_and_evaluating_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    options = (
+        "train megapixel-mnist --preset demo --data.image-size 140 --data.n-noise 2 --data.train-images 16 "
+        f"--data.test-images 8 --optim.epochs 1 --optim.batch-size 8 --output {run} --seed 4 --model.n-patches 3"
+    )
+    assert commands.run(options.split()) == 0
+    recorded = json.loads((run / "config.json").read_text())
+    assert (recorded["seed"], recorded["data"]["image_size"], recorded["model"]["n_patches"]) == (4, 140, 3)
+    assert recorded["optim"]["learning_rate"] == PRESETS["demo"].optim.learning_rate
+    checkpoint, result = run / "checkpoints" / "last.ckpt", tmp_path / "result.json"
+    evaluation = f"evaluate {checkpoint} --method topk --n-patches 5 --images 6 --output {result}"
+    assert commands.run(evaluation.split()) == 0
+    assert "6 test images, 5 patches, topk" in " ".join(capsys.readouterr().out.split())
+    written = json.loads(result.read_text())
+    assert written["images"] == 6
+    assert 0 <= written["error"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "message"),
+    [
+        ("fly", 2, "unknown command 'fly'"),
+        ("train cifar", 1, "unknown experiment 'cifar'"),
+        ("train megapixel-mnist --preset huge", 1, "unknown preset 'huge'"),
+        ("train megapixel-mnist --preset demo --optim.epochs 0", 2, "optim.epochs must be at least 1, got 0"),
+        ("evaluate nowhere.ckpt", 1, "no checkpoint at nowhere.ckpt"),
+    ],
+)
+def test_mistakes_get_a_line_that_says_what_is_wrong(
+    line: str, status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands.run(line.split()) == status
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_help_lists_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.run([]) == 0
+    assert "evaluate CHECKPOINT" in capsys.readouterr().out
+    assert commands.run(["train", "--help"]) == 0
+    assert "megapixel-mnist" in capsys.readouterr().out
+    assert commands.run(["train", "megapixel-mnist", "--help"]) == 0
+    assert "--optim.entropy-weight" in capsys.readouterr().out
+
+
+def test_presets_are_the_papers_where_they_say_so() -> None:
+    """Settings of the paper's Megapixel MNIST that a change must not drift away from."""
+    values = to_dict(PRESETS["paper"])
+    assert values["data"] | {"mnist": None} == {
+        "digits": "full", "mnist": None, "image_size": 1500, "n_noise": 50,
+        "train_images": 5000, "validation_images": 0, "test_images": 1000,
+    }  # fmt: skip
+    assert values["optim"] == {
+        "epochs": 500, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup": 0.0,
+        "schedule": "constant", "gradient_clip": 1.0, "entropy_weight": 1e-4,
+    }  # fmt: skip
+    model = values["model"]
+    assert (model["networks"], model["feature_scale"]) == ("paper", 1.0)
+    assert PRESETS["paper"].view_size == 180

@@ -1,0 +1,236 @@
+"""Training: a seed repeats a run, a run that stopped ends as if it had not, and nothing is overwritten."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from ats.experiments.config import (
+    PRESETS,
+    DataConfig,
+    ExperimentConfig,
+    OptimConfig,
+    TrainerConfig,
+    differences,
+    from_dict,
+    learning_rate_factor,
+    mnist_folder,
+    to_dict,
+)
+from ats.experiments.task import ClassificationTask
+from ats.experiments.training import InterruptedRunError, train
+
+EPOCHS = 4
+
+
+def tiny(folder: Path, **changes: object) -> ExperimentConfig:
+    config = ExperimentConfig(
+        preset="demo",
+        output=folder,
+        data=DataConfig(digits="bundled", image_size=140, n_noise=2, train_images=24, test_images=8),
+        optim=OptimConfig(epochs=EPOCHS, batch_size=8, learning_rate=1e-2, warmup=0.2, schedule="cosine"),
+        trainer=TrainerConfig(accelerator="cpu", devices="1"),
+    )
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def weights(checkpoint: Path) -> dict[str, Tensor]:
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+class StopAt(L.Callback):
+    """Interrupt as Ctrl-C does, in the middle of an epoch."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny(tmp_path_factory.mktemp("runs") / "whole"))
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=0, atol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_a_run_that_was_interrupted_ends_with_the_same_weights(uninterrupted: Path, tmp_path: Path) -> None:
+    """Resuming would lose or repeat draws, batches, optimiser state or schedule if a single bit differed."""
+    config = tiny(tmp_path / "stopped")
+    with pytest.raises(InterruptedRunError, match="same command"):
+        train(config, callbacks=(StopAt(step=3 * 2 + 1),))
+    assert not (config.run_folder / "training.json").exists()
+    assert_same(weights(train(config)), weights(uninterrupted))
+    summary = json.loads((config.run_folder / "training.json").read_text())
+    assert summary["steps"] == 3 * EPOCHS
+
+
+def test_a_run_that_was_killed_ends_with_the_same_weights(uninterrupted: Path, tmp_path: Path) -> None:
+    """SIGKILL gives no chance to write anything: what is on disk must be enough, and never half written."""
+    config = tiny(tmp_path / "killed")
+    script = (
+        "import json, sys, time, lightning as L\n"
+        "from ats.experiments.config import from_dict\n"
+        "from ats.experiments.training import train\n"
+        "class Slow(L.Callback):\n"
+        "    def on_train_batch_start(self, trainer, *_):\n"
+        "        if trainer.current_epoch >= 2: time.sleep(600)\n"
+        "train(from_dict(json.loads(sys.argv[1])), callbacks=(Slow(),))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, json.dumps(to_dict(config))])
+    last = config.run_folder / "checkpoints" / "last.ckpt"
+    try:
+        deadline = time.monotonic() + 120
+        while not (last.exists() and torch.load(last, weights_only=True)["epoch"] == 1):
+            assert process.poll() is None, "the training ended by itself"
+            assert time.monotonic() < deadline, "no checkpoint within two minutes"
+            time.sleep(0.1)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert_same(weights(train(config)), weights(uninterrupted))
+
+
+def test_a_seed_repeats_a_run_and_another_does_not(uninterrupted: Path, tmp_path: Path) -> None:
+    assert_same(weights(train(tiny(tmp_path / "again"))), weights(uninterrupted))
+    other = weights(train(tiny(tmp_path / "other", seed=1)))
+    assert not torch.equal(other["model.head.weight"], weights(uninterrupted)["model.head.weight"])
+
+
+def test_a_complete_run_is_left_alone(uninterrupted: Path) -> None:
+    before = uninterrupted.stat().st_mtime_ns
+    assert train(tiny(uninterrupted.parent.parent)) == uninterrupted
+    assert uninterrupted.stat().st_mtime_ns == before
+
+
+def test_a_folder_of_another_run_is_refused(uninterrupted: Path) -> None:
+    config = tiny(uninterrupted.parent.parent, seed=5)
+    with pytest.raises(ValueError, match=r"seed: 0 -> 5.*--output"):
+        train(config)
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not empty"):
+        train(tiny(tmp_path))
+
+
+def test_logs_hold_every_epoch(uninterrupted: Path) -> None:
+    """Without them nobody can plot a curve: loss, error and entropy, epoch by epoch, as CSV and for TensorBoard."""
+    folder = uninterrupted.parent.parent
+    rows = (folder / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
+    header = rows[0].split(",")
+    losses = [row.split(",")[header.index("train/loss")] for row in rows[1:]]
+    assert sum(bool(loss) for loss in losses) == EPOCHS
+    assert {"train/error", "train/entropy"} <= set(header)
+    assert list((folder / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_validation_is_logged_where_it_is_asked_for(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, validation_images=8))
+    train(config)
+    summary = json.loads((config.run_folder / "training.json").read_text())
+    assert 0 <= summary["metrics"]["validation/error"] <= 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_configurations_survive_json(preset: str) -> None:
+    config = dataclasses.replace(PRESETS[preset], output=Path("somewhere"))
+    again = from_dict(json.loads(json.dumps(to_dict(config))))
+    assert again == config
+    assert differences(config, again) == []
+
+
+def test_a_configuration_of_another_version_is_named_as_such() -> None:
+    with pytest.raises(ValueError, match="not a configuration of this version"):
+        from_dict({"seed": 0})
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("data", "train_images", 0),
+        ("optim", "batch_size", 0),
+        ("model", "n_patches", 0),
+        ("model", "view_scale", 1.5),
+        ("optim", "warmup", 1.0),
+    ],
+)
+def test_impossible_options_are_refused(section: str, name: str, value: float) -> None:
+    config = PRESETS["demo"]
+    with pytest.raises(ValueError, match=f"{section}.{name}"):
+        dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
+
+
+def test_learning_rate_rises_then_falls() -> None:
+    optim = OptimConfig(warmup=0.1, schedule="cosine")
+    factors = [learning_rate_factor(step, 100, optim) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
+    assert factors[10] == 1.0
+    assert all(a > b for a, b in itertools.pairwise(factors[10:]))
+    assert 0.02 <= factors[-1] < 0.03
+    assert learning_rate_factor(99, 100, OptimConfig()) == 1.0
+
+
+def test_draws_differ_between_steps_ranks_and_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that drew alike would waste their work; steps that did would never see the rest of an image."""
+    task = ClassificationTask(tiny(Path("unused")))
+
+    def draw(step: int) -> float:
+        return float(torch.rand((), generator=task.draw_generator(0, step)))
+
+    values = [draw(0), draw(1)]
+    assert draw(0) == values[0]
+    monkeypatch.setattr(ClassificationTask, "global_rank", 1)
+    values += [draw(0)]
+    monkeypatch.setattr(ClassificationTask, "global_rank", 0)
+    task.config = dataclasses.replace(task.config, seed=1)
+    values += [draw(0)]
+    assert len(set(values)) == 4
+
+
+def test_mnist_is_looked_for_where_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("ATS_DATA", raising=False)
+    assert mnist_folder(DataConfig()) == tmp_path / "torch-ats" / "mnist"
+    monkeypatch.setenv("ATS_DATA", "/data")
+    assert mnist_folder(DataConfig()) == Path("/data/mnist")
+    assert mnist_folder(DataConfig(mnist=Path("/mine"))) == Path("/mine")
+
+
+def test_two_processes_train_together(tmp_path: Path) -> None:
+    """Data-parallel training by Lightning's own flags: it ends, and both ranks hold the weights that were saved."""
+    config = tiny(tmp_path / "ddp", trainer=TrainerConfig(accelerator="cpu", devices="2", strategy="ddp"))
+    script = (
+        "import json, sys\n"
+        "from ats.experiments.config import from_dict\n"
+        "from ats.experiments.training import train\n"
+        "train(from_dict(json.loads(sys.argv[1])))\n"
+    )
+    path = tmp_path / "ddp.py"
+    path.write_text(script)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(path), json.dumps(to_dict(config))],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = json.loads((config.run_folder / "training.json").read_text())["steps"]
+    assert steps == 12 // 8 * EPOCHS  # each rank has half of the 24 images, in batches of 8, the rest dropped
