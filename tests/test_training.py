@@ -28,7 +28,7 @@ from ats.experiments.config import (
     to_dict,
 )
 from ats.experiments.task import ClassificationTask
-from ats.experiments.training import InterruptedRunError, train
+from ats.experiments.training import InterruptedRunError, ProgressLines, train
 
 EPOCHS = 4
 
@@ -140,6 +140,13 @@ def test_logs_hold_every_epoch(uninterrupted: Path) -> None:
     assert sum(bool(loss) for loss in losses) == EPOCHS
     assert {"train/error", "train/entropy"} <= set(header)
     assert list((folder / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_progress_is_told_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny(tmp_path / "run"), callbacks=(ProgressLines(every=0),))
+    printed = capsys.readouterr().out
+    assert f"step 5/{3 * EPOCHS}  loss of this batch" in printed
+    assert f"epoch {EPOCHS}/{EPOCHS}  train/entropy" in printed
 
 
 def test_validation_is_logged_where_it_is_asked_for(tmp_path: Path) -> None:

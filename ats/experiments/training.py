@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def _trainer(config: ExperimentConfig, callbacks: list[Callback]) -> L.Trainer:
             *callbacks,
             ModelCheckpoint(folder / "checkpoints", filename="last", enable_version_counter=False),
             LearningRateMonitor(),
-            RichProgressBar() if sys.stdout.isatty() else EpochLines(),
+            RichProgressBar() if sys.stdout.isatty() else ProgressLines(),
         ],
     )
 
@@ -94,8 +95,20 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-class EpochLines(Callback):
-    """A line an epoch: progress for logs and pipes, where a bar would be noise."""
+class ProgressLines(Callback):
+    """A line an epoch, and one every half minute in between: progress where a bar would be noise."""
+
+    def __init__(self, every: float = 30.0) -> None:
+        self.every = every  # seconds
+        self._last = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero and time.monotonic() - self._last >= self.every:
+            self._last = time.monotonic()
+            done = f"step {trainer.global_step}/{trainer.estimated_stepping_batches}"
+            print(f"  {done}  loss of this batch {float(outputs['loss']):.3f}", flush=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
