@@ -30,8 +30,10 @@ def attention_network(networks: str) -> nn.Sequential:
         )
     return nn.Sequential(
         ChannelsLast(),
-        *_conv_norm(1, 32, kernel=5, stride=3, padding=1),
-        *_conv_norm(32, 32, kernel=3),
+        *_conv_norm(1, 16, kernel=3),
+        *_conv_norm(16, 16, kernel=3),
+        nn.MaxPool2d(3),
+        *_conv_norm(16, 32, kernel=3),
         nn.Conv2d(32, 1, 3, padding=1),
         SoftBound(5.0),
     )
@@ -54,11 +56,8 @@ def feature_network(networks: str) -> nn.Sequential:
     return nn.Sequential(ChannelsLast(), *layers, _GlobalMaxPool(), L2Normalise())
 
 
-def _conv_norm(
-    inputs: int, outputs: int, *, kernel: int, stride: int = 1, padding: int | None = None
-) -> list[nn.Module]:
-    padding = kernel // 2 if padding is None else padding
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+def _conv_norm(inputs: int, outputs: int, *, kernel: int, stride: int = 1) -> list[nn.Module]:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
     return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 
