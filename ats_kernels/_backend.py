@@ -16,7 +16,7 @@ _CHOICES = ("reference", "triton")
 
 
 def backend_for(tensor: Tensor) -> str:
-    """"cpu", "triton" or "reference", for an op whose main argument is `tensor`.
+    """ "cpu", "triton" or "reference", for an op whose main argument is `tensor`.
 
     Raises:
         ValueError: ATS_BACKEND is something else, or asks for Triton where it cannot run.
