@@ -1,22 +1,24 @@
 """Which implementation of an op runs: by the tensor's device, or as ``ATS_BACKEND`` says.
 
-- CPU tensors run the lean PyTorch path (``"cpu"``), CUDA and HIP tensors the Triton kernels (``"triton"``), whatever
-  else, and any device where Triton is not installed, the plain PyTorch reference (``"reference"``).
+- CPU tensors run the lean PyTorch path (``"cpu"``), CUDA and HIP tensors the Triton kernels (``"triton"``), other
+  devices, and any device where Triton is not installed, the plain PyTorch reference (``"reference"``).
 - ``ATS_BACKEND=reference`` and ``ATS_BACKEND=triton`` override that. Triton runs on CPU tensors in its
   interpreter only, with ``TRITON_INTERPRET=1`` set before the first import.
+
+A function compiled by ``torch.compile`` or captured in a CUDA graph keeps the choice it was made with.
 """
 
-import functools
 import importlib.util
 import os
 
 from torch import Tensor
 
 _CHOICES = ("reference", "triton")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant, for torch.compile to trace
 
 
 def backend_for(tensor: Tensor) -> str:
-    """ "cpu", "triton" or "reference", for an op whose main argument is `tensor`.
+    """Return "cpu", "triton" or "reference", for an op whose main argument is `tensor`.
 
     Raises:
         ValueError: ATS_BACKEND is something else, or asks for Triton where it cannot run.
@@ -26,11 +28,11 @@ def backend_for(tensor: Tensor) -> str:
     if not chosen:
         if kind == "cpu":
             return "cpu"
-        return "triton" if kind == "cuda" and _has_triton() else "reference"
+        return "triton" if kind == "cuda" and _HAS_TRITON else "reference"
     if chosen not in _CHOICES:
         raise ValueError(f"ATS_BACKEND={chosen!r}, expected 'reference' or 'triton', or unset it to choose by device")
     if chosen == "triton":
-        if not _has_triton():
+        if not _HAS_TRITON:
             raise ValueError("ATS_BACKEND=triton, but triton is not installed; pip install triton, or unset it")
         if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
@@ -38,8 +40,3 @@ def backend_for(tensor: Tensor) -> str:
                 "first import, or move the tensor to a GPU, or unset ATS_BACKEND"
             )
     return chosen
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
