@@ -4,10 +4,13 @@ Output row i averages the input rows ⌊i·H/h⌋ to ⌈(i+1)·H/h⌉ − 1, and
 the ratio is no integer: what ``F.interpolate(mode="area")`` computes.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ats_kernels._backend import backend_for
 from ats_kernels._checks import (
     Normalisation,
     check_image,
@@ -17,6 +20,7 @@ from ats_kernels._checks import (
     normalise,
     output_dtype,
 )
+from ats_kernels.area_downsample_cpu import area_downsample_cpu
 
 
 def area_downsample_ref(
@@ -69,4 +73,17 @@ def area_downsample(
             "a view has at most the image's resolution"
         )
     means, stds = check_normalisation(mean, std, image.shape[1])
-    return area_downsample_ref(image, (height, width), means=means, stds=stds, dtype=output_dtype(image, dtype))
+    run = _implementation(image)
+    return run(image, (height, width), means=means, stds=stds, dtype=output_dtype(image, dtype))
+
+
+def _implementation(image: Tensor) -> Callable[..., Tensor]:
+    backend = backend_for(image)
+    if backend == "triton":
+        from ats_kernels.area_downsample_triton import area_downsample_triton
+
+        return area_downsample_triton
+    # A compiler fuses the reference, cast included, into two loops; autograd differentiates it.
+    if backend == "cpu" and not torch.compiler.is_compiling() and not (image.requires_grad and torch.is_grad_enabled()):
+        return area_downsample_cpu
+    return area_downsample_ref
