@@ -18,6 +18,8 @@ _ROUNDS = 10
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_LANE_MULTIPLIERS = np.array(_MULTIPLIERS, np.uint64)
+_KEY_SCHEDULE = np.arange(_ROUNDS, dtype=np.uint64)[:, None] * np.array(_KEY_STEPS[::-1], np.uint64)  # (rounds, 2)
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -49,24 +51,25 @@ def paired_bits(seed: Tensor, pair: Tensor, row: Tensor, stream: int | Tensor) -
         if isinstance(stream, Tensor):
             stream = stream.repeat_interleave(2, -1)
         return random_bits(seed, index, row, stream)
-    shape = torch.broadcast_shapes(pair.shape, row.shape)
+    counter_0, counter_1 = pair.numpy(), row.numpy()
+    shape = np.broadcast(counter_0, counter_1).shape
     lane = (2,) + (1,) * len(shape)
-    multipliers = np.array(_MULTIPLIERS, np.uint64).reshape(lane)
-    key = int(seed)
     word, half = np.uint64(_WORD), np.uint64(32)
+    key = int(seed)
+    keys = np.array((key >> 32 & _WORD, key & _WORD), np.uint64) + _KEY_SCHEDULE & word  # (rounds, 2)
+    multipliers = _LANE_MULTIPLIERS.reshape(lane)
     # The two products of a round are lanes of one array: the one of c0, then that of c2.
     state = np.empty((2, *shape), np.uint64)  # (c0, c2)
-    state[0], state[1] = pair.numpy(), stream.numpy() if isinstance(stream, Tensor) else stream
+    state[0], state[1] = counter_0, stream.numpy() if isinstance(stream, Tensor) else stream
     low = np.empty_like(state)  # (c3, c1), and above these words bits without meaning
-    low[0], low[1] = 0, row.numpy()
+    low[0], low[1] = 0, counter_1
     products = np.empty_like(state)
     crossed = state[::-1]  # what the product of c0 gives is the next c2
-    for turn in range(_ROUNDS):
-        keys = ((key >> 32) + turn * _KEY_STEPS[1] & _WORD, key + turn * _KEY_STEPS[0] & _WORD)
+    for round_key in keys.reshape(-1, *lane):
         np.multiply(state, multipliers, out=products)
         np.right_shift(products, half, out=crossed)
         np.bitwise_xor(crossed, low, out=crossed)
-        np.bitwise_xor(crossed, np.array(keys, np.uint64).reshape(lane), out=crossed)
+        np.bitwise_xor(crossed, round_key, out=crossed)
         np.bitwise_and(crossed, word, out=crossed)
         low, products = products, low
     bits = np.empty((*shape, 2), np.uint64)

@@ -17,7 +17,7 @@ from ats_kernels._checks import compute_dtype
 from ats_kernels.sample import Draw, Statistics, block_size, finish, ring_times
 
 # Logits a chunk: a few arrays of it fit the cache of one core.
-_CHUNK = 2**17
+_CHUNK = 2**18
 
 # Up to so many logits in all, operations cost more than what they work on: every block is a candidate.
 _SMALL = 2**12
@@ -52,10 +52,8 @@ def sample_cpu(
         block_peak, block_sum, block_slope = (value.double() for value in _block_statistics(logits, block))
         top, top_block = block_peak.max(-1, keepdim=True)  # (B, 1)
         below = block_peak - top  # (B, n_blocks) ≤ 0
-        share = below.exp()
-        spread = (share * block_slope).sum(-1)
-        share.mul_(block_sum)
-        spread += (share * below.clamp(min=-1e300)).sum(-1)
+        share = below.exp().mul_(block_sum)
+        spread = (share * block_slope.add_(below.clamp(min=-1e300))).sum(-1)
         chosen, block_log_e = _candidates(block_peak, below, block_sum, distinct, seed, row)  # (B, S)
         # The block of the largest logit goes along, so that what is not the peak's can be summed to its full precision.
         log_mass = _gather_blocks(logits, torch.cat((chosen, top_block), -1), block).sub_(top.unsqueeze(-1))
@@ -93,7 +91,7 @@ def _chunks(rows: int, cells: int, block: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _block_statistics(logits: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each block (B, K/block): the largest logit m, Σ exp(z − m) and Σ (z − m) exp(z − m)."""
+    """Of each block (B, K/block): the largest logit m, the sum s = Σ exp(z − m) and Σ (z − m) exp(z − m) / s."""
     rows, cells = logits.shape
     dtype = compute_dtype(logits.dtype)
     # exp is 0 from here down, and 0 · floor too where 0 · −inf would be NaN.
@@ -108,9 +106,10 @@ def _block_statistics(logits: Tensor, block: int) -> tuple[Tensor, Tensor, Tenso
         x = x.unflatten(-1, (-1, block))
         m = x.amax(-1)
         shifted = (x - m.clamp(min=lowest).unsqueeze(-1)).clamp_(min=floor)
-        mass = shifted.exp()
+        # softmax has a faster exp inside than exp; the peak's share is 1 in the sum.
+        share = shifted.softmax(-1)
         b = slice(c.start // block, -(-c.stop // block))
-        peak[r, b], total[r, b], slope[r, b] = m, mass.sum(-1), mass.mul_(shifted).sum(-1)
+        peak[r, b], total[r, b], slope[r, b] = m, share.amax(-1).reciprocal_(), share.mul_(shifted).sum(-1)
     return peak, total, slope
 
 
