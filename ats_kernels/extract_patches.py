@@ -40,9 +40,13 @@ def extract_patches_ref(
     dtype: torch.dtype,
 ) -> Tensor:
     """The op in plain PyTorch, differentiable in a floating-point image. Arguments as `extract_patches` passes."""
-    rows, columns, inside = _pixels(offsets, patch_size, image.shape)
+    batch, _, height, width = image.shape
+    rows = offsets[..., 0, None] + torch.arange(patch_size[0], device=offsets.device)  # (B, N, ph)
+    columns = offsets[..., 1, None] + torch.arange(patch_size[1], device=offsets.device)  # (B, N, pw)
+    inside = ((rows >= 0) & (rows < height)).unsqueeze(-1) & ((columns >= 0) & (columns < width)).unsqueeze(-2)
+    which = torch.arange(batch, device=offsets.device).view(-1, 1, 1, 1)
     # Indexing around the channels puts them last: (B, N, ph, pw, C).
-    pixels = image[_images(offsets), :, rows, columns]
+    pixels = image[which, :, rows.clamp(0, height - 1).unsqueeze(-1), columns.clamp(0, width - 1).unsqueeze(-2)]
     patches = pixels.movedim(-1, 2).to(compute_dtype(image.dtype, dtype))  # (B, N, C, ph, pw)
     patches = normalise(patches, means, stds, channel_dim=2, is_byte=image.dtype == torch.uint8)
     if padding == "zeros":
@@ -51,38 +55,6 @@ def extract_patches_ref(
     if _channels_last(image):
         return patches.movedim(2, -1).contiguous().movedim(-1, 2)
     return patches.contiguous()
-
-
-def scatter_patches_ref(
-    grad_patches: Tensor,  # (B, N, C, ph, pw)
-    offsets: Tensor,  # (B, N, 2)
-    grad_image: Tensor,  # (B, C, H, W), zero
-    *,
-    padding: str,
-    stds: list[float] | None,
-) -> None:
-    """Add the patches' gradients up in `grad_image`: the backward of `extract_patches_ref`, deterministic on CUDA."""
-    patch_size = grad_patches.shape[3], grad_patches.shape[4]
-    rows, columns, inside = _pixels(offsets, patch_size, grad_image.shape)
-    grad = grad_patches.to(compute_dtype(grad_patches.dtype, grad_image.dtype))
-    grad = normalise(grad, None, stds, channel_dim=2, is_byte=False)
-    if padding == "zeros":
-        grad = grad.masked_fill(~inside.unsqueeze(2), 0.0)
-    values = grad.movedim(2, -1).to(grad_image.dtype)  # (B, N, ph, pw, C)
-    grad_image.movedim(1, -1).index_put_((_images(offsets), rows, columns), values, accumulate=True)
-
-
-def _pixels(offsets: Tensor, size: tuple[int, int], image_shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest pixels inside, rows (B, N, ph, 1) and columns (B, N, 1, pw), and which (B, N, ph, pw) are inside."""
-    height, width = image_shape[2:]
-    rows = (offsets[..., 0, None] + torch.arange(size[0], device=offsets.device)).unsqueeze(-1)
-    columns = (offsets[..., 1, None] + torch.arange(size[1], device=offsets.device)).unsqueeze(-2)
-    inside = ((rows >= 0) & (rows < height)) & ((columns >= 0) & (columns < width))
-    return rows.clamp(0, height - 1), columns.clamp(0, width - 1), inside
-
-
-def _images(offsets: Tensor) -> Tensor:
-    return torch.arange(offsets.shape[0], device=offsets.device).view(-1, 1, 1, 1)
 
 
 def _channels_last(image: Tensor) -> bool:
@@ -144,12 +116,9 @@ class _ExtractPatches(torch.autograd.Function):
         grad_image = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format).zero_()
         scatter: Callable[..., None] = scatter_patches_cpu
         if ctx.backend == "triton" and device == offsets.device:
-            if torch.are_deterministic_algorithms_enabled():
-                scatter = scatter_patches_ref
-            else:
-                from ats_kernels.extract_patches_triton import scatter_patches_triton
+            from ats_kernels.extract_patches_triton import scatter_patches_triton
 
-                scatter = scatter_patches_triton
+            scatter = scatter_patches_triton
         # An image in host memory gets its gradient there, even where its patches were read by a GPU.
         grad_patches, offsets = grad_patches.to(device), offsets.to(device).long()
         scatter(grad_patches, offsets, grad_image, padding=ctx.padding, stds=ctx.stds)
@@ -218,9 +187,7 @@ def extract_patches(
         patches = extract_patches(image, offsets.cpu(), size, padding=padding, mean=means, std=stds, dtype=dtype)
         return patches.to(offsets.device, non_blocking=True)
     if backend == "reference":
-        return extract_patches_ref(
-            image, offsets.long(), size, padding=padding, means=means, stds=stds, dtype=dtype
-        )
+        return extract_patches_ref(image, offsets.long(), size, padding=padding, means=means, stds=stds, dtype=dtype)
     if image.requires_grad and torch.is_grad_enabled():
         return _ExtractPatches.apply(image, offsets, size, padding, means, stds, dtype, backend)
     return _extract(image, offsets, size, padding, means, stds, dtype, backend)

@@ -18,55 +18,55 @@ from torch import Tensor
 from ats_kernels._checks import compute_dtype
 from ats_kernels._offline import OfflineCase
 
-
 # What nothing is gained from knowing more closely must not start another compilation.
-_SIZES = ("n_patches", "height", "width", "stride_image_b", "stride_image_h")
+_SIZES = ("height", "width", "stride_image_b", "stride_image_h")
 _STRIDES = ("stride_image_c", "stride_image_w")  # 1 is worth knowing
 
 
 @triton.jit
-def _pixels(
-    offsets_ptr,
-    patch,
-    index,
-    height,
-    width,
-    stride_c,
-    stride_h,
-    stride_w,
-    PATCH_HEIGHT: tl.constexpr,
-    PATCH_WIDTH: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    EDGE: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Where the elements `index` of a patch lie in its image.
+def _divide(index, DIVISOR: tl.constexpr, LIMIT: tl.constexpr):
+    """index // DIVISOR for 0 <= index < LIMIT, by one multiplication where that is exact.
 
-    Returns the position of a pixel at or near the patch's corner, a scalar in int64; the elements' positions from
-    there, int32 unless WIDE; the elements' channels; and which of them are read at all.
+    LLVM sees that few bits are needed and divides in 16, which takes a GPU five instructions.
     """
-    # Offsets farther out than this read the same, and fit in 32 bits.
-    top = tl.minimum(tl.maximum(tl.load(offsets_ptr + 2 * patch), -PATCH_HEIGHT), height).to(tl.int32)
-    left = tl.minimum(tl.maximum(tl.load(offsets_ptr + 2 * patch + 1), -PATCH_WIDTH), width).to(tl.int32)
-    channel = index % INTERLEAVED
-    y = index // (INTERLEAVED * PATCH_WIDTH)
-    x = index // INTERLEAVED % PATCH_WIDTH
-    valid = index < PATCH_HEIGHT * PATCH_WIDTH * INTERLEAVED
-    if EDGE:
-        first_y = tl.minimum(tl.maximum(top, 0), height - 1)
-        first_x = tl.minimum(tl.maximum(left, 0), width - 1)
-        y = tl.minimum(tl.maximum(top + y, 0), height - 1) - first_y
-        x = tl.minimum(tl.maximum(left + x, 0), width - 1) - first_x
-        corner = first_y.to(tl.int64) * stride_h + first_x.to(tl.int64) * stride_w
+    if DIVISOR & (DIVISOR - 1) == 0 or LIMIT * DIVISOR >= 2**32:
+        return index // DIVISOR
     else:
-        # As unsigned numbers, negative ones are larger than any size.
-        inside_y = (top + y).to(tl.uint32, bitcast=True) < height.to(tl.uint32)
-        inside_x = (left + x).to(tl.uint32, bitcast=True) < width.to(tl.uint32)
-        valid = valid & inside_y & inside_x
-        corner = top.to(tl.int64) * stride_h + left.to(tl.int64) * stride_w
-    if WIDE:
-        y, x, channel = y.to(tl.int64), x.to(tl.int64), channel.to(tl.int64)
-    return corner, y * stride_h + x * stride_w + channel * stride_c, channel, valid
+        RECIPROCAL: tl.constexpr = 2**32 // DIVISOR + 1
+        return tl.umulhi(index.to(tl.uint32), RECIPROCAL).to(tl.int32)
+
+
+@triton.jit
+def _elements(index, PATCH_WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr):
+    """Row, column and channel of a patch's elements `index` < LIMIT; number in the row = the last two, added."""
+    # A row's elements come in chunks of a power of two, so that the compiler finds a chunk's row once.
+    ROW: tl.constexpr = PATCH_WIDTH * INTERLEAVED
+    CHUNK: tl.constexpr = 8 if ROW % 8 == 0 else (4 if ROW % 4 == 0 else (2 if ROW % 2 == 0 else 1))
+    chunk = index // CHUNK
+    y = _divide(chunk, ROW // CHUNK, LIMIT // CHUNK)
+    first = (chunk - y * (ROW // CHUNK)) * CHUNK
+    lane = index % CHUNK
+    x = _divide(first + lane, INTERLEAVED, ROW)
+    return y, x, first + lane - x * INTERLEAVED, first, lane
+
+
+@triton.jit
+def _corner(offsets_ptr, patch, height, width, PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexpr):
+    """A patch's first row and column; offsets farther out than this read the same, and fit in 32 bits."""
+    top = tl.minimum(tl.maximum(tl.load(offsets_ptr + 2 * patch), -PATCH_HEIGHT), height)
+    left = tl.minimum(tl.maximum(tl.load(offsets_ptr + 2 * patch + 1), -PATCH_WIDTH), width)
+    return top.to(tl.int32), left.to(tl.int32)
+
+
+@triton.jit
+def _clamp(pixel, limit):
+    return tl.minimum(tl.maximum(pixel, 0), limit - 1)
+
+
+@triton.jit
+def _inside(pixel, limit):
+    # As unsigned numbers, negative ones are larger than any size.
+    return pixel.to(tl.uint32, bitcast=True) < limit.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_STRIDES)
@@ -75,20 +75,21 @@ def _extract_patches_fwd_kernel(
     offsets_ptr,  # (B·N, 2)
     affine_ptr,  # (2, C): what is subtracted, what is multiplied by; None: pixels stay as they are
     out_ptr,  # (B·N, C, ph, pw), or (B·N, ph, pw, C) where INTERLEAVED is C
-    n_patches,  # N
     height,
     width,
     stride_image_b,
     stride_image_c,
     stride_image_h,
     stride_image_w,
+    PATCHES: tl.constexpr,  # N
     CHANNELS: tl.constexpr,
     PATCH_HEIGHT: tl.constexpr,
     PATCH_WIDTH: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    DENSE: tl.constexpr,  # a row's elements lie evenly spaced in the image
     PLANES: tl.constexpr,
     EDGE: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr,  # a window reaches past 2^31 elements
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -100,22 +101,55 @@ def _extract_patches_fwd_kernel(
     group = program // TILES % GROUPS
     patch = program // (TILES * GROUPS)
     index = program % TILES * BLOCK + tl.arange(0, BLOCK)
-    corner, position, channel, valid = _pixels(
-        offsets_ptr, patch, index, height, width, stride_image_c, stride_image_h, stride_image_w,
-        PATCH_HEIGHT, PATCH_WIDTH, INTERLEAVED, EDGE, WIDE,
-    )  # fmt: skip
-    corner += (patch // n_patches).to(tl.int64) * stride_image_b
+    y, x, channel, first, lane = _elements(index, PATCH_WIDTH, INTERLEAVED, TILES * BLOCK)
+    top, left = _corner(offsets_ptr, patch, height, width, PATCH_HEIGHT, PATCH_WIDTH)
+    valid = index < SIZE
+    if EDGE:
+        y = _clamp(top + y, height)
+        x = _clamp(left + x, width)
+        top = _clamp(top, height)
+        left = _clamp(left, width)
+        y -= top
+        x -= left
+    else:
+        valid = valid & _inside(top + y, height) & _inside(left + x, width)
+    if WIDE:
+        y, x, channel = y.to(tl.int64), x.to(tl.int64), channel.to(tl.int64)
+        first, lane = first.to(tl.int64), lane.to(tl.int64)
+    if EDGE or not DENSE:
+        row = y * stride_image_h
+        column = x * stride_image_w + channel * stride_image_c
+    else:
+        # Apart, since the second is a constant for each of a thread's loads.
+        stride = stride_image_w if INTERLEAVED == 1 else stride_image_c
+        row = y * stride_image_h + first * stride
+        column = lane * stride
+    corner = (patch // PATCHES).to(tl.int64) * stride_image_b
+    corner += top.to(tl.int64) * stride_image_h + left.to(tl.int64) * stride_image_w
     for step in tl.static_range(PLANES):
         plane = (group * PLANES + step).to(tl.int64)
-        pixels = tl.load(image_ptr + (corner + plane * stride_image_c) + position, mask=valid, other=0)
+        image_ptrs = image_ptr + (corner + plane * stride_image_c) + row + column
         if affine_ptr is None:
-            values = pixels
+            values = tl.load(image_ptrs, mask=valid, other=0)
         else:
+            pixels = tl.load(image_ptrs, mask=valid)
             center = tl.load(affine_ptr + plane + channel)
             scale = tl.load(affine_ptr + CHANNELS + plane + channel)
             values = tl.where(valid, (pixels.to(COMPUTE) - center) * scale, 0)
         out_ptrs = out_ptr + ((patch.to(tl.int64) * GROUPS + group) * PLANES + step) * SIZE + index
         tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty), mask=index < SIZE)
+
+
+@triton.jit
+def _readers(pixel, start, limit, LENGTH: tl.constexpr, EDGE: tl.constexpr):
+    """Along one axis, which of the LENGTH elements of a patch from `start` on read a pixel: the first, how many."""
+    low = pixel - start
+    if EDGE:
+        high = tl.where(pixel == limit - 1, LENGTH - 1, tl.minimum(low, LENGTH - 1))
+        low = tl.where(pixel == 0, 0, tl.maximum(low, 0))
+        return low, high - low + 1
+    else:
+        return low, ((low >= 0) & (low < LENGTH)).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_STRIDES)
@@ -124,44 +158,75 @@ def _extract_patches_bwd_kernel(
     offsets_ptr,  # (B·N, 2)
     affine_ptr,  # (2, C), as in the forward; None: pixels stayed as they were
     grad_image_ptr,  # (B, C, H, W), zero
-    n_patches,  # N
     height,
     width,
     stride_image_b,
     stride_image_c,
     stride_image_h,
     stride_image_w,
+    PATCHES: tl.constexpr,  # N
     CHANNELS: tl.constexpr,
     PATCH_HEIGHT: tl.constexpr,
     PATCH_WIDTH: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    PLANES: tl.constexpr,
     EDGE: tl.constexpr,
-    WIDE: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # One program adds the gradients of the elements that one program of the forward wrote, where it read them.
+    # One program writes the gradients of the pixels that BLOCK elements of one patch read, in one channel where
+    # channels lie apart. Of all elements that read a pixel the first one owns it: it alone adds up what the others
+    # bring and writes the sum. So nothing is atomic, sums have one order and are rounded once.
     SIZE: tl.constexpr = PATCH_HEIGHT * PATCH_WIDTH * INTERLEAVED
     TILES: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
-    GROUPS: tl.constexpr = CHANNELS // (PLANES * INTERLEAVED)
+    GROUPS: tl.constexpr = CHANNELS // INTERLEAVED
     program = tl.program_id(0)
-    group = program // TILES % GROUPS
+    group = (program // TILES % GROUPS).to(tl.int64)
     patch = program // (TILES * GROUPS)
+    image = patch // PATCHES
+    mine = patch % PATCHES
     index = program % TILES * BLOCK + tl.arange(0, BLOCK)
-    corner, position, channel, valid = _pixels(
-        offsets_ptr, patch, index, height, width, stride_image_c, stride_image_h, stride_image_w,
-        PATCH_HEIGHT, PATCH_WIDTH, INTERLEAVED, EDGE, WIDE,
-    )  # fmt: skip
-    corner += (patch // n_patches).to(tl.int64) * stride_image_b
-    for step in tl.static_range(PLANES):
-        plane = (group * PLANES + step).to(tl.int64)
-        grad_ptrs = grad_patches_ptr + ((patch.to(tl.int64) * GROUPS + group) * PLANES + step) * SIZE + index
-        grad = tl.load(grad_ptrs, mask=index < SIZE, other=0).to(COMPUTE)
-        if affine_ptr is not None:
-            grad *= tl.load(affine_ptr + CHANNELS + plane + channel)
-        grad_image_ptrs = grad_image_ptr + (corner + plane * stride_image_c) + position
-        tl.atomic_add(grad_image_ptrs, grad.to(grad_image_ptr.dtype.element_ty), mask=valid, sem="relaxed")
+    y, x, channel, _, _ = _elements(index, PATCH_WIDTH, INTERLEAVED, TILES * BLOCK)
+    top, left = _corner(offsets_ptr, patch, height, width, PATCH_HEIGHT, PATCH_WIDTH)
+    pixel_y, pixel_x = top + y, left + x
+    owned = index < SIZE
+    if EDGE:
+        pixel_y, pixel_x = _clamp(pixel_y, height), _clamp(pixel_x, width)
+        low_y, _ = _readers(pixel_y, top, height, PATCH_HEIGHT, EDGE)
+        low_x, _ = _readers(pixel_x, left, width, PATCH_WIDTH, EDGE)
+        owned = owned & (y == low_y) & (x == low_x)
+    else:
+        owned = owned & _inside(pixel_y, height) & _inside(pixel_x, width)
+
+    total = tl.zeros([BLOCK], COMPUTE)
+    for other in range(PATCHES):
+        other_top, other_left = _corner(
+            offsets_ptr, image * PATCHES + other, height, width, PATCH_HEIGHT, PATCH_WIDTH
+        )  # fmt: skip
+        # At the border, patches that lie apart can read the same pixel.
+        near = EDGE or (
+            (tl.abs(other_top - top) < PATCH_HEIGHT) & (tl.abs(other_left - left) < PATCH_WIDTH)
+        )  # fmt: skip
+        if near:
+            low_y, count_y = _readers(pixel_y, other_top, height, PATCH_HEIGHT, EDGE)
+            low_x, count_x = _readers(pixel_x, other_left, width, PATCH_WIDTH, EDGE)
+            reads = (count_y > 0) & (count_x > 0)
+            owned = owned & ((reads == 0) | (other >= mine))
+            reads = reads & owned & (other >= mine)
+            plane = ((image * PATCHES + other).to(tl.int64) * GROUPS + group) * SIZE
+            grad_ptrs = grad_patches_ptr + plane + ((low_y * PATCH_WIDTH + low_x) * INTERLEAVED + channel)
+            if EDGE:
+                for step_y in range(tl.max(tl.where(reads, count_y, 0), 0)):
+                    for step_x in range(tl.max(tl.where(reads, count_x, 0), 0)):
+                        mask = reads & (step_y < count_y) & (step_x < count_x)
+                        step = (step_y * PATCH_WIDTH + step_x) * INTERLEAVED
+                        total += tl.load(grad_ptrs + step, mask=mask, other=0).to(COMPUTE)
+            else:
+                total += tl.load(grad_ptrs, mask=reads, other=0).to(COMPUTE)
+    if affine_ptr is not None:
+        total *= tl.load(affine_ptr + CHANNELS + group + channel)
+    position = pixel_y.to(tl.int64) * stride_image_h + pixel_x.to(tl.int64) * stride_image_w
+    position += image.to(tl.int64) * stride_image_b + (group + channel) * stride_image_c
+    tl.store(grad_image_ptr + position, total.to(grad_image_ptr.dtype.element_ty), mask=owned)
 
 
 def extract_patches_triton(
@@ -174,9 +239,28 @@ def extract_patches_triton(
     stds: list[float] | None,
 ) -> None:
     """Write the patches to `out`. Arguments as `extract_patches` checks them."""
+    if out.numel() == 0:
+        return
     work = compute_dtype(image.dtype, out.dtype)
     affine = _affine(means, stds, image.dtype == torch.uint8, image.shape[1], work, out.device)
-    _launch(_extract_patches_fwd_kernel, (image, offsets.contiguous(), affine, out), image, out, padding, work)
+    interleaved = _interleaved(out)
+    block, planes, num_warps = _blocks(out, interleaved)
+    lengths = interleaved, *out.shape[3:]
+    reach = sum((length - 1) * stride for length, stride in zip(lengths, image.stride()[1:], strict=True))
+    _launch(
+        _extract_patches_fwd_kernel,
+        (image, offsets.contiguous(), affine, out),
+        image,
+        out,
+        planes,
+        block,
+        DENSE=interleaved == 1 or image.stride(3) == interleaved * image.stride(1),
+        PLANES=planes,
+        EDGE=padding == "edge",
+        WIDE=reach >= 2**31,
+        COMPUTE=_DTYPES[work],
+        num_warps=num_warps,
+    )
     if image.device != out.device and not torch.cuda.is_current_stream_capturing():
         _hold(image, out.device)
 
@@ -189,13 +273,28 @@ def scatter_patches_triton(
     padding: str,
     stds: list[float] | None,
 ) -> None:
-    """Add the patches' gradients up in `grad_image`, with atomics: in no particular order."""
-    if not grad_patches.movedim(2, -1).is_contiguous():  # neither with the channels last
+    """Add the patches' gradients up in `grad_image`, deterministically."""
+    if grad_patches.numel() == 0:
+        return
+    if not grad_patches.movedim(2, -1).is_contiguous():  # nor with the channels last
         grad_patches = grad_patches.contiguous()
     work = compute_dtype(grad_patches.dtype, grad_image.dtype)
     affine = _affine(None, stds, False, grad_image.shape[1], work, grad_image.device)
-    arguments = grad_patches, offsets.contiguous(), affine, grad_image
-    _launch(_extract_patches_bwd_kernel, arguments, grad_image, grad_patches, padding, work)
+    block, _, num_warps = _blocks(grad_patches, _interleaved(grad_patches))
+    _launch(
+        _extract_patches_bwd_kernel,
+        (grad_patches, offsets.contiguous(), affine, grad_image),
+        grad_image,
+        grad_patches,
+        1,
+        block,
+        EDGE=padding == "edge",
+        COMPUTE=_DTYPES[work],
+        num_warps=num_warps,
+    )
+
+
+_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def _launch(
@@ -203,45 +302,41 @@ def _launch(
     tensors: tuple[Tensor | None, ...],
     image: Tensor,
     patches: Tensor,
-    padding: str,
-    work: torch.dtype,
+    planes: int,
+    block: int,
+    **options: Any,
 ) -> None:
-    if patches.numel() == 0:
-        return
-    channels = image.shape[1]
-    interleaved = channels if patches.stride(2) < patches.stride(4) else 1
-    size = patches.shape[3], patches.shape[4]
-    block, planes, num_warps = _blocks(channels, interleaved, size)
-    elements = math.prod(size) * interleaved
-    grid = (patches.shape[0] * patches.shape[1] * (channels // (planes * interleaved)) * triton.cdiv(elements, block),)
-    reach = sum((n - 1) * abs(s) for n, s in zip((interleaved, *size), image.stride()[1:], strict=True))
+    batch, n, channels, height, width = patches.shape
+    interleaved = _interleaved(patches)
+    tiles = triton.cdiv(height * width * interleaved, block)
     with torch.cuda.device_of(patches):
-        kernel[grid](
+        kernel[(batch * n * (channels // (planes * interleaved)) * tiles,)](
             *tensors,
-            patches.shape[1],
-            image.shape[2],
-            image.shape[3],
+            *image.shape[2:],
             *image.stride(),
+            PATCHES=n,
             CHANNELS=channels,
-            PATCH_HEIGHT=size[0],
-            PATCH_WIDTH=size[1],
+            PATCH_HEIGHT=height,
+            PATCH_WIDTH=width,
             INTERLEAVED=interleaved,
-            PLANES=planes,
-            EDGE=padding == "edge",
-            WIDE=reach >= 2**31,
-            COMPUTE=tl.float64 if work == torch.float64 else tl.float32,
             BLOCK=block,
-            num_warps=num_warps,
+            **options,
         )
 
 
-def _blocks(channels: int, interleaved: int, size: tuple[int, int]) -> tuple[int, int, int]:
-    """Elements a program, channels that it treats one after the other, and warps, eight elements a thread."""
-    elements = math.prod(size) * interleaved
+def _interleaved(patches: Tensor) -> int:
+    """How many channels lie beside each other in memory: all or, where they lie apart, 1."""
+    return patches.shape[2] if patches.stride(2) < patches.stride(4) else 1
+
+
+def _blocks(patches: Tensor, interleaved: int) -> tuple[int, int, int]:
+    """Elements a program, channels that it treats one after the other, and warps."""
+    channels, height, width = patches.shape[2:]
+    elements = height * width * interleaved
     # The size that leaves the fewest threads idle at a patch's end, among equals the largest.
     block = min((1024, 512, 256), key=lambda block: (triton.cdiv(elements, block) * block, -block))
     planes = next(n for n in (4, 3, 2, 1) if channels // interleaved % n == 0)
-    return block, planes, block // 256
+    return block, planes, max(1, block // (512 if planes == 1 else 256))
 
 
 @functools.lru_cache(maxsize=64)
@@ -319,7 +414,7 @@ def _case(
 ) -> OfflineCase:
     workload_name, (batch, n, channels), size, image_size = workload
     interleaved = channels if channels_last else 1
-    block, planes, num_warps = _blocks(channels, interleaved, size)
+    block, planes, num_warps = _blocks(torch.empty((batch, n, channels, *size), device="meta"), interleaved)
     work = "fp64" if "fp64" in (image, patches) else "fp32"
     tensors = {"offsets_ptr": "*i64", "affine_ptr": f"*{work}"}
     if backward:
@@ -328,11 +423,21 @@ def _case(
         tensors |= {"image_ptr": f"*{image}", "out_ptr": f"*{patches}"}
     constexprs: dict[str, object] = {} if affine else {"affine_ptr": None}
     constexprs |= {"stride_image_c" if channels_last else "stride_image_w": 1}
-    constexprs |= {"CHANNELS": channels, "PATCH_HEIGHT": size[0], "PATCH_WIDTH": size[1], "INTERLEAVED": interleaved}
-    constexprs |= {"PLANES": planes, "EDGE": edge, "WIDE": False, "BLOCK": block}
+    constexprs |= {
+        "PATCHES": n,
+        "CHANNELS": channels,
+        "PATCH_HEIGHT": size[0],
+        "PATCH_WIDTH": size[1],
+        "INTERLEAVED": interleaved,
+    }
+    constexprs |= {"EDGE": edge, "BLOCK": block}
+    if backward:
+        planes = 1
+    else:
+        constexprs |= {"DENSE": True, "PLANES": planes, "WIDE": False}
     constexprs |= {"COMPUTE": tl.float64 if work == "fp64" else tl.float32}
     far = "i64" if channels * math.prod(image_size) >= 2**31 else "i32"
-    signature = tensors | {"n_patches": "i32", "height": "i32", "width": "i32", "stride_image_b": far}
+    signature = tensors | {"height": "i32", "width": "i32", "stride_image_b": far}
     signature |= {"stride_image_c": "i32", "stride_image_h": "i32", "stride_image_w": "i32"}
     itemsize = {"u8": 1, "fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
     return OfflineCase(
