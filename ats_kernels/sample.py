@@ -197,7 +197,7 @@ class _Sample(torch.autograd.Function):
             draw_cells = _sample_ref
         draw, statistics = draw_cells(logits, n, replace, method, seed)
         ctx.save_for_backward(logits, draw.indices, *statistics)
-        ctx.backend = backend
+        ctx.backend, ctx.replace = backend, replace
         ctx.mark_non_differentiable(draw.indices)
         dtype = compute_dtype(logits.dtype)
         return draw.indices, *(value.to(dtype) for value in draw[1:])
@@ -206,13 +206,18 @@ class _Sample(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, indices, *values = ctx.saved_tensors
+        statistics = Statistics(*values)
         if ctx.backend == "triton":
-            from ats_kernels.sample_triton import grad_triton as grad_logits
+            from ats_kernels.sample_triton import grad_triton
+
+            grad_logits = grad_triton(logits, indices, statistics, grads, ctx.replace)
         elif ctx.backend == "cpu":
-            from ats_kernels.sample_cpu import grad_cpu as grad_logits
+            from ats_kernels.sample_cpu import grad_cpu
+
+            grad_logits = grad_cpu(logits, indices, statistics, grads)
         else:
-            grad_logits = _grad_ref
-        return grad_logits(logits, indices, Statistics(*values), grads), None, None, None, None, None
+            grad_logits = _grad_ref(logits, indices, statistics, grads)
+        return grad_logits, None, None, None, None, None
 
 
 def sample(

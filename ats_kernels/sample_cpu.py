@@ -1,8 +1,8 @@
 """The CPU path of `sample`: one read of the logits, few and coarse operations, no compiler needed.
 
 Same algorithm, random numbers and draws as the reference in `sample`. It reads the logits in chunks that stay in cache for
-each block's largest logit, sum of exponentials and share of the entropy, in the logits' precision (float32 at least);
-only what decides the draw and the precision of log a, the blocks that may hold drawn cells and the block of the
+each block's largest logit, sum of exponentials and share of the entropy, in the logits' precision (float32 at least;
+float64 with replacement, where the order of the draws rests on the total of all sums); only what decides the draw and the precision of log a, the blocks that may hold drawn cells and the block of the
 largest logit, is computed again in float64.
 """
 
@@ -49,7 +49,7 @@ def sample_cpu(
         if seed is not None:
             block_log_e, cell_log_e = _all_numbers(seed, row, n_blocks, block)
     else:
-        block_peak, block_sum, block_slope = (value.double() for value in _block_statistics(logits, block))
+        block_peak, block_sum, block_slope = (value.double() for value in _block_statistics(logits, block, wide=replace))
         top, top_block = block_peak.max(-1, keepdim=True)  # (B, 1)
         below = block_peak - top  # (B, n_blocks) ≤ 0
         share = below.exp().mul_(block_sum)
@@ -90,10 +90,10 @@ def _chunks(rows: int, cells: int, block: int) -> Iterator[tuple[slice, slice]]:
             yield slice(first, min(first + height, rows)), slice(left, min(left + columns, cells))
 
 
-def _block_statistics(logits: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def _block_statistics(logits: Tensor, block: int, *, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Of each block (B, K/block): the largest logit m, the sum s = Σ exp(z − m) and Σ (z − m) exp(z − m) / s."""
     rows, cells = logits.shape
-    dtype = compute_dtype(logits.dtype)
+    dtype = torch.float64 if wide else compute_dtype(logits.dtype)
     # exp is 0 from here down, and 0 · floor too where 0 · −inf would be NaN.
     floor = -104.0 if dtype == torch.float32 else -746.0
     lowest = torch.finfo(dtype).min
