@@ -14,7 +14,16 @@ import os
 from torch import Tensor
 
 _CHOICES = ("reference", "triton")
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant, for torch.compile to trace
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # an import hook that refuses it
+        return False
+
+
+_HAS_TRITON = _is_installed("triton")  # a constant, for torch.compile to trace
 
 
 def backend_for(tensor: Tensor) -> str:
