@@ -111,17 +111,21 @@ def _statistics_kernel(
     row = (program // n_chunks).to(tl.int64)
     chunk = program % n_chunks
     block = chunk * BLOCKS + tl.arange(0, BLOCKS)
-    cell = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    # (slices of a block, blocks, cells): so laid out, a warp holds whole blocks, and a thread sums over the slices alone.
+    SLICE: tl.constexpr = BLOCK if BLOCK < 128 else 128
+    SLICES: tl.constexpr = BLOCK // SLICE
+    within = tl.arange(0, SLICES)[:, None, None] * SLICE + tl.arange(0, SLICE)[None, None, :]
+    cell = block[None, :, None] * BLOCK + within
     logits_row = logits_ptr + row * stride_logits_b * UNIT
     z = tl.load(logits_row + cell, mask=cell < cell_units * UNIT, other=-float("inf"))
     z = z.to(tl.float64) if WIDE else z.to(tl.float32)
-    peak = tl.max(z, 1)
+    peak = tl.max(tl.max(z, 0), 1)
     # A block of −inf alone sums to 0; NaN and +inf make the sum NaN, which poisons the row.
-    shifted = z - tl.where(peak == -float("inf"), 0.0, peak)[:, None]
-    mass = tl.exp(shifted)
-    total = tl.sum(mass, 1)
+    shifted = z - tl.where(peak == -float("inf"), 0.0, peak)[None, :, None]
+    mass = tl.exp(shifted) if WIDE else tl.exp2(shifted * 1.4426950408889634)
+    total = tl.sum(tl.sum(mass, 0), 1)
     # In float64, what lies below FLOOR is 1e-45 of the block at most.
-    slope = tl.sum(mass * tl.maximum(shifted, FLOOR), 1)
+    slope = tl.sum(tl.sum(mass * tl.maximum(shifted, FLOOR), 0), 1)
     stats_row = stats_ptr + row * n_blocks + block
     tl.store(stats_row, peak, mask=block < n_blocks)
     tl.store(stats_row + stride_stats, total, mask=block < n_blocks)
@@ -411,7 +415,7 @@ def _dense_terms(peak_ptr, log_total_ptr, entropy_ptr, grad_log_attention_row, g
 def _dense_grad(z, peak, log_total, common, slope):
     # z − peak is exact where it matters; z − logsumexp would lose what a large logsumexp has no digits for.
     log_attention = (z - peak) - log_total
-    return tl.exp(log_attention) * (common - slope * tl.maximum(log_attention, FLOOR))
+    return tl.exp2(log_attention * 1.4426950408889634) * (common - slope * tl.maximum(log_attention, FLOOR))
 
 
 @triton.jit
@@ -638,3 +642,92 @@ def grad_triton(
             *tensors, cells, tiles, logits.stride(0), *strides, n, _padded(n), _BARRIER_DRAWS, replace, num_warps=4
         )
     return grad_logits
+
+
+def offline_cases() -> "list[OfflineCase]":
+    """What is launched at the sizes that matter: 128 maps of 180×180 and one of 2^24 cells."""
+    from ats_kernels._offline import OfflineCase
+
+    sizes = {"cells", "n_blocks", "n_chunks", "n_tiles", "n_candidates", "rows", "n", "cell_units"}
+    types = {"indices_ptr": "*i64", "seed_ptr": "*i64", "chosen_ptr": "*i64", "order_ptr": "*i64", "distinct_ptr": "*i64"}
+    types |= {"keys_ptr": "*fp64", "tops_ptr": "*fp64", "distinct_log_attention_ptr": "*fp64"}
+
+    def case(
+        name: str,
+        kernel: triton.JITFunction,
+        constexprs: dict[str, object],
+        num_warps: int,
+        elements: int,
+        bytes_per_element: float,
+        budget: float,
+        dtype: str = "fp32",
+        wide: bool = False,
+        needs: tuple[str, ...] = (),
+    ) -> OfflineCase:
+        here = dict(types)
+        here |= {"logits_ptr": f"*{dtype}", "grad_logits_ptr": f"*{dtype}"}
+        if wide:
+            here |= {"stats_ptr": "*fp64", "chunk_stats_ptr": "*fp64"}
+        if constexprs.get("TOPK"):
+            here["keys_ptr"] = "*i64"
+        signature = {
+            arg: here.get(arg, "i32" if arg in sizes or arg.startswith("stride") else "*fp32")
+            for arg in kernel.arg_names
+            if arg not in constexprs
+        }
+        # Strides in units of 16 elements are any number; pointers come from torch, aligned.
+        aligned = tuple(arg for arg in signature if arg.endswith("_ptr"))
+        return OfflineCase(
+            name, kernel, signature, constexprs, aligned, num_warps, elements, bytes_per_element, budget, needs
+        )
+
+    cases = []
+    for dtype, size in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
+        load = (r"ld\.global\S*\.v4",)
+        for block, chunks in ((64, False), (512, True)):
+            tile = 8192 if chunks else 4096
+            cases.append(case(
+                f"statistics {dtype} blocks of {block}", _statistics_kernel,
+                {"BLOCK": block, "BLOCKS": tile // block, "UNIT": 16, "WIDE": False, "CHUNKS": chunks},
+                _warps(tile, 1024), tile, size, 20 if block == 64 else 18, dtype, needs=load,
+            ))  # fmt: skip
+        cases.append(case(
+            f"bwd {dtype}", _bwd_kernel,
+            {"N": 10, "DRAWS": 16, "TILE": 4096, "UNIT": 16, "REPLACE": False, "BARRIER": True},
+            8, 4096, 2 * size, 22, dtype, needs=(*load, r"st\.global\S*\.v4"),
+        ))  # fmt: skip
+    cases.append(case(
+        "statistics fp32, float64 sums", _statistics_kernel,
+        {"BLOCK": 64, "BLOCKS": 64, "UNIT": 16, "WIDE": True, "CHUNKS": False}, 4, 4096, 4, 80, wide=True,
+    ))  # fmt: skip
+    for topk in (False, True):
+        way = "topk" if topk else "sample"
+        cases += [
+            case(
+                f"draw {way}, 507 blocks", _draw_kernel,
+                {"BLOCK": 64, "BLOCKS": 512, "CANDIDATES": 14, "SLOTS": 16, "N": 10, "DRAWS": 16, "NEEDED": 10, "TOPK": topk},
+                4, 512 * 64, 12 / 64, 45,
+            ),
+            case(
+                f"block times {way}", _block_times_kernel,
+                {"CHUNKS": 2048, "TILE": 1024, "TOPK": topk} | ({"seed_ptr": None} if topk else {}),
+                8, 1024 * 512, 20 / 512, 2,
+            ),
+            case(
+                f"cell times {way}", _cell_times_kernel,
+                {"BLOCK": 512, "TOPK": topk} | ({"seed_ptr": None} if topk else {}), 4, 512, 12, 1000,
+            ),
+        ]  # fmt: skip
+    cases += [
+        case(
+            "finish", _finish_kernel,
+            {"BLOCK": 512, "SPAN": 8192, "TILE": 1024, "CHUNKS": 2048, "N": 256, "DRAWS": 256, "NEEDED": 256},
+            8, 2048 * 8192, 12 / 8192, 2,
+        ),
+        case("repeats", _repeats_kernel, {"DISTINCT": 10, "PADDED": 16}, 4, 10, 40, 4500),
+        case(
+            "bwd of 256 drawn", _bwd_drawn_kernel,
+            {"N": 256, "DRAWS": 256, "TILE": 64, "REPLACE": True}, 4, 64, 24, 2000,
+        ),
+    ]  # fmt: skip
+    return cases
