@@ -66,7 +66,7 @@ def _expectation_fwd_kernel(
         draw = start + tl.arange(0, BLOCK_N)
         valid = draw < n_draws
         if REPLACE:
-            weight = tl.where(valid, 1.0 / n_draws.to(tl.float64), 0.0)
+            weight = tl.where(valid, tl.full((), 1.0, tl.float64) / n_draws, 0.0)
         else:
             log_a = tl.load(log_attention_ptr + draw * stride_log_attention_n, mask=valid, other=-float("inf"))
             attention = tl.exp(log_a.to(tl.float64))
@@ -122,7 +122,7 @@ def _expectation_bwd_kernel(
         if grad_features_ptr is not None:
             grad_features = weight[:, None] * grad_out[None, :]
             grad_features_ptrs = (
-                grad_features_ptr + (row * n_draws + draw[:, None]) * n_features.to(tl.int64) + feature[None, :]
+                grad_features_ptr + (row * n_draws + draw[:, None]) * n_features + feature[None, :]
             )
             tl.store(grad_features_ptrs, grad_features.to(grad_features_ptr.dtype.element_ty), mask=valid)
         if grad_log_attention_ptr is not None:

@@ -66,8 +66,9 @@ class _Windows:
         batch, channels, height, width = image.shape
         stride_b, stride_c, stride_h, stride_w = image.stride()
         rows = torch.arange(size[0]) * stride_h
-        run, run_stride = (size[1],), (stride_w,)
         most = (batch - 1) * stride_b + (height - 1) * stride_h + (width - size[1]) * stride_w
+        run: tuple[int, ...] = (size[1],)
+        run_stride: tuple[int, ...] = (stride_w,)
         if channels_last:
             run, run_stride = (size[1], channels), (stride_w, stride_c)
         else:

@@ -59,6 +59,13 @@ def _corner(offsets_ptr, patch, height, width, PATCH_HEIGHT: tl.constexpr, PATCH
 
 
 @triton.jit
+def _cast(values, DTYPE: tl.constexpr):
+    if DTYPE.is_bf16():  # there is no step from float64
+        values = values.to(tl.float32)
+    return values.to(DTYPE)
+
+
+@triton.jit
 def _clamp(pixel, limit):
     return tl.minimum(tl.maximum(pixel, 0), limit - 1)
 
@@ -137,7 +144,7 @@ def _extract_patches_fwd_kernel(
             scale = tl.load(affine_ptr + CHANNELS + plane + channel)
             values = tl.where(valid, (pixels.to(COMPUTE) - center) * scale, 0)
         out_ptrs = out_ptr + ((patch.to(tl.int64) * GROUPS + group) * PLANES + step) * SIZE + index
-        tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty), mask=index < SIZE)
+        tl.store(out_ptrs, _cast(values, out_ptr.dtype.element_ty), mask=index < SIZE)
 
 
 @triton.jit
@@ -226,7 +233,7 @@ def _extract_patches_bwd_kernel(
         total *= tl.load(affine_ptr + CHANNELS + group + channel)
     position = pixel_y.to(tl.int64) * stride_image_h + pixel_x.to(tl.int64) * stride_image_w
     position += image.to(tl.int64) * stride_image_b + (group + channel) * stride_image_c
-    tl.store(grad_image_ptr + position, total.to(grad_image_ptr.dtype.element_ty), mask=owned)
+    tl.store(grad_image_ptr + position, _cast(total, grad_image_ptr.dtype.element_ty), mask=owned)
 
 
 def extract_patches_triton(
@@ -280,7 +287,7 @@ def scatter_patches_triton(
         grad_patches = grad_patches.contiguous()
     work = compute_dtype(grad_patches.dtype, grad_image.dtype)
     affine = _affine(None, stds, False, grad_image.shape[1], work, grad_image.device)
-    block, _, num_warps = _blocks(grad_patches, _interleaved(grad_patches))
+    block = min(512, _blocks(grad_patches, _interleaved(grad_patches))[0])  # more would need too many registers
     _launch(
         _extract_patches_bwd_kernel,
         (grad_patches, offsets.contiguous(), affine, grad_image),
@@ -290,7 +297,7 @@ def scatter_patches_triton(
         block,
         EDGE=padding == "edge",
         COMPUTE=_DTYPES[work],
-        num_warps=num_warps,
+        num_warps=block // 128,
     )
 
 
@@ -339,11 +346,6 @@ def _blocks(patches: Tensor, interleaved: int) -> tuple[int, int, int]:
     return block, planes, max(1, block // (512 if planes == 1 else 256))
 
 
-@functools.lru_cache(maxsize=64)
-def _cached_affine(values: tuple[float, ...], channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).to(dtype).view(2, channels).to(device)
-
-
 def _affine(
     means: list[float] | None,
     stds: list[float] | None,
@@ -361,7 +363,17 @@ def _affine(
     unit = 255.0 if is_byte else 1.0
     center = [unit * mean for mean in means or [0.0] * channels]
     scale = [1 / (unit * std) for std in stds or [1.0] * channels]
-    return _cached_affine((*center, *scale), channels, dtype, device)
+    return _constant((*center, *scale), dtype, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).to(dtype).view(2, -1).to(device)
+
+
+@torch.compiler.assume_constant_result
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _cached(values, dtype, device)
 
 
 def _hold(image: Tensor, device: torch.device) -> None:
@@ -380,22 +392,23 @@ def offline_cases() -> list[OfflineCase]:
     mnist = "MNIST", (128, 10, 1), (50, 50), (1500, 1500)
     signs = "signs", (32, 5, 3), (100, 100), (960, 1280)
     giga = "gigapixel", (1, 256, 3), (256, 256), (40000, 40000)
-    wide_store, half_store = (r"st\.global\S*\.v4\.b32",), (r"st\.global\S*\.v4\.b32",)
+    wide = (r"st\.global\S*\.v4\.b32",)
     return [
-        _case("fwd uint8 -> fp32", mnist, "u8", "fp32", needs=wide_store, budget=22),
-        _case("fwd uint8 -> fp32", giga, "u8", "fp32", needs=wide_store, budget=22),
-        _case("fwd uint8 -> bf16", giga, "u8", "bf16", needs=half_store, budget=22),
-        _case("fwd uint8 -> fp32 channels-last", giga, "u8", "fp32", needs=wide_store, budget=40, channels_last=True),
-        _case("fwd uint8 -> bf16 channels-last", giga, "u8", "bf16", needs=half_store, budget=40, channels_last=True),
-        _case("fwd uint8 -> fp16 edge", signs, "u8", "fp16", needs=half_store, budget=26, edge=True),
-        _case("fwd fp32", signs, "fp32", "fp32", needs=wide_store, budget=22, affine=False),
-        _case("fwd fp16", signs, "fp16", "fp16", needs=half_store, budget=22, affine=False),
-        _case("fwd bf16 -> fp32", signs, "bf16", "fp32", needs=wide_store, budget=22),
-        _case("fwd fp64", signs, "fp64", "fp64", needs=(), budget=22),
-        _case("bwd fp32", signs, "fp32", "fp32", needs=(), budget=22, backward=True),
-        _case("bwd fp32 edge", signs, "fp32", "fp32", needs=(), budget=26, backward=True, edge=True),
-        _case("bwd bf16", signs, "bf16", "bf16", needs=(), budget=30, backward=True),
-        _case("bwd fp16", signs, "fp16", "fp16", needs=(), budget=30, backward=True),
+        _case("fwd uint8 -> fp32", mnist, "u8", "fp32", needs=wide, budget=22),
+        _case("fwd uint8 -> fp32", giga, "u8", "fp32", needs=wide, budget=22),
+        _case("fwd uint8 -> bf16", giga, "u8", "bf16", needs=wide, budget=22),
+        _case("fwd uint8 -> fp32 channels-last", giga, "u8", "fp32", needs=wide, budget=30, channels_last=True),
+        _case("fwd uint8 -> bf16 channels-last", giga, "u8", "bf16", needs=wide, budget=30, channels_last=True),
+        _case("fwd uint8 -> fp16 edge", signs, "u8", "fp16", needs=wide, budget=22, edge=True),
+        _case("fwd fp32", signs, "fp32", "fp32", needs=wide, budget=12, affine=False),
+        _case("fwd fp16", signs, "fp16", "fp16", needs=wide, budget=12, affine=False),
+        _case("fwd bf16 -> fp32", signs, "bf16", "fp32", needs=wide, budget=22),
+        _case("fwd fp64", signs, "fp64", "fp64", needs=(r"st\.global\S*\.v2\.b64",), budget=22),
+        # The loop over the patches of an image counts as one patch.
+        _case("bwd fp32", signs, "fp32", "fp32", budget=110, backward=True),
+        _case("bwd fp32 edge", signs, "fp32", "fp32", budget=200, backward=True, edge=True),
+        _case("bwd fp32 channels-last", signs, "fp32", "fp32", budget=110, backward=True, channels_last=True),
+        _case("bwd bf16", signs, "bf16", "bf16", budget=110, backward=True),
     ]
 
 
@@ -405,8 +418,8 @@ def _case(
     image: str,
     patches: str,
     *,
-    needs: tuple[str, ...],
     budget: float,
+    needs: tuple[str, ...] = (),
     channels_last: bool = False,
     edge: bool = False,
     affine: bool = True,
@@ -430,11 +443,12 @@ def _case(
         "PATCH_WIDTH": size[1],
         "INTERLEAVED": interleaved,
     }
-    constexprs |= {"EDGE": edge, "BLOCK": block}
     if backward:
-        planes = 1
+        block, planes = min(512, block), 1
+        num_warps = block // 128
     else:
         constexprs |= {"DENSE": True, "PLANES": planes, "WIDE": False}
+    constexprs |= {"EDGE": edge, "BLOCK": block}
     constexprs |= {"COMPUTE": tl.float64 if work == "fp64" else tl.float32}
     far = "i64" if channels * math.prod(image_size) >= 2**31 else "i32"
     signature = tensors | {"height": "i32", "width": "i32", "stride_image_b": far}
