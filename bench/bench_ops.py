@@ -48,10 +48,10 @@ def bench_sampling(report: Report, batch: int, cells: int, n: int, gpu_floors: f
         },
         copies=COPIES,
     )
-    ours = group.timings["ats_kernels.sample"].median
+    ours = group.time("ats_kernels.sample")
     eager = group.ratio("torch.multinomial(logits.softmax(-1))", "ats_kernels.sample")
     if gpu_floors:
-        group.at_most(gpu_floors, ours / (batch * cells * 4 / BYTES_PER_MS), "of one read of the logits at 3.0 TB/s")
+        group.at_most(gpu_floors, ours * (BYTES_PER_MS / (4 * batch * cells)), "of one read of the logits at 3.0 TB/s")
         group.at_least(6, eager, "faster than torch.multinomial")
         scratch, _ = scratch_bytes(lambda i: ats_kernels.sample(logits[i % COPIES], n), report.device)
         group.at_most(5, 100 * scratch / (batch * cells * 4), "scratch, of the logits", "%")
@@ -141,9 +141,7 @@ def bench_gather_on_a_gpu(
         copies=COPIES,
     )
     floor = batch * n * channels * patch**2 * (1 + dtype.itemsize) / BYTES_PER_MS
-    group.at_most(
-        floors, group.timings["ats_kernels.extract_patches"].median / floor, "of moving the patches at 3.0 TB/s"
-    )
+    group.at_most(floors, group.time("ats_kernels.extract_patches") * (1 / floor), "of moving the patches at 3.0 TB/s")
 
 
 def bench_gather_from_host_memory(report: Report) -> None:
@@ -197,7 +195,7 @@ def bench_view(report: Report, batch: int, channels: int, side: int, size: int) 
         floor = images[0].numel() / BYTES_PER_MS
         group.at_most(
             1.5 if side > 1500 else 2.0,
-            group.timings["ats_kernels.area_downsample"].median / floor,
+            group.time("ats_kernels.area_downsample") * (1 / floor),
             "of one read at 3.0 TB/s",
         )
         group.at_least(6, faster, "faster than F.interpolate")
@@ -286,7 +284,7 @@ def bench_whole(report: Report, experiment: str, batch: int) -> None:
         seconds=2.0,
     )
     if report.device.type == "cpu":
-        group.at_most(1 if batch == 16 else 3, group.timings["ats"].median / batch, "a sample", "ms")
+        group.at_most(1 if batch == 16 else 3, group.time("ats") * (1 / batch), "a sample", "ms")
 
 
 def memory_target(group: Group, report: Report, method: Method) -> None:

@@ -87,6 +87,6 @@ def bench_training_step(report: Report) -> None:
             group.timings[f"{name}: {part}"] = timing([seconds[part] for seconds in parts])
     report.groups.append(group)
     if device.type == "cpu":
-        share = 100 * group.ratio("channels-last: everything else", "channels-last")
+        share = group.ratio("channels-last: everything else", "channels-last") * 100
         group.at_most(3, share, "of the step is outside the two networks", "%")
         group.at_least(1.6, group.ratio("contiguous", "channels-last"), "faster channels-last than contiguous")

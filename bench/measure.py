@@ -76,10 +76,12 @@ def synchronise(device: torch.device) -> None:
 def graphed(method: Method, copies: int) -> Method:
     """`method` as CUDA graphs, one for each of its `copies` inputs: what it costs without the host's part."""
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # kernels are compiled and workspaces allocated before the capture
         for index in range(copies):
             method(index)
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # a capture has a pool of its own and cannot take what is cached
     graphs = []
     for index in range(copies):
         graph = torch.cuda.CUDAGraph()

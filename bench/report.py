@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,17 @@ ALLOCATOR = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"  # glibc's; docs/
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A figure made of medians, and the same made of the quickest rounds, which a busy machine disturbs less."""
+
+    median: float
+    best: float
+
+    def __mul__(self, factor: float) -> "Measured":
+        return Measured(self.median * factor, self.best * factor)
+
+
+@dataclass(frozen=True)
 class Target:
     """One claim: `measured` must be at least, or at most, `limit`."""
 
@@ -26,6 +38,7 @@ class Target:
     at_least: bool
     limit: float
     measured: float
+    best: float | None  # by the quickest rounds, of times
     unit: str  # "×", "ms" or "%"
 
     @property
@@ -43,17 +56,28 @@ class Group:
     targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def ratio(self, slow: str, fast: str) -> float:
-        """How many times the median of `fast` is in that of `slow`."""
-        return self.timings[slow].median / self.timings[fast].median
+    def time(self, name: str) -> Measured:
+        """Milliseconds a call."""
+        return Measured(self.timings[name].median, self.timings[name].best)
 
-    def at_least(self, limit: float, measured: float, what: str, unit: str = "×") -> None:
+    def ratio(self, slow: str, fast: str) -> Measured:
+        """How many times the time of `fast` is in that of `slow`."""
+        slower, faster = self.time(slow), self.time(fast)
+        return Measured(slower.median / faster.median, slower.best / faster.best)
+
+    def at_least(self, limit: float, measured: Measured | float, what: str, unit: str = "×") -> None:
         """Add the target that `measured` is `limit` or more."""
-        self.targets.append(Target(what, True, limit, measured, unit))
+        self._add(True, limit, measured, what, unit)
 
-    def at_most(self, limit: float, measured: float, what: str, unit: str = "×") -> None:
+    def at_most(self, limit: float, measured: Measured | float, what: str, unit: str = "×") -> None:
         """Add the target that `measured` is `limit` or less."""
-        self.targets.append(Target(what, False, limit, measured, unit))
+        self._add(False, limit, measured, what, unit)
+
+    def _add(self, at_least: bool, limit: float, measured: Measured | float, what: str, unit: str) -> None:
+        if isinstance(measured, Measured):
+            self.targets.append(Target(what, at_least, limit, measured.median, measured.best, unit))
+        else:
+            self.targets.append(Target(what, at_least, limit, measured, None, unit))
 
     def markdown(self) -> str:
         """A heading, the times, the targets."""
@@ -71,10 +95,11 @@ class Group:
                     f"{'≥' if target.at_least else '≤'} {target.limit:g} {target.unit}",
                     f"{target.measured:.3g} {target.unit}",
                     "yes" if target.met else "**no**",
+                    "" if target.best is None else f"{target.best:.3g} {target.unit}",
                 )
                 for target in self.targets
             ]
-            lines += [*_table(("target", "wanted", "measured", "met"), targets), ""]
+            lines += [*_table(("target", "wanted", "measured", "met", "by the best rounds"), targets), ""]
         return "\n".join(lines + [line for note in self.notes for line in (note, "")])
 
 
@@ -84,6 +109,13 @@ class Report:
 
     device: torch.device
     groups: list[Group] = field(default_factory=list)
+    load: float = field(default_factory=lambda: os.getloadavg()[0])  # before the first measurement
+
+    def facts(self) -> dict[str, str]:
+        """What the times depend on."""
+        cores = os.cpu_count() or 1
+        busy = "; busy: the medians say little" if self.load > 0.5 * cores else ""
+        return {**machine(self.device), "load before": f"{self.load:.1f} on {cores} cores{busy}"}
 
     def compare(self, name: str, methods: dict[str, Method], *, copies: int = 1, seconds: float = 3.0) -> Group:
         """Time `methods` against each other: from CUDA graphs on a GPU (of one for each of `copies` inputs)."""
@@ -108,14 +140,14 @@ class Report:
             asdict(group) | {"targets": [asdict(target) | {"met": target.met} for target in group.targets]}
             for group in self.groups
         ]
-        return {"machine": machine(self.device), "groups": groups}
+        return {"machine": self.facts(), "groups": groups}
 
     def markdown(self) -> str:
         """For people."""
         targets = [target for group in self.groups for target in group.targets]
         met = sum(target.met for target in targets)
         lines = [f"# {machine_name(self.device)}", ""]
-        lines += _table(("", ""), list(machine(self.device).items()))
+        lines += _table(("", ""), list(self.facts().items()))
         lines += ["", f"{met} of {len(targets)} targets met.", ""]
         return "\n".join(lines + [group.markdown() for group in self.groups])
 
@@ -180,6 +212,6 @@ def _text(path: str) -> str:
         return ""
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     lines = [header, tuple("---" for _ in header), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]

@@ -41,16 +41,18 @@ def test_scratch_is_what_a_call_takes_beyond_what_it_returns(device: str) -> Non
 
 
 def test_a_report_says_which_targets_are_met(tmp_path: Path) -> None:
-    group = Group("Sampling", {"ours": measure.timing([1e-3] * 3), "theirs": measure.timing([8e-3] * 3)})
+    group = Group("Sampling", {"ours": measure.timing([1e-3] * 3), "theirs": measure.timing([5e-3, 8e-3, 8e-3])})
     group.at_least(6, group.ratio("theirs", "ours"), "faster than theirs")
-    group.at_most(0.5, group.timings["ours"].median, "a call", "ms")
+    group.at_most(0.5, group.time("ours"), "a call", "ms")
+    group.at_most(5, 3.0, "scratch", "%")
     Report(CPU, [group]).write(tmp_path / "results" / "machine")
     text = (tmp_path / "results" / "machine.md").read_text()
-    assert "1 of 2 targets met" in text
-    assert "| faster than theirs | ≥ 6 × | 8 × | yes |" in text
-    assert "| a call | ≤ 0.5 ms | 1 ms | **no** |" in text
+    assert "2 of 3 targets met" in text
+    assert "| faster than theirs | ≥ 6 × | 8 × | yes | 5 × |" in text
+    assert "| a call | ≤ 0.5 ms | 1 ms | **no** | 1 ms |" in text
+    assert "| scratch | ≤ 5 % | 3 % | yes |  |" in text
     record = json.loads((tmp_path / "results" / "machine.json").read_text())
-    assert [target["met"] for target in record["groups"][0]["targets"]] == [True, False]
+    assert [target["met"] for target in record["groups"][0]["targets"]] == [True, False, True]
     assert record["machine"]["torch"] == torch.__version__
 
 
