@@ -76,9 +76,7 @@ def sample_ref(
     return _sample_ref(logits.detach(), n, replace, method, draw_seed(logits, method, generator))[0]
 
 
-def _sample_ref(
-    logits: Tensor, n: int, replace: bool, method: str, seed: Tensor | None
-) -> tuple[Draw, Statistics]:
+def _sample_ref(logits: Tensor, n: int, replace: bool, method: str, seed: Tensor | None) -> tuple[Draw, Statistics]:
     z = logits.double()  # (B, K)
     top, peak = z.max(-1, keepdim=True)  # (B, 1)
     shifted = z - top  # (B, K), NaN where a row has only −inf
@@ -156,7 +154,7 @@ def _repeats(attention: Tensor, n: int, seed: Tensor) -> Tensor:
 
     The cells that came so far come again with probability a each; what is left of 1 brings the next new cell.
     """
-    rows, cells = attention.shape
+    rows = attention.shape[0]
     number = torch.arange(n, device=seed.device)
     row = torch.arange(rows, device=seed.device).unsqueeze(-1)
     target = _philox.uniform(_philox.random_bits(seed, number, row, _philox.REPEATS))  # (B, n)

@@ -1,9 +1,10 @@
 """The CPU path of `sample`: one read of the logits, few and coarse operations, no compiler needed.
 
-Same algorithm, random numbers and draws as the reference in `sample`. It reads the logits in chunks that stay in cache for
-each block's largest logit, sum of exponentials and share of the entropy, in the logits' precision (float32 at least;
-float64 with replacement, where the order of the draws rests on the total of all sums); only what decides the draw and the precision of log a, the blocks that may hold drawn cells and the block of the
-largest logit, is computed again in float64.
+Same algorithm, random numbers and draws as the reference in `sample`. It reads the logits in chunks that stay in cache
+for each block's largest logit, sum of exponentials and share of the entropy, in the logits' precision (float32 at
+least; float64 with replacement, where the order of the draws rests on the total of all sums). Only what decides the
+draw and the precision of log a is computed again in float64: the blocks that may hold drawn cells, and the block of
+the largest logit.
 """
 
 from collections.abc import Iterator
@@ -27,9 +28,7 @@ _SMALL = 2**12
 SPARE_BLOCKS = 4
 
 
-def sample_cpu(
-    logits: Tensor, n: int, replace: bool, method: str, seed: Tensor | None
-) -> tuple[Draw, Statistics]:
+def sample_cpu(logits: Tensor, n: int, replace: bool, method: str, seed: Tensor | None) -> tuple[Draw, Statistics]:
     """Draw from logits (B, K) on the CPU; like `_sample_ref`."""
     rows, cells = logits.shape
     block = block_size(cells)
@@ -49,7 +48,9 @@ def sample_cpu(
         if seed is not None:
             block_log_e, cell_log_e = _all_numbers(seed, row, n_blocks, block)
     else:
-        block_peak, block_sum, block_slope = (value.double() for value in _block_statistics(logits, block, wide=replace))
+        block_peak, block_sum, block_slope = (
+            value.double() for value in _block_statistics(logits, block, wide=replace)
+        )
         top, top_block = block_peak.max(-1, keepdim=True)  # (B, 1)
         below = block_peak - top  # (B, n_blocks) ≤ 0
         share = below.exp().mul_(block_sum)
@@ -83,7 +84,7 @@ def sample_cpu(
 
 def _chunks(rows: int, cells: int, block: int) -> Iterator[tuple[slice, slice]]:
     """Slices of rows and of whole blocks of columns with about _CHUNK logits each."""
-    columns = min(-(-cells // block) * block, max(_CHUNK, block))
+    columns = min(-(-cells // block), max(1, _CHUNK // block)) * block
     height = max(1, _CHUNK // columns)
     for first in range(0, rows, height):
         for left in range(0, cells, columns):
@@ -123,9 +124,9 @@ def _candidates(
             return torch.arange(n_blocks).expand(below.shape), None
         chosen = block_peak.sort(stable=True, dim=-1, descending=True).indices[:, :distinct]
         return chosen.sort(-1).values, None  # ascending, so that ties go to the cell of the lowest index
-    log_e = _philox.log_exponential(
-        _philox.paired_bits(seed, torch.arange((n_blocks + 1) // 2), row, _philox.BLOCKS)
-    )[:, :n_blocks]
+    log_e = _philox.log_exponential(_philox.paired_bits(seed, torch.arange((n_blocks + 1) // 2), row, _philox.BLOCKS))[
+        :, :n_blocks
+    ]
     if distinct + SPARE_BLOCKS >= n_blocks:
         return torch.arange(n_blocks).expand(below.shape), log_e
     times = log_e - below - block_sum.log()
@@ -153,9 +154,7 @@ def _all_numbers(seed: Tensor, row: Tensor, n_blocks: int, block: int) -> tuple[
     return numbers[:, :n_blocks], numbers[:, 2 * block_pairs :].unflatten(-1, (n_blocks, block))
 
 
-def grad_cpu(
-    logits: Tensor, indices: Tensor, statistics: Statistics, grads: tuple[Tensor, ...]
-) -> Tensor:
+def grad_cpu(logits: Tensor, indices: Tensor, statistics: Statistics, grads: tuple[Tensor, ...]) -> Tensor:
     """The gradient (B, K) of the logits in one read and one write, chunk by chunk in cache."""
     dtype = compute_dtype(logits.dtype)
     floor = -104.0 if dtype == torch.float32 else -746.0
@@ -165,7 +164,7 @@ def grad_cpu(
     dense = (dense - grad_entropy.unsqueeze(-1) * entropy).to(dtype)  # (B, 1)
     peak, log_total, slope = peak.to(dtype), log_total.to(dtype), grad_entropy.unsqueeze(-1).to(dtype)
     grad = torch.empty(logits.shape, dtype=logits.dtype)
-    for r, c in _chunks(*logits.shape, 1):
+    for r, c in _chunks(logits.shape[0], logits.shape[1], 1):
         # z − peak is exact where it matters; z − logsumexp would lose what a large logsumexp has no digits for.
         log_attention = (logits[r, c].to(dtype) - peak[r]).sub_(log_total[r]).clamp_(min=floor)
         attention = log_attention.exp()

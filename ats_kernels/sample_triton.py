@@ -1,16 +1,18 @@
 """Triton kernels of `sample`: the algorithm, random numbers and draws of the reference there.
 
-Pass 1 (`_statistics_kernel`) reads the logits once. Then, for maps of up to 2,048 blocks and up to 28 draws, one program a
-row does all the rest (`_draw_kernel`): two launches. Larger problems rank with torch.topk, on block times and on the times
-of the cells in the candidate blocks: `_block_times_kernel`, topk, `_cell_times_kernel`, topk, `_finish_kernel`.
+Pass 1 (`_statistics_kernel`) reads the logits once. Then, for maps of up to 2,048 blocks and up to 28 draws, one
+program a row does all the rest (`_draw_kernel`): two launches. Larger problems rank with torch.topk, on block times and
+on the times of the cells in the candidate blocks: `_block_times_kernel`, topk, `_cell_times_kernel`, topk,
+`_finish_kernel`. Drawing with replacement adds `_repeats_kernel`.
 
-Precision: sums over a block are float32 (float64 with replacement, where the order of the draws rests on the total), each
-block's largest logit the unit. Totals, ring times and log a are float64, and so is the sum over the block (on large maps
-the program's blocks) of the largest logit less its own 1, so log a and 1 − a keep a relative precision of about 1e-6
-however near 1 a is. No host synchronisation, no atomics.
+Precision: sums over a block are float32 (float64 with replacement, where the order of the draws rests on the total),
+taken relative to the block's largest logit. Totals, ring times and log a are float64, and so is the sum over the block
+(on large maps the program's blocks) of the row's largest logit less its own 1: log a and 1 − a keep a relative
+precision of about 1e-6 however near 1 a is. No host synchronisation, no atomics; deterministic.
 """
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -104,14 +106,14 @@ def _statistics_kernel(
     WIDE: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    # One program: of BLOCKS blocks of one row, each block's largest logit m, Σ exp(z − m) and Σ (z − m) exp(z − m); with
-    # CHUNKS the same of all of them together. Sizes and strides come in units of UNIT logits, so that vector loads
-    # are provably aligned.
+    # One program: of BLOCKS blocks of one row, each block's largest logit m, Σ exp(z − m) and Σ (z − m) exp(z − m);
+    # with CHUNKS the same of all of them together. Sizes and strides come in units of UNIT logits, so that vector
+    # loads are provably aligned.
     program = tl.program_id(0)
     row = (program // n_chunks).to(tl.int64)
     chunk = program % n_chunks
     block = chunk * BLOCKS + tl.arange(0, BLOCKS)
-    # (slices of a block, blocks, cells): so laid out, a warp holds whole blocks, and a thread sums over the slices alone.
+    # (slices of a block, blocks, cells): so laid out, a warp holds whole blocks and a thread sums over slices alone.
     SLICE: tl.constexpr = BLOCK if BLOCK < 128 else 128
     SLICES: tl.constexpr = BLOCK // SLICE
     within = tl.arange(0, SLICES)[:, None, None] * SLICE + tl.arange(0, SLICE)[None, None, :]
@@ -170,7 +172,7 @@ def _row_totals(logits_row, peak, total, slope, entry, top, cells, SPAN: tl.cons
         z = tl.load(logits_row + cell, mask=cell < cells, other=-float("inf")).to(tl.float64)
         rest += tl.sum(tl.where(z == top, 0.0, tl.exp(z - top)), 0)
         ties += tl.sum((z == top).to(tl.int32), 0)
-    rest += (ties - 1).to(tl.float64)
+    rest += ties - 1
     log_total = _log1p(rest)
     return log_total, log_total - spread / (1.0 + rest)
 
@@ -228,8 +230,8 @@ def _draw_kernel(
     NEEDED: tl.constexpr,
     TOPK: tl.constexpr,
 ):
-    # One program: the draw of one row of a small map. BLOCKS, SLOTS and DRAWS are the powers of two that hold its blocks,
-    # the CANDIDATES among them and the N draws.
+    # One program: the draw of one row of a small map. BLOCKS, SLOTS and DRAWS are the powers of two that hold its
+    # blocks, the CANDIDATES among them and the N draws.
     row = tl.program_id(0)
     logits_row = logits_ptr + row.to(tl.int64) * stride_logits_b
     block = tl.arange(0, BLOCKS)
@@ -283,7 +285,8 @@ def _block_times_kernel(
     TILE: tl.constexpr,
     TOPK: tl.constexpr,
 ):
-    # One program: the log ring times of TILE blocks of one row (with TOPK, keys that order them), and the row's largest logit.
+    # One program: the log ring times of TILE blocks of one row (with TOPK, keys that order them), and the row's
+    # largest logit.
     program = tl.program_id(0)
     row = program // n_tiles
     chunk = tl.arange(0, CHUNKS)
@@ -364,8 +367,8 @@ def _finish_kernel(
     place = tl.load(order_ptr + row * N + draw, mask=draw < N, other=0).to(tl.int32)
     block = tl.load(chosen_ptr + row * n_candidates + place // BLOCK).to(tl.int32)
     _store_draw(
-        logits_row, indices_ptr, log_attention_ptr, row_stats_ptr, block * BLOCK + place % BLOCK, top, log_total, entropy,
-        cells, row, rows, DRAWS, N, NEEDED,
+        logits_row, indices_ptr, log_attention_ptr, row_stats_ptr, block * BLOCK + place % BLOCK, top, log_total,
+        entropy, cells, row, rows, DRAWS, N, NEEDED,
     )  # fmt: skip
 
 
@@ -380,7 +383,8 @@ def _repeats_kernel(
     DISTINCT: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    # One program: turns one row's DISTINCT cells in the order they first come into n draws with replacement; see _repeats.
+    # One program: turns one row's DISTINCT cells in the order they first come into n draws with replacement; see
+    # _repeats in sample.py.
     row = tl.program_id(0)
     cell = tl.arange(0, PADDED)
     distinct_row = row.to(tl.int64) * DISTINCT
@@ -400,9 +404,11 @@ def _repeats_kernel(
 
 
 @triton.jit
-def _dense_terms(peak_ptr, log_total_ptr, entropy_ptr, grad_log_attention_row, grad_logsumexp_ptr, grad_entropy_ptr, row,
-                 stride_grad_n, stride_grad_lse, stride_grad_entropy, N: tl.constexpr, DRAWS: tl.constexpr):  # fmt: skip
-    """What every cell's gradient has in common: peak, log total, and a (common − slope · log a)."""
+def _dense_terms(
+    peak_ptr, log_total_ptr, entropy_ptr, grad_log_attention_row, grad_logsumexp_ptr, grad_entropy_ptr, row,
+    stride_grad_n, stride_grad_lse, stride_grad_entropy, N: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    """What the gradients a (common − slope · log a) of a row have in common: peak, log total, common, slope."""
     draw = tl.arange(0, DRAWS)
     grads = tl.load(grad_log_attention_row + draw * stride_grad_n, mask=draw < N, other=0.0)
     slope = tl.load(grad_entropy_ptr + row * stride_grad_entropy)
@@ -467,8 +473,8 @@ def _bwd_kernel(
     REPLACE: tl.constexpr,
     BARRIER: tl.constexpr,
 ):
-    # One program: the gradient of TILE logits of one row; with BARRIER that of the drawn cells among them too. Sizes and
-    # strides of logits come in units of UNIT.
+    # One program: the gradient of TILE logits of one row; with BARRIER that of the drawn cells among them too. Sizes
+    # and strides of logits come in units of UNIT.
     program = tl.program_id(0)
     row = (program // n_chunks).to(tl.int64)
     left = (program % n_chunks) * TILE
@@ -542,9 +548,7 @@ def _blocks_a_program(n_blocks: int, block: int) -> int:
     return min(triton.next_power_of_2(n_blocks), (8192 if block == 512 else 4096) // block)
 
 
-def sample_triton(
-    logits: Tensor, n: int, replace: bool, method: str, seed: Tensor | None
-) -> tuple[Draw, Statistics]:
+def sample_triton(logits: Tensor, n: int, replace: bool, method: str, seed: Tensor | None) -> tuple[Draw, Statistics]:
     """Draw from float32, float16 or bfloat16 logits (B, K) on a GPU; like `_sample_ref`, with float32 values."""
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -597,8 +601,8 @@ def sample_triton(
         order = keys.topk(distinct, largest=False).indices
         _finish_kernel[(rows,)](
             logits, chunk_stats, chosen, order, indices, log_attention, row_stats, cells, n_chunks, candidates, rows,
-            stride, chunk_stats.stride(0), block, blocks * block, min(blocks * block, 1024), _padded(n_chunks), distinct,
-            _padded(distinct), needed,
+            stride, chunk_stats.stride(0), block, blocks * block, min(blocks * block, 1024), _padded(n_chunks),
+            distinct, _padded(distinct), needed,
             num_warps=8,
         )  # fmt: skip
     if replace:
@@ -649,13 +653,19 @@ def offline_cases() -> "list[OfflineCase]":
     from ats_kernels._offline import OfflineCase
 
     sizes = {"cells", "n_blocks", "n_chunks", "n_tiles", "n_candidates", "rows", "n", "cell_units"}
-    types = {"indices_ptr": "*i64", "seed_ptr": "*i64", "chosen_ptr": "*i64", "order_ptr": "*i64", "distinct_ptr": "*i64"}
+    types = {
+        "indices_ptr": "*i64",
+        "seed_ptr": "*i64",
+        "chosen_ptr": "*i64",
+        "order_ptr": "*i64",
+        "distinct_ptr": "*i64",
+    }
     types |= {"keys_ptr": "*fp64", "tops_ptr": "*fp64", "distinct_log_attention_ptr": "*fp64"}
 
     def case(
         name: str,
         kernel: triton.JITFunction,
-        constexprs: dict[str, object],
+        constexprs: Mapping[str, object],
         num_warps: int,
         elements: int,
         bytes_per_element: float,
@@ -678,7 +688,7 @@ def offline_cases() -> "list[OfflineCase]":
         # Strides in units of 16 elements are any number; pointers come from torch, aligned.
         aligned = tuple(arg for arg in signature if arg.endswith("_ptr"))
         return OfflineCase(
-            name, kernel, signature, constexprs, aligned, num_warps, elements, bytes_per_element, budget, needs
+            name, kernel, signature, dict(constexprs), aligned, num_warps, elements, bytes_per_element, budget, needs
         )
 
     cases = []
@@ -689,7 +699,7 @@ def offline_cases() -> "list[OfflineCase]":
             cases.append(case(
                 f"statistics {dtype} blocks of {block}", _statistics_kernel,
                 {"BLOCK": block, "BLOCKS": tile // block, "UNIT": 16, "WIDE": False, "CHUNKS": chunks},
-                _warps(tile, 1024), tile, size, 20 if block == 64 else 18, dtype, needs=load,
+                _warps(tile, 1024), tile, size, 22 if block == 64 else 21 if size == 4 else 33, dtype, needs=load,
             ))  # fmt: skip
         cases.append(case(
             f"bwd {dtype}", _bwd_kernel,
@@ -705,7 +715,8 @@ def offline_cases() -> "list[OfflineCase]":
         cases += [
             case(
                 f"draw {way}, 507 blocks", _draw_kernel,
-                {"BLOCK": 64, "BLOCKS": 512, "CANDIDATES": 14, "SLOTS": 16, "N": 10, "DRAWS": 16, "NEEDED": 10, "TOPK": topk},
+                {"BLOCK": 64, "BLOCKS": 512, "CANDIDATES": 14, "SLOTS": 16}
+                | {"N": 10, "DRAWS": 16, "NEEDED": 10, "TOPK": topk},
                 4, 512 * 64, 12 / 64, 45,
             ),
             case(

@@ -33,7 +33,9 @@ def draw_and_gradient(backend, logits, n, monkeypatch, **options):
     monkeypatch.setenv("ATS_BACKEND", backend)
     logits = logits.clone().requires_grad_()
     draw = sample(logits, n, generator=generator_on(logits.device), validate=False, **options)
-    loss = sum((value * torch.linspace(-1, 2, value.numel(), device=value.device).view_as(value)).sum() for value in draw[1:])
+    loss = sum(
+        (value * torch.linspace(-1, 2, value.numel(), device=value.device).view_as(value)).sum() for value in draw[1:]
+    )
     loss.backward()
     return draw, logits.grad
 
@@ -45,22 +47,21 @@ def make_logits(device, rows, cells, scale=1.0, dtype=torch.float32):
 
 # (rows, cells, n, options): both ways through the kernels (few draws, many), odd sizes, one block and several.
 CASES = [
-    (3, 700, 5, {}),
+    (2, 700, 5, {}),
     (2, 65, 65, {}),  # every cell, over two blocks
-    (2, 700, 40, {}),
+    (1, 700, 40, {}),
     (1, 1, 1, {}),
     (1, 133_000, 7, {}),  # blocks of 128
     (2, 700, 5, {"replace": True}),
-    (1, 20, 70, {"replace": True}),
+    (1, 20, 35, {"replace": True}),
     (2, 700, 6, {"method": "topk"}),
     (2, 700, 40, {"method": "topk"}),
 ]
 
 
 @pytest.mark.parametrize(("rows", "cells", "n", "options"), CASES)
-@pytest.mark.parametrize("scale", [1.0, 40.0])
-def test_same_draws_and_values_as_the_reference(rows, cells, n, options, scale, device, monkeypatch):
-    logits = make_logits(device, rows, cells, scale)
+def test_same_draws_and_values_as_the_reference(rows, cells, n, options, device, monkeypatch):
+    logits = make_logits(device, rows, cells, scale=10.0 if n % 2 else 1.0)
     if cells > 3 * n:
         logits[:, ::3] = -INF
     draw, grad = draw_and_gradient("triton", logits, n, monkeypatch, **options)
@@ -73,10 +74,10 @@ def test_same_draws_and_values_as_the_reference(rows, cells, n, options, scale, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("n", [6, 33])
+@pytest.mark.parametrize("n", [3, 29])
 def test_half_precision(dtype, n, device, monkeypatch):
     """The same draws as from the same numbers in float32, float32 values, a gradient of the logits' dtype."""
-    logits = make_logits(device, 2, 300, 3.0, dtype)
+    logits = make_logits(device, 1, 150, 3.0, dtype)
     draw, grad = draw_and_gradient("triton", logits, n, monkeypatch)
     wide, wide_grad = draw_and_gradient("triton", logits.float(), n, monkeypatch)
     for got, want in zip(draw, wide, strict=True):
@@ -86,14 +87,14 @@ def test_half_precision(dtype, n, device, monkeypatch):
 
 
 @pytest.mark.parametrize("view", ["rows apart", "one row for all", "transposed"])
-@pytest.mark.parametrize("n", [4, 35])
+@pytest.mark.parametrize("n", [3, 29])
 def test_strides(view, n, device, monkeypatch):
     if view == "rows apart":
-        logits = make_logits(device, 3, 517)[:, 3:200]
+        logits = make_logits(device, 2, 217)[:, 3:100]
     elif view == "one row for all":
-        logits = make_logits(device, 1, 197).expand(3, -1)
+        logits = make_logits(device, 1, 97).expand(2, -1)
     else:
-        logits = make_logits(device, 197, 3).t()
+        logits = make_logits(device, 97, 2).t()
     monkeypatch.setenv("ATS_BACKEND", "triton")
     draw = sample(logits, n, generator=generator_on(device))
     expected = sample(logits.contiguous(), n, generator=generator_on(device))
@@ -129,14 +130,13 @@ def test_tiny_masses_keep_their_precision(mass, n, device, monkeypatch):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0.0)
 
 
-@pytest.mark.parametrize("n", [3, 30])
-@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize(("n", "replace"), [(3, False), (2, True), (29, False)])
 def test_rows_that_cannot_be_drawn_from_are_poisoned(n, replace, device, monkeypatch):
     """In place of an error that would make the host wait; the other rows are left alone."""
-    good = make_logits(device, 6, 100)
+    good = make_logits(device, 6, 80)
     logits = good.clone()
-    logits[1, 80], logits[2, 0], logits[3], logits[4, 2:] = float("nan"), INF, -INF, -INF
-    bad = torch.tensor([False, True, True, True, not replace, False], device=device)
+    logits[1, 70], logits[2, 0], logits[3], logits[4, 2:] = float("nan"), INF, -INF, -INF
+    bad = torch.tensor([False, True, True, True, not replace and n > 2, False], device=device)
     draw, grad = draw_and_gradient("triton", logits, n, monkeypatch, replace=replace)
     expected, expected_grad = draw_and_gradient("triton", good, n, monkeypatch, replace=replace)
     assert torch.equal((draw.indices == -1).all(-1), bad)
@@ -167,7 +167,9 @@ def test_more_rows_than_a_grid_has_in_its_other_dimensions(device, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rows", "cells", "n"), [(128, 32_400, 10), (1, 2**24, 256), (1, 2**25, 1024), (2, 1500, 1024)])
+@pytest.mark.parametrize(
+    ("rows", "cells", "n"), [(128, 32_400, 10), (1, 2**24, 256), (1, 2**25, 1024), (2, 1500, 1024)]
+)
 @pytest.mark.parametrize("options", [{}, {"replace": True}, {"method": "topk"}], ids=["without", "with", "topk"])
 def test_same_draws_on_every_device(rows, cells, n, options, device, monkeypatch):
     """The CPU path given the GPU's seed draws the same cells: at full size, where float32 sums differ most."""
