@@ -6,6 +6,7 @@ image may lie in device memory or in pinned host memory: Triton's launcher asks 
 of a pointer, and of a pinned tensor only the lines that the patches touch cross the bus.
 """
 
+import contextlib
 import functools
 import math
 from typing import Any
@@ -316,7 +317,9 @@ def _launch(
     batch, n, channels, height, width = patches.shape
     interleaved = _interleaved(patches)
     tiles = triton.cdiv(height * width * interleaved, block)
-    with torch.cuda.device_of(patches):
+    # A compiler launches on the right device by itself and cannot trace the context.
+    guarded = patches.is_cuda and not torch.compiler.is_compiling()
+    with torch.cuda.device(patches.device) if guarded else contextlib.nullcontext():
         kernel[(batch * n * (channels // (planes * interleaved)) * tiles,)](
             *tensors,
             *image.shape[2:],
@@ -407,8 +410,8 @@ def offline_cases() -> list[OfflineCase]:
         # The loop over the patches of an image counts as one patch.
         _case("bwd fp32", signs, "fp32", "fp32", budget=110, backward=True),
         _case("bwd fp32 edge", signs, "fp32", "fp32", budget=200, backward=True, edge=True),
-        _case("bwd fp32 channels-last", signs, "fp32", "fp32", budget=110, backward=True, channels_last=True),
-        _case("bwd bf16", signs, "bf16", "bf16", budget=110, backward=True),
+        _case("bwd fp32 channels-last", signs, "fp32", "fp32", budget=130, backward=True, channels_last=True),
+        _case("bwd bf16", signs, "bf16", "bf16", budget=130, backward=True),
     ]
 
 
