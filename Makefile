@@ -4,11 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test lint format clean help kernels kernels-oldest bench gpu-check
 
 help:
 	@echo "make demo    train on Megapixel MNIST with attention sampling and uniform sampling, draw what was looked at"
 	@echo "make test    run the tests, with line coverage"
+	@echo "make kernels compile all GPU kernels, without a GPU, and print what came out (kernels-oldest: by Triton 3.6)"
+	@echo "make bench   time the ops against plain PyTorch, on the GPU where there is one"
+	@echo "make gpu-check  where there is a GPU: run all that needs one, write bench/results/<GPU>.md"
 	@echo "make lint    check style, format and types"
 	@echo "make format  apply the format"
 	@echo "make clean   remove the environment and caches; runs/ stays"
@@ -30,6 +33,24 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+kernels: $(READY)
+	$(BIN)/python -m ats_kernels._offline $(KERNELS_ARGS)
+
+# The oldest Triton that is supported, put before the environment's own; compiling does not use torch.
+OLDEST_TRITON := $(VENV)/triton-3.6.0
+$(OLDEST_TRITON)/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLDEST_TRITON) triton==3.6.0
+	@touch $@
+
+kernels-oldest: $(OLDEST_TRITON)/.ready
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m ats_kernels._offline --ignore-budgets $(KERNELS_ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m pytest bench $(BENCH_ARGS)
+
+gpu-check: $(READY)
+	$(BIN)/python -m bench.gpu_check
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -4,10 +4,14 @@ Output row i averages the input rows ⌊i·H/h⌋ to ⌈(i+1)·H/h⌉ − 1, and
 the ratio is no integer: what ``F.interpolate(mode="area")`` computes.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ats_kernels._backend import backend_for
 from ats_kernels._checks import (
     Normalisation,
     check_image,
@@ -17,6 +21,7 @@ from ats_kernels._checks import (
     normalise,
     output_dtype,
 )
+from ats_kernels.area_downsample_cpu import area_downsample_cpu
 
 
 def area_downsample_ref(
@@ -33,6 +38,41 @@ def area_downsample_ref(
     rows = F.adaptive_avg_pool2d(pixels, (size[0], pixels.shape[3]))  # (B, C, h, W)
     view = F.adaptive_avg_pool2d(rows, size)  # (B, C, h, w)
     return normalise(view, means, stds, channel_dim=1, is_byte=image.dtype == torch.uint8).to(dtype)
+
+
+def _launch(
+    image: Tensor, size: tuple[int, int], means: list[float] | None, stds: list[float] | None, dtype: torch.dtype
+) -> Tensor:
+    from ats_kernels.area_downsample_triton import area_downsample_triton
+
+    return area_downsample_triton(image, size, means=means, stds=stds, dtype=dtype)
+
+
+class _AreaDownsample(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Tensor,
+        size: tuple[int, int],
+        means: list[float] | None,
+        stds: list[float] | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        view = _launch(image, size, means, stds, dtype)
+        channels_last = view.is_contiguous(memory_format=torch.channels_last)
+        ctx.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        ctx.image, ctx.stds = (image.shape, image.dtype), stds
+        return view
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        from ats_kernels.area_downsample_triton import area_downsample_backward_triton
+
+        shape, dtype = ctx.image
+        grad_image = torch.empty(shape, dtype=dtype, device=grad_out.device, memory_format=ctx.memory_format)
+        area_downsample_backward_triton(grad_out, grad_image, stds=ctx.stds)
+        return grad_image, None, None, None, None
 
 
 def area_downsample(
@@ -69,4 +109,14 @@ def area_downsample(
             "a view has at most the image's resolution"
         )
     means, stds = check_normalisation(mean, std, image.shape[1])
-    return area_downsample_ref(image, (height, width), means=means, stds=stds, dtype=output_dtype(image, dtype))
+    out_dtype = output_dtype(image, dtype)
+    learns = image.requires_grad and torch.is_grad_enabled()
+    backend = backend_for(image)
+    if backend == "triton":
+        if learns:
+            return _AreaDownsample.apply(image, (height, width), means, stds, out_dtype)
+        return _launch(image, (height, width), means, stds, out_dtype)
+    # A compiler fuses the reference, cast included, into two loops; autograd differentiates it.
+    lean = backend == "cpu" and not learns and not torch.compiler.is_compiling()
+    run = area_downsample_cpu if lean else area_downsample_ref
+    return run(image, (height, width), means=means, stds=stds, dtype=out_dtype)

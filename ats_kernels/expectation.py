@@ -13,6 +13,7 @@ a_i (f_i ∂log a_i + ∂f_i), and Σ_k w_k h_{q_k} is unbiased for Σ_i a_i h_i
 derivative of Φ̂'s formula, whose expectation is another quantity.
 """
 
+import contextlib
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ats_kernels._backend import backend_for
 from ats_kernels._checks import check_choice, check_floating, compute_dtype
 
 ESTIMATORS = ("ordered",)
@@ -55,27 +57,74 @@ def _flat(features: Tensor) -> Tensor:
     return features.reshape(*features.shape[:2], math.prod(features.shape[2:]))  # (B, N, D)
 
 
+def _estimator_weights_cpu(log_attention: Tensor, *, replace: bool = False) -> Tensor:
+    """`estimator_weights_ref` in fewer and cheaper operators: at B = 16, N = 10 their number is what costs."""
+    log_a = log_attention.detach().double()
+    n = log_a.shape[1]
+    if replace:
+        return log_a * 0 + 1 / n  # a row of NaN stays one
+    attention = log_a.exp()
+    # Only a cell of more than half of the mass can leave so little that 1 − a loses it; there is at most one.
+    # Before it 1 − Σ a is left, after it 0 − Σ e, where e is a for the others and a − 1 for that one.
+    peak = attention > 0.5
+    taken = torch.where(peak, log_a.expm1(), attention)
+    whole = peak.cumsum(-1) <= peak  # (B, N): no peak before k
+    remaining = (taken - taken.cumsum(-1)).add_(whole)  # less the exclusive sum
+    remaining = torch.maximum(remaining, attention, out=remaining)  # it holds at least the cell drawn next
+    later = torch.arange(n - 1, -1, -1, dtype=torch.float64, device=log_a.device)  # N − k
+    return remaining.addcmul_(attention, later).div_(float(n))
+
+
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """A batched product under autocast would round the weights to half precision."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
 class _Expectation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, log_attention: Tensor, replace: bool) -> Tensor:
-        weights = estimator_weights_ref(log_attention, replace=replace)
-        weights = weights.to(compute_dtype(features.dtype, log_attention.dtype))
+    def forward(ctx: Any, features: Tensor, log_attention: Tensor, replace: bool, backend: str) -> Tensor:
+        ctx.log_attention_dtype, ctx.backend = log_attention.dtype, backend
+        if backend == "triton":
+            from ats_kernels.expectation_triton import expectation_triton
+
+            pooled, weights = expectation_triton(_flat(features), log_attention, replace=replace)
+            pooled = pooled.view(features.shape[:1] + features.shape[2:])
+        else:
+            weigh = _estimator_weights_cpu if backend == "cpu" else estimator_weights_ref
+            weights = weigh(log_attention, replace=replace).to(compute_dtype(features.dtype, log_attention.dtype))
+            with _without_autocast(features):
+                pooled = expectation_ref(features, weights)
         ctx.save_for_backward(features, weights)
-        ctx.log_attention_dtype = log_attention.dtype
-        return expectation_ref(features, weights)
+        return pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         features, weights = ctx.saved_tensors
+        needs_features, needs_log_attention = ctx.needs_input_grad[:2]
         grad_features = grad_log_attention = None
-        grad = _flat(grad_out.unsqueeze(1)).to(weights.dtype)  # (B, 1, D)
-        if ctx.needs_input_grad[0]:
-            grad_features = (weights.unsqueeze(-1) * grad).view_as(features).to(features.dtype)
-        if ctx.needs_input_grad[1]:
-            inner = torch.bmm(_flat(features).to(weights.dtype), grad.transpose(1, 2)).squeeze(-1)  # (B, N)
+        grad = _flat(grad_out.unsqueeze(1))  # (B, 1, D)
+        if ctx.backend == "triton":
+            from ats_kernels.expectation_triton import expectation_backward_triton
+
+            grad_features, grad_log_attention = expectation_backward_triton(
+                grad.squeeze(1),
+                _flat(features),
+                weights,
+                log_attention_dtype=ctx.log_attention_dtype,
+                needs_features=needs_features,
+                needs_log_attention=needs_log_attention,
+            )
+            return None if grad_features is None else grad_features.view(features.shape), grad_log_attention, None, None
+        grad = grad.to(weights.dtype)
+        if needs_features:
+            grad_features = (weights.unsqueeze(-1) * grad).view(features.shape).to(features.dtype)
+        if needs_log_attention:
+            with _without_autocast(features):
+                inner = torch.bmm(_flat(features).to(weights.dtype), grad.transpose(1, 2)).squeeze(-1)  # (B, N)
             grad_log_attention = (weights * inner).to(ctx.log_attention_dtype)
-        return grad_features, grad_log_attention, None
+        return grad_features, grad_log_attention, None, None
 
 
 def estimator_weights(log_attention: Tensor, *, replace: bool = False, estimator: str = "ordered") -> Tensor:
@@ -97,7 +146,8 @@ def estimator_weights(log_attention: Tensor, *, replace: bool = False, estimator
     """
     _check_log_attention(log_attention)
     check_choice("estimator", estimator, ESTIMATORS)
-    return estimator_weights_ref(log_attention, replace=replace).to(compute_dtype(log_attention.dtype))
+    weigh = estimator_weights_ref if backend_for(log_attention) == "reference" else _estimator_weights_cpu
+    return weigh(log_attention, replace=replace).to(compute_dtype(log_attention.dtype))
 
 
 def expectation(
@@ -135,7 +185,7 @@ def expectation(
         raise ValueError(
             f"features are on {features.device} but log_attention is on {log_attention.device}; move one to the other"
         )
-    return _Expectation.apply(features, log_attention, replace)
+    return _Expectation.apply(features, log_attention, replace, backend_for(features))
 
 
 def _check_log_attention(log_attention: Tensor) -> None:

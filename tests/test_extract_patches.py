@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ats_kernels import extract_patches
+from ats_kernels import extract_patches, extract_patches_ref
 from tests.helpers import assert_close, seeded
 
 DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -187,6 +187,98 @@ def test_expanded_image_of_more_than_2_to_31_elements():
     image = row.expand(1, 3, 10**7, 100)
     patches = extract_patches(image, torch.tensor([[[10**7 - 4, 90]]]), (4, 10))
     assert_close(patches[:, 0], (row / 255)[..., 90:].expand(1, 3, 4, 10))
+
+
+@pytest.mark.parametrize("out", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_patches(dtype, layout, out):
+    """Conversion goes part by part, through the end of the result or through scratch: each part is the right one."""
+    memory_format = torch.channels_last if layout == "channels-last" else torch.contiguous_format
+    image = values(3, 3, 90, 80, dtype=dtype).contiguous(memory_format=memory_format)
+    offsets = torch.randint(-9, 70, (3, 67, 2), generator=seeded())
+    patches = extract_patches(image, offsets, (31, 33), mean=MEAN, std=STD, dtype=out)
+    expected = extract_patches_ref(image, offsets, (31, 33), means=MEAN, stds=STD, dtype=out)
+    assert patches.stride() == expected.stride()
+    assert_close(patches, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "transposed", "expanded"])
+def test_memory_order(layout):
+    """Channels come last in the patches' memory where they do in the image's: convolutions keep that order."""
+    patches = extract_patches(make_image(layout, torch.uint8), torch.zeros(2, 4, 2, dtype=torch.int64), (5, 6))
+    memory_format = torch.channels_last if layout == "channels-last" else torch.contiguous_format
+    assert patches.shape == (2, 4, 3, 5, 6)
+    assert patches.flatten(0, 1).is_contiguous(memory_format=memory_format)
+    assert patches.flatten(0, 1).data_ptr() == patches.data_ptr(), "flattened for a network without a copy"
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32], ids=str)
+def test_no_scratch(dtype, layout, normalised):
+    """Beside the result, memory for a few indices at most: no copy of the image, no raw patches."""
+    memory_format = torch.channels_last if layout == "channels-last" else torch.contiguous_format
+    image = values(2, 3, 400, 500, dtype=dtype).contiguous(memory_format=memory_format)
+    offsets = torch.randint(0, 300, (2, 20, 2), generator=seeded())
+    options = {"mean": MEAN, "std": STD} if normalised else {}
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        patches = extract_patches(image, offsets, 100, dtype=torch.float32, **options)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events, "the profiler saw no allocation"
+    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    assert held.max() <= 1.05 * patches.nbytes
+
+
+def test_no_patches():
+    image, offsets = make_image("contiguous", torch.float32).requires_grad_(), torch.zeros(2, 0, 2, dtype=torch.int64)
+    patches = extract_patches(image, offsets, 3)
+    assert patches.shape == (2, 0, 3, 3, 3)
+    patches.sum().backward()
+    assert (image.grad == 0).all()
+
+
+@pytest.mark.parametrize("padding", ["zeros", "edge"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_gradient_against_the_reference(dtype, layout, padding):
+    """Overlapping, equal, crossing and outside patches; an expanded gradient; the image's dtype and memory order."""
+    image = make_image(layout, dtype).requires_grad_()
+    offsets = torch.tensor([OFFSETS, [(2, 3)] * len(OFFSETS)])
+    patches = extract_patches(image, offsets, (3, 4), padding=padding, std=STD)
+    expected = extract_patches_ref(image.double(), offsets, (3, 4), padding=padding, stds=STD, dtype=torch.float64)
+    for grad in (values(*patches.shape, dtype=dtype), values(1, 1, 3, 1, 4, dtype=dtype).expand_as(patches)):
+        (actual,) = torch.autograd.grad(patches, image, grad, retain_graph=True)
+        (wanted,) = torch.autograd.grad(expected, image, grad.double(), retain_graph=True)
+        assert actual.dtype == dtype
+        assert actual.stride() == image.stride()
+        # In half precision each of the 14 reads of a pixel is rounded.
+        tolerance = {torch.float16: 2e-2, torch.bfloat16: 1.5e-1}.get(dtype, 1e-5)
+        torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_no_gradient_without_need():
+    image = make_image("contiguous", torch.float32)
+    offsets = torch.zeros(2, 4, 2, dtype=torch.int64)
+    assert not extract_patches(image, offsets, 3).requires_grad
+    with torch.no_grad():
+        assert not extract_patches(image.requires_grad_(), offsets, 3).requires_grad
+    assert extract_patches(image, offsets, 3).requires_grad
+
+
+@pytest.mark.parametrize("padding", ["zeros", "edge"])
+def test_compiled(padding):
+    """Traced as one graph, forward and backward."""
+    image, offsets = make_image("channels-last", torch.float32).requires_grad_(), torch.tensor([OFFSETS, OFFSETS])
+
+    def function(x):
+        return extract_patches(x, offsets, (3, 4), padding=padding)
+
+    patches = torch.compile(function, fullgraph=True, backend="aot_eager")(image)
+    assert torch.equal(patches, function(image))
+    (actual,) = torch.autograd.grad(patches.square().sum(), image)
+    (expected,) = torch.autograd.grad(function(image).square().sum(), image)
+    assert_close(actual, expected)
 
 
 IMAGE, OFFSET = torch.zeros(2, 3, 7, 9), torch.zeros(2, 4, 2, dtype=torch.int64)

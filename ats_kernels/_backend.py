@@ -1,0 +1,51 @@
+"""Which implementation of an op runs: by the tensor's device, or as ``ATS_BACKEND`` says.
+
+- CPU tensors run the lean PyTorch path (``"cpu"``), CUDA and HIP tensors the Triton kernels (``"triton"``), other
+  devices, and any device where Triton is not installed, the plain PyTorch reference (``"reference"``).
+- ``ATS_BACKEND=reference`` and ``ATS_BACKEND=triton`` override that. Triton runs on CPU tensors in its
+  interpreter only, with ``TRITON_INTERPRET=1`` set before the first import.
+
+A function compiled by ``torch.compile`` or captured in a CUDA graph keeps the choice it was made with.
+"""
+
+import importlib.util
+import os
+
+from torch import Tensor
+
+_CHOICES = ("reference", "triton")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # an import hook that refuses it
+        return False
+
+
+_HAS_TRITON = _is_installed("triton")  # a constant, for torch.compile to trace
+
+
+def backend_for(tensor: Tensor) -> str:
+    """Return "cpu", "triton" or "reference", for an op whose main argument is `tensor`.
+
+    Raises:
+        ValueError: ATS_BACKEND is something else, or asks for Triton where it cannot run.
+    """
+    chosen = os.environ.get("ATS_BACKEND", "")
+    kind = tensor.device.type
+    if not chosen:
+        if kind == "cpu":
+            return "cpu"
+        return "triton" if kind == "cuda" and _HAS_TRITON else "reference"
+    if chosen not in _CHOICES:
+        raise ValueError(f"ATS_BACKEND={chosen!r}, expected 'reference' or 'triton', or unset it to choose by device")
+    if chosen == "triton":
+        if not _HAS_TRITON:
+            raise ValueError("ATS_BACKEND=triton, but triton is not installed; pip install triton, or unset it")
+        if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                "ATS_BACKEND=triton on a CPU tensor needs Triton's interpreter: set TRITON_INTERPRET=1 before the "
+                "first import, or move the tensor to a GPU, or unset ATS_BACKEND"
+            )
+    return chosen

@@ -1,0 +1,1 @@
+"""Benchmarks: times, scratch memory and targets; `make bench` runs them all."""

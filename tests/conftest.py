@@ -1,0 +1,36 @@
+"""Where a test can run: on a GPU, in Triton's interpreter, or on the CPU.
+
+- ``gpu``: needs a CUDA or HIP device.
+- ``interpreter``: runs Triton kernels: compiled on a GPU where there is one, else in Triton's interpreter on CPU
+  tensors. The interpreter must be chosen before Triton is imported, hence for a whole process: test_interpreter.py
+  starts one that runs all of these tests. By hand: ``TRITON_INTERPRET=1 pytest -m interpreter``.
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_GPU = torch.cuda.is_available() and not INTERPRETED
+
+NO_GPU = "NOT RUN, needs a GPU: make gpu-check runs it where there is one"
+NO_INTERPRETER = "needs TRITON_INTERPRET=1: tests/test_interpreter.py runs it, in a process of its own"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "interpreter: runs Triton kernels, on a GPU or with TRITON_INTERPRET=1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+        if item.get_closest_marker("interpreter") and not (HAS_GPU or INTERPRETED):
+            item.add_marker(pytest.mark.skip(reason=NO_INTERPRETER))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where Triton's kernels run in this process: the GPU, or the CPU under the interpreter."""
+    return torch.device("cuda" if HAS_GPU else "cpu")

@@ -1,0 +1,140 @@
+"""Every kernel, compiled for GPUs that are not there: no spills, wide loads where designed, few instructions."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ats_kernels import _offline
+from ats_kernels._offline import TARGETS, Compiled, OfflineCase, compile_case
+from tests.conftest import INTERPRETED
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: nothing can be compiled")
+tl = pytest.importorskip("triton.language")
+
+ROOT = Path(__file__).parent.parent
+CUDA_TARGETS = [name for name, (backend, *_) in TARGETS.items() if backend == "cuda"]
+compiles = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: kernels are interpreted here, not compiled")
+
+
+@triton.jit
+def _scale_kernel(x_ptr, out_ptr, count, factor, BLOCK: tl.constexpr):  # noqa: N803
+    cells = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + cells, factor * tl.load(x_ptr + cells, mask=cells < count), mask=cells < count)
+
+
+@triton.jit
+def _running_total_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):  # noqa: N803
+    cells = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + cells)
+    total = tl.sum(x)  # keeps all of x alive
+    tl.store(out_ptr + cells, x * total)
+
+
+def scale_case(**changed: object) -> OfflineCase:
+    options: dict = {
+        "name": "scale",
+        "kernel": _scale_kernel,
+        "signature": {"x_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32", "factor": "fp32"},
+        "constexprs": {"BLOCK": 1024},
+        "divisible_by_16": ("x_ptr", "out_ptr", "count"),
+        "num_warps": 4,
+        "elements": 1024,
+        "bytes_per_element": 8.0,
+        "budget": 20.0,
+        "needs": (r"ld\.global\S*\.v4", r"st\.global\S*\.v4"),
+    }
+    return OfflineCase(**(options | changed))
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[Compiled]]:
+    """All cases of all ops, compiled in one process without the interpreter, by op and target."""
+    path = tmp_path_factory.mktemp("offline") / "kernels.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "ats_kernels._offline", "--output", str(path)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert path.exists(), f"{command} failed:\n{run.stdout}{run.stderr}"
+    results: dict[tuple[str, str], list[Compiled]] = {}
+    for result in json.loads(path.read_text())["results"]:
+        results.setdefault((result["op"], result["target"]), []).append(Compiled(**result))
+    return results
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", _offline.ops())
+def test_kernels_compile_within_their_budgets(
+    op: str, target: str, compiled: dict[tuple[str, str], list[Compiled]]
+) -> None:
+    problems = [f"{result.case}: {what}" for result in compiled[op, target] for what in result.problems()]
+    assert not problems, "\n".join(problems)
+
+
+@compiles
+@pytest.mark.parametrize("target", TARGETS)
+def test_measures_a_kernel(target: str) -> None:
+    result = compile_case(scale_case(), target, "scale")
+    assert result.problems() == []
+    assert 4 <= result.registers <= 64
+    assert result.shared == 0
+    # 1,024 elements on 4 warps are 8 a thread (4 on a warp of 64): a load, a product and a store for each four.
+    threads = 4 * TARGETS[target][2]
+    assert 12 <= result.instructions <= 100
+    assert result.instructions_per_element == result.instructions * threads / 1024
+    assert result.floor_us == pytest.approx(2**24 * 8 / 3.0e12 * 1e6)
+
+
+@compiles
+@pytest.mark.parametrize("target", TARGETS)
+def test_finds_spills(target: str) -> None:
+    # 512 values a thread: CUDA has 255 registers, an MI300 512, and some hold addresses.
+    block = 512 * TARGETS[target][2]
+    case = scale_case(
+        name="spills",
+        kernel=_running_total_kernel,
+        signature={"x_ptr": "*fp32", "out_ptr": "*fp32"},
+        constexprs={"BLOCK": block},
+        divisible_by_16=("x_ptr", "out_ptr"),
+        num_warps=1,
+        elements=block,
+        budget=1e9,
+        needs=(),
+    )
+    result = compile_case(case, target)
+    assert result.spills > 0
+    assert [what.split(":")[0] for what in result.problems()] == ["spills"]
+
+
+@compiles
+@pytest.mark.parametrize("target", CUDA_TARGETS)
+def test_finds_missing_vector_loads(target: str) -> None:
+    (problem,) = compile_case(scale_case(divisible_by_16=("out_ptr", "count")), target).problems()
+    assert problem == r"no 'ld\\.global\\S*\\.v4' in the PTX"
+
+
+@compiles
+def test_finds_too_many_instructions() -> None:
+    (problem,) = compile_case(scale_case(budget=0.5), "sm_90").problems()
+    assert problem.endswith("instructions an element, budget 0.5")
+
+
+@compiles
+@pytest.mark.parametrize("signature", [{"x_ptr": "*fp32"}, {**scale_case().signature, "y_ptr": "*fp32"}])
+def test_refuses_a_signature_that_is_not_the_kernels(signature: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"case 'scale' names .*arguments are \['x_ptr', 'out_ptr', 'count'"):
+        compile_case(scale_case(signature=signature), "sm_90")
+
+
+def test_the_table_shows_what_failed() -> None:
+    failed = Compiled("gather", "bad", "sm_90", error="CompilationError: no")
+    good = Compiled("gather", "good", "sm_90", 32, 1024, 0, 50, 6.25, 8.0, 44.7, "2^24 elements", 20.0)
+    lines = _offline.table([good, failed]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
+        "gather", "good", "sm_90", "32", "1024", "0", "6.2", "20", "8", "44.7 (2^24 elements)",
+    ]  # fmt: skip
+    assert lines[3].count("failed") == 7
+    assert failed.problems() == ["does not compile: CompilationError: no"]
