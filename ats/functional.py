@@ -136,10 +136,8 @@ def extract_cells(
         view_size=view_size,
         receptive_field=receptive_field,
     )
-    patches = ats_kernels.extract_patches(
-        image, offsets.to(image.device), patch_size, padding=padding, mean=mean, std=std, dtype=dtype
-    )
-    return patches.to(indices.device, non_blocking=True), offsets
+    patches = ats_kernels.extract_patches(image, offsets, patch_size, padding=padding, mean=mean, std=std, dtype=dtype)
+    return patches, offsets
 
 
 def _check_grid(image: Tensor, logits: Tensor) -> tuple[int, int]:

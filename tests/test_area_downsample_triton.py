@@ -30,7 +30,9 @@ def test_mean_of_areas(image_size, size, dtype, layout, device):
     view = area_downsample(image, size)
     assert view.dtype == (torch.float32 if dtype == torch.uint8 else dtype)
     assert_close(view.cpu(), slow_view(image.cpu(), size))
-    assert view.is_contiguous(memory_format=torch.channels_last if layout == "channels-last" else torch.contiguous_format)
+    assert view.is_contiguous(
+        memory_format=torch.channels_last if layout == "channels-last" else torch.contiguous_format
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

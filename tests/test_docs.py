@@ -1,0 +1,41 @@
+"""What the README and the examples print works as printed."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readmes_example_runs() -> None:
+    """The first thing a user copies: it must run, and leave gradients in both networks."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 1
+    assert len([line for line in blocks[0].splitlines() if line]) == 10
+    names: dict[str, object] = {}
+    exec(compile(blocks[0], "README.md", "exec"), names)
+    for network in ("attention", "feature"):
+        gradients = [p.grad for p in names[network].parameters()]  # type: ignore[attr-defined]
+        assert gradients
+        assert all(g is not None and g.abs().sum() > 0 for g in gradients)
+
+
+def test_the_plain_pytorch_example_trains() -> None:
+    path = ROOT / "examples" / "plain_pytorch.py"
+    assert len(path.read_text().splitlines()) < 60
+    done = subprocess.run(
+        [sys.executable, str(path), "--steps", "3", "--batch", "4"],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    losses = re.findall(r"step \d+: loss (\S+),", done.stdout)
+    assert len(losses) == 2
+    assert all(abs(float(loss)) < 100 for loss in losses)
+
+
+def test_links_and_pictures_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
