@@ -78,8 +78,11 @@ def _per_channel(name: str, value: Normalisation, channels: int) -> list[float] 
         return None
     if isinstance(value, int | float):
         return [float(value)] * channels
-    given = torch.as_tensor(value, dtype=torch.float64)
-    values = (given.expand(channels) if given.ndim == 0 else given.flatten()).tolist()
+    if isinstance(value, list | tuple):
+        values = [float(x) for x in value]  # without a tensor, whose values torch.compile could not trace
+    else:
+        given = torch.as_tensor(value, dtype=torch.float64)
+        values = (given.expand(channels) if given.ndim == 0 else given.flatten()).tolist()
     if len(values) != channels:
         raise ValueError(f"{name} has {len(values)} values but the image has {channels} channels; give one a channel")
     return values

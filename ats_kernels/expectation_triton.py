@@ -121,9 +121,7 @@ def _expectation_bwd_kernel(
         valid = (draw[:, None] < n_draws) & (feature[None, :] < n_features)
         if grad_features_ptr is not None:
             grad_features = weight[:, None] * grad_out[None, :]
-            grad_features_ptrs = (
-                grad_features_ptr + (row * n_draws + draw[:, None]) * n_features + feature[None, :]
-            )
+            grad_features_ptrs = grad_features_ptr + (row * n_draws + draw[:, None]) * n_features + feature[None, :]
             tl.store(grad_features_ptrs, grad_features.to(grad_features_ptr.dtype.element_ty), mask=valid)
         if grad_log_attention_ptr is not None:
             feature_ptrs = (
