@@ -309,7 +309,7 @@ def area_downsample_triton(
             BLOCK_J=triton.next_power_of_2(columns),
             BLOCK_K=1 if wide else triton.next_power_of_2(longest),
             BLOCK_W=block_w,
-            ROWS=min(tall, 16),
+            ROWS=min(tall, _rows_in_flight(block_w // (32 * num_warps), image.element_size(), unit, contiguous)),
             num_warps=num_warps,
         )
     if affine and not fused:
@@ -399,7 +399,14 @@ def _fwd_blocks(in_width: int, out_width: int, interleaved: int, unit: int, item
             fits.append((triton.cdiv(out_width, columns) * block_w, -block_w, columns))
     # The tile that leaves the fewest lanes without work, among equals the largest.
     _, block_w, columns = min(fits, default=(0, -2048, 1))
-    return not fits, columns, -block_w, min(8, max(2, -block_w * item // 512))  # 16 bytes a thread and row
+    num_warps = min(8, max(2, -block_w * item // 512)) if fits else 8  # 16 bytes a thread and row
+    return not fits, columns, -block_w, num_warps
+
+
+def _rows_in_flight(elements: int, item: int, unit: int, contiguous: bool) -> int:
+    """Rows of which a thread may load its elements before it adds them up: what fits in 64 registers, 16 at most."""
+    held = max(item, 4 if unit * item < 4 else 1) if contiguous else 8  # bytes an element: its value, or its address
+    return min(16, max(1, 256 // (elements * held)))
 
 
 def _index_type(image_shape: torch.Size, size: Sequence[int]) -> Any:
@@ -461,7 +468,7 @@ def offline_cases() -> list[OfflineCase]:
                     "BLOCK_J": triton.next_power_of_2(columns),
                     "BLOCK_K": triton.next_power_of_2(longest),
                     "BLOCK_W": block_w,
-                    "ROWS": min(longest, 16),
+                    "ROWS": min(longest, _rows_in_flight(block_w // (32 * num_warps), item, unit, True)),
                 },
                 divisible_by_16=("image_ptr", "out_ptr"),
                 num_warps=num_warps,
