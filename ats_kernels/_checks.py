@@ -78,8 +78,8 @@ def _per_channel(name: str, value: Normalisation, channels: int) -> list[float] 
         return None
     if isinstance(value, int | float):
         return [float(value)] * channels
-    if isinstance(value, Sequence):  # without a tensor, which a compiler could not look into
-        values = [float(one) for one in value]
+    if isinstance(value, list | tuple):
+        values = [float(x) for x in value]  # without a tensor, whose values torch.compile could not trace
     else:
         given = torch.as_tensor(value, dtype=torch.float64)
         values = (given.expand(channels) if given.ndim == 0 else given.flatten()).tolist()

@@ -164,11 +164,13 @@ def _inspect_cubin(cubin: bytes) -> tuple[int, int, int]:
 
 
 def _inspect_amdgcn(assembly: str) -> tuple[int, int, int]:
-    """Registers, bytes of local memory (a spilled scalar register counts 4), vector and memory instructions."""
+    """Registers, bytes of local memory, vector and memory instructions.
+
+    A spilled scalar register goes to a lane of a vector register, not to memory, and is counted there.
+    """
     metadata = {name: int(value) for name, value in re.findall(r"^ +\.(\w+): +(\d+)$", assembly, re.MULTILINE)}
     code = re.findall(r"^\s+(?:v|ds|global|buffer|flat|scratch)_(?!nop)\w+", assembly, re.MULTILINE)
-    spills = metadata["private_segment_fixed_size"] + 4 * metadata["sgpr_spill_count"]
-    return metadata["vgpr_count"], spills, len(code)
+    return metadata["vgpr_count"], metadata["private_segment_fixed_size"], len(code)
 
 
 def _output(*command: str) -> str:

@@ -5,6 +5,7 @@ its output pixels out of the sums. Bytes are summed as integers, exactly, whatev
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ats_kernels._checks import compute_dtype, normalise
+from ats_kernels._checks import compute_dtype
 from ats_kernels._offline import OfflineCase
 
 AFFINE_CHANNELS = 4  # whose mean and std travel as arguments of the launch
+BWD_TILE = 1024, 16  # elements and rows of a program
+OUT_ROWS = 4  # of a program: what depends on columns only is worked out once
 SHORT_TOTAL = 2**31 // 255  # pixels whose bytes a 32-bit integer can add up
 
 
@@ -25,9 +28,17 @@ def _of_channel(channel, value_0, value_1, value_2, value_3):
 
 
 @triton.jit
-def _bin_length(index, rest, length, bins):
-    """Of bin ``index``, where bin 0 begins ``rest / bins`` into a pixel."""
-    return ((index + 1) * length + rest + bins - 1) // bins - (index * length + rest) // bins
+def _bin_length(rest, length, bins):
+    """Of a bin that begins ``rest / bins`` into a pixel: ⌈(rest + length) / bins⌉, without a division a bin."""
+    beyond = rest + length % bins
+    return length // bins + (beyond > 0).to(tl.int32) + (beyond > bins).to(tl.int32)
+
+
+@triton.jit
+def _next_rest(rest, length, bins):
+    """Of the bin after."""
+    beyond = rest + length % bins
+    return tl.where(beyond >= bins, beyond - bins, beyond)
 
 
 @triton.jit
@@ -62,93 +73,91 @@ def _area_downsample_fwd_kernel(
     AFFINE: tl.constexpr,
     COMPUTE: tl.constexpr,
     TOTAL: tl.constexpr,  # type of a bin's sum
-    WIDE: tl.constexpr,  # whether one bin may be longer than BLOCK_W
-    COLUMNS: tl.constexpr,  # output pixels a program
+    INDEX: tl.constexpr,  # type of a product of two sizes
+    WIDE: tl.constexpr,  # whether a bin may be longer than BLOCK_W
+    COLUMNS: tl.constexpr,  # output pixels a row of a program
+    OUT_ROWS: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,  # at least a bin's columns
-    BLOCK_W: tl.constexpr,  # at least the elements of the COLUMNS bins, or else WIDE
+    BLOCK_W: tl.constexpr,  # at least the elements of COLUMNS bins, or else WIDE
     ROWS: tl.constexpr,  # loads that a thread has in flight
 ):
-    # One program computes COLUMNS neighbouring output pixels of one output row, in all interleaved channels.
+    # One program computes COLUMNS neighbouring pixels of OUT_ROWS output rows, in all interleaved channels.
     program = tl.program_id(0)
     tiles = (out_width + COLUMNS - 1) // COLUMNS
-    i = program // tiles % out_height
-    plane = program // tiles // out_height
+    groups = (out_height + OUT_ROWS - 1) // OUT_ROWS
+    plane = program // tiles // groups
     channel = plane % PLANES
     batch = (plane // PLANES).to(tl.int64)
+
+    # Columns relative to that where the program's first bin begins.
     first = program % tiles * COLUMNS
-
-    # Products of an index and a size may exceed 32 bits, those relative to the program's first column do not.
-    top = i.to(tl.int64) * in_height // out_height
-    rows = (((i + 1).to(tl.int64) * in_height + out_height - 1) // out_height - top).to(tl.int32)
-    product = first.to(tl.int64) * in_width
+    product = first.to(INDEX) * in_width
     left = product // out_width
-    rest = (product - left * out_width).to(tl.int32)
     j = tl.arange(0, BLOCK_J)
-    starts = (j * in_width + rest) // out_width  # columns right of `left`
-    lengths = _bin_length(j, rest, in_width, out_width)
-
+    product = j * in_width + (product - left * out_width).to(tl.int32)
+    starts = product // out_width
+    lengths = _bin_length(product - starts * out_width, in_width, out_width)
     # Loads begin at a whole unit; `skipped` elements of it belong to the bin before.
     begin = left * INTERLEAVED // UNIT * UNIT
     skipped = (left * INTERLEAVED - begin).to(tl.int32)
+    end = skipped + tl.sum(tl.where(j == 0, lengths, 0), axis=0)  # of the one bin of a WIDE program
     row_end = in_width * INTERLEAVED // UNIT * UNIT
-    image_ptr += (batch * units_image_b + channel.to(tl.int64) * units_image_c + top * units_image_h) * UNIT
+    image_ptr += (batch * units_image_b + channel.to(tl.int64) * units_image_c) * UNIT
     index = tl.arange(0, BLOCK_W)
-    if BYTES:
-        sums = tl.zeros((BLOCK_W,), tl.int32)
-    else:
-        sums = tl.zeros((BLOCK_W,), COMPUTE)
-    if WIDE:  # then there is one bin: add all of its stretches onto each other
-        bin_end = skipped + ((first + 1).to(tl.int64) * in_width + out_width - 1) // out_width - left
-        for offset in range(0, bin_end.to(tl.int32), BLOCK_W):
-            column = begin + offset + index
-            in_bin = (offset + index >= skipped) & (offset + index < bin_end)
-            for start in range(0, rows, ROWS):
-                for step in tl.static_range(ROWS):
-                    row = start + step
-                    mask = (column < row_end) & (row < rows)
-                    if CONTIGUOUS:
-                        pixel_ptrs = image_ptr + row.to(tl.int64) * units_image_h * UNIT + column
-                    else:
-                        pixel_ptrs = image_ptr + row.to(tl.int64) * units_image_h * UNIT + column * stride_image_w
-                    pixels = tl.load(pixel_ptrs, mask=mask, other=0)
-                    sums += tl.where(in_bin, pixels, 0).to(sums.dtype)
-    else:
-        column = begin + index
-        for start in range(0, rows, ROWS):
-            for step in tl.static_range(ROWS):
-                row = start + step
-                mask = (column < row_end) & (row < rows)
-                if CONTIGUOUS:
-                    pixel_ptrs = image_ptr + row.to(tl.int64) * units_image_h * UNIT + column
-                else:
-                    pixel_ptrs = image_ptr + row.to(tl.int64) * units_image_h * UNIT + column * stride_image_w
-                sums += tl.load(pixel_ptrs, mask=mask, other=0).to(sums.dtype)
+    k = tl.arange(0, BLOCK_K)[:, None]
 
-    # The integer that a white bin adds up to is converted like the sum: white is exactly 1.
-    area = rows.to(TOTAL if BYTES else tl.int64) * lengths
-    if BYTES:
-        area *= 255
-    out_ptr += batch * stride_out_b + i.to(tl.int64) * stride_out_h
-    for interleaved in tl.static_range(INTERLEAVED):
-        if WIDE:
-            total = tl.sum(sums.to(TOTAL), axis=0) + tl.zeros((BLOCK_J,), TOTAL)
-        else:
-            k = tl.arange(0, BLOCK_K)[None, :]
-            picked = (starts[:, None] + k) * INTERLEAVED + interleaved + skipped
-            picked = tl.reshape(tl.minimum(picked, BLOCK_W - 1), (BLOCK_J * BLOCK_K,))
-            columns = tl.reshape(tl.gather(sums, picked, 0), (BLOCK_J, BLOCK_K))
-            total = tl.sum(tl.where(k < lengths[:, None], columns, 0).to(TOTAL), axis=1)
-        if COMPUTE == tl.float64:
-            view = total.to(COMPUTE) / area.to(COMPUTE)
-        else:
-            view = tl.div_rn(total.to(COMPUTE), area.to(COMPUTE))
-        c = channel + interleaved
-        if AFFINE:
-            mean = _of_channel(c, mean_0, mean_1, mean_2, mean_3)
-            view = tl.div_rn(view - mean, _of_channel(c, std_0, std_1, std_2, std_3) + tl.zeros_like(view))
-        out_ptrs = out_ptr + c.to(tl.int64) * stride_out_c + (first + j).to(tl.int64) * stride_out_w
-        tl.store(out_ptrs, view.to(out_ptr.dtype.element_ty), mask=(j < COLUMNS) & (first + j < out_width))
+    first_i = program // tiles % groups * OUT_ROWS
+    product = first_i.to(INDEX) * in_height
+    top = product // out_height
+    rest = (product - top * out_height).to(tl.int32)
+    top = top.to(tl.int64)
+    for out_row in range(OUT_ROWS):
+        i = first_i + out_row
+        rows = _bin_length(rest, in_height, out_height)
+        rows_read = tl.where(i < out_height, rows, 0)
+        sums = tl.zeros((BLOCK_W,), tl.int32 if BYTES else COMPUTE)
+        for offset in range(0, end if WIDE else 1, BLOCK_W):  # a WIDE program adds its stretches onto each other
+            column = begin + offset + index
+            in_row = column < row_end
+            place = column if CONTIGUOUS else column.to(tl.int64) * stride_image_w
+            for start in range(0, rows_read, ROWS):
+                for step in tl.static_range(ROWS):
+                    row_ptr = image_ptr + (top + start + step) * units_image_h * UNIT
+                    pixels = tl.load(row_ptr + place, mask=in_row & (start + step < rows_read), other=0)
+                    if WIDE:
+                        pixels = tl.where((offset + index >= skipped) & (offset + index < end), pixels, 0)
+                    sums += pixels.to(sums.dtype)
+
+        # The integer that a white bin adds up to is converted as the sum is: white is exactly 1.
+        area = rows.to(TOTAL if BYTES else tl.int64) * lengths
+        if BYTES:
+            area *= 255
+        out_row_ptr = out_ptr + batch * stride_out_b + i.to(tl.int64) * stride_out_h
+        for interleaved in tl.static_range(INTERLEAVED):
+            if WIDE:
+                total = tl.sum(sums.to(TOTAL), axis=0) + tl.zeros((BLOCK_J,), TOTAL)
+            else:
+                picked = tl.minimum((starts[None, :] + k) * INTERLEAVED + interleaved + skipped, BLOCK_W - 1)
+                columns = tl.gather(sums, tl.reshape(picked, (BLOCK_K * BLOCK_J,)), 0)
+                columns = tl.where(k < lengths[None, :], tl.reshape(columns, (BLOCK_K, BLOCK_J)), 0)
+                total = tl.sum(columns.to(TOTAL), axis=0)
+            if COMPUTE == tl.float64:  # noqa: SIM300
+                view = total.to(COMPUTE) / area.to(COMPUTE)
+            else:
+                view = tl.div_rn(total.to(COMPUTE), area.to(COMPUTE))
+            c = channel + interleaved
+            if AFFINE:
+                mean = _of_channel(c, mean_0, mean_1, mean_2, mean_3)
+                std = _of_channel(c, std_0, std_1, std_2, std_3)
+                view = tl.div_rn(view - mean, std + tl.zeros_like(view))
+            out_ptrs = out_row_ptr + c.to(tl.int64) * stride_out_c + (first + j).to(tl.int64) * stride_out_w
+            in_view = (j < COLUMNS) & (first + j < out_width) & (i < out_height)
+            tl.store(out_ptrs, view.to(out_ptr.dtype.element_ty), mask=in_view)
+
+        next_rest = _next_rest(rest, in_height, out_height)
+        top += in_height // out_height + (next_rest < rest).to(tl.int32)
+        rest = next_rest
 
 
 @triton.jit
@@ -175,6 +184,7 @@ def _area_downsample_bwd_kernel(
     UNIT: tl.constexpr,
     AFFINE: tl.constexpr,
     COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK_W: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -183,50 +193,60 @@ def _area_downsample_bwd_kernel(
     program = tl.program_id(0)
     tiles = (in_width * INTERLEAVED + BLOCK_W - 1) // BLOCK_W
     groups = (in_height + ROWS - 1) // ROWS
-    begin = program % tiles * BLOCK_W
-    top = program // tiles % groups * ROWS
     plane = program // tiles // groups
     batch = (plane // PLANES).to(tl.int64)
 
+    # Column x lies in bin j = ⌊x·w/W⌋, and in the next one too if that begins before x + 1. Bins relative to j_begin.
+    begin = program % tiles * BLOCK_W
     index = tl.arange(0, BLOCK_W)
     element = begin + index
-    # The bins ⌊x·w/W⌋ to ⌈(x + 1)·w/W⌉ − 1 hold column x. Relative to the program's first ones, to fit in 32 bits.
-    x = (index + begin % INTERLEAVED) // INTERLEAVED
     channel = plane % PLANES + element % INTERLEAVED
-    product = (begin // INTERLEAVED).to(tl.int64) * out_width
+    product = (begin // INTERLEAVED).to(INDEX) * out_width
     j_begin = product // in_width
-    rest = (product - j_begin * in_width).to(tl.int32)
-    j = (x * out_width + rest) // in_width
-    next_j = ((x + 1) * out_width + rest + in_width - 1) // in_width - 1
-    rest = (j_begin * in_width % out_width).to(tl.int32)
-    factor = 1.0 / _bin_length(j, rest, in_width, out_width).to(COMPUTE)
-    next_factor = 1.0 / _bin_length(next_j, rest, in_width, out_width).to(COMPUTE)
+    product = (index + begin % INTERLEAVED) // INTERLEAVED * out_width + (product - j_begin * in_width).to(tl.int32)
+    j = product // in_width
+    two_columns = product - j * in_width + out_width > in_width
+    rest = (j * in_width + (j_begin * in_width % out_width).to(tl.int32)) % out_width
+    factor = 1.0 / _bin_length(rest, in_width, out_width).to(COMPUTE)
+    next_factor = 1.0 / _bin_length(_next_rest(rest, in_width, out_width), in_width, out_width).to(COMPUTE)
     if AFFINE:
         std = _of_channel(channel, std_0, std_1, std_2, std_3).to(COMPUTE)
         factor /= std
         next_factor /= std
 
-    valid = element < in_width * INTERLEAVED // UNIT * UNIT
-    shared = valid & (next_j > j)
-    grad_out_ptr += batch * stride_out_b + channel.to(tl.int64) * stride_out_c
-    column_ptrs = grad_out_ptr + (j_begin + j) * stride_out_w
-    next_column_ptrs = grad_out_ptr + (j_begin + next_j) * stride_out_w
+    in_row = element < in_width * INTERLEAVED // UNIT * UNIT
+    two_columns &= in_row
+    column_ptrs = grad_out_ptr + batch * stride_out_b + channel.to(tl.int64) * stride_out_c
+    column_ptrs += (j_begin + j).to(tl.int64) * stride_out_w
     grad_image_ptr += (batch * units_image_b + (plane % PLANES).to(tl.int64) * units_image_c) * UNIT
-    for step in range(0, ROWS):
-        y = (top + step).to(tl.int64)
+
+    first_y = program // tiles % groups * ROWS
+    product = first_y.to(INDEX) * out_height
+    i = product // in_height
+    passed = (product - i * in_height).to(tl.int32)  # how far row y has come through bin i, in 1/h of a row
+    rest = (i * in_height % out_height).to(tl.int32)
+    i = i.to(tl.int64)
+    for step in range(ROWS):
+        y = first_y + step
         inside = y < in_height
-        first_i = y * out_height // in_height
-        last_i = ((y + 1) * out_height + in_height - 1) // in_height - 1
-        grad_image = tl.zeros((BLOCK_W,), COMPUTE)
-        for following in tl.static_range(2):
-            i = first_i + following
-            held = inside & (i <= last_i)
-            rows = _bin_length(i, 0, in_height, out_height)
-            grad_out = tl.load(column_ptrs + i * stride_out_h, mask=valid & held, other=0).to(COMPUTE)
-            next_grad_out = tl.load(next_column_ptrs + i * stride_out_h, mask=shared & held, other=0).to(COMPUTE)
-            grad_image += (grad_out * factor + next_grad_out * next_factor) / rows.to(COMPUTE)
-        grad_image_ptrs = grad_image_ptr + y * units_image_h * UNIT + element
-        tl.store(grad_image_ptrs, grad_image.to(grad_image_ptr.dtype.element_ty), mask=valid & inside)
+        two_rows = inside & (passed + out_height > in_height)
+        next_rest = _next_rest(rest, in_height, out_height)
+        upper_ptrs = column_ptrs + i * stride_out_h
+        lower_ptrs = upper_ptrs + stride_out_h
+        upper = tl.load(upper_ptrs, mask=in_row & inside, other=0).to(COMPUTE) * factor
+        upper += tl.load(upper_ptrs + stride_out_w, mask=two_columns & inside, other=0).to(COMPUTE) * next_factor
+        lower = tl.load(lower_ptrs, mask=in_row & two_rows, other=0).to(COMPUTE) * factor
+        lower += tl.load(lower_ptrs + stride_out_w, mask=two_columns & two_rows, other=0).to(COMPUTE) * next_factor
+        grad_image = upper * (1.0 / _bin_length(rest, in_height, out_height).to(COMPUTE))
+        grad_image += lower * (1.0 / _bin_length(next_rest, in_height, out_height).to(COMPUTE))
+        grad_image_ptrs = grad_image_ptr + y.to(tl.int64) * units_image_h * UNIT + element
+        tl.store(grad_image_ptrs, grad_image.to(grad_image_ptr.dtype.element_ty), mask=in_row & inside)
+
+        passed += out_height
+        carry = passed >= in_height
+        passed = tl.where(carry, passed - in_height, passed)
+        rest = tl.where(carry, next_rest, rest)
+        i += carry.to(tl.int64)
 
 
 def area_downsample_triton(
@@ -261,7 +281,7 @@ def area_downsample_triton(
     tall = _longest_bin(in_height, size[0])
     short = tall * longest < SHORT_TOTAL
     float_type = tl.float64 if compute == torch.float64 else tl.float32
-    grid = (image.shape[0] * planes * size[0] * triton.cdiv(size[1], columns),)
+    grid = (image.shape[0] * planes * triton.cdiv(size[0], OUT_ROWS) * triton.cdiv(size[1], columns),)
     with torch.cuda.device_of(image):
         _area_downsample_fwd_kernel[grid](
             image,
@@ -282,17 +302,19 @@ def area_downsample_triton(
             AFFINE=fused,
             COMPUTE=float_type,
             TOTAL=(tl.int32 if short else tl.int64) if is_byte else float_type,
+            INDEX=_index_type(image.shape, size),
             WIDE=wide,
             COLUMNS=columns,
+            OUT_ROWS=OUT_ROWS,
             BLOCK_J=triton.next_power_of_2(columns),
             BLOCK_K=1 if wide else triton.next_power_of_2(longest),
             BLOCK_W=block_w,
-            ROWS=min(tall, 16),
+            ROWS=min(tall, _rows_in_flight(block_w // (32 * num_warps), image.element_size(), unit, contiguous)),
             num_warps=num_warps,
         )
     if affine and not fused:
-        out = normalise(out, means, stds, channel_dim=1, is_byte=False).to(dtype)
-    return out
+        _normalise_(out, means, stds)
+    return out.to(dtype)
 
 
 def area_downsample_backward_triton(
@@ -306,11 +328,12 @@ def area_downsample_backward_triton(
     compute = compute_dtype(grad_out.dtype, grad_image.dtype)
     fused = stds is not None and channels <= AFFINE_CHANNELS and compute == torch.float32
     if stds is not None and not fused:
-        grad_out = normalise(grad_out.to(compute), None, stds, channel_dim=1, is_byte=False)
+        grad_out = grad_out.to(compute, copy=True, memory_format=torch.contiguous_format)
+        _normalise_(grad_out, None, stds)
     interleaved = channels if grad_image.stride(3) == channels else 1
     planes = channels // interleaved
     unit = _unit(grad_image, interleaved)
-    block_w, rows = 512, 16
+    block_w, rows = BWD_TILE
     grid = (batch * planes * triton.cdiv(in_height, rows) * triton.cdiv(in_width * interleaved, block_w),)
     with torch.cuda.device_of(grad_image):
         _area_downsample_bwd_kernel[grid](
@@ -327,10 +350,20 @@ def area_downsample_backward_triton(
             UNIT=unit,
             AFFINE=fused,
             COMPUTE=tl.float64 if compute == torch.float64 else tl.float32,
+            INDEX=_index_type(grad_image.shape, grad_out.shape[2:]),
             BLOCK_W=block_w,
             ROWS=rows,
             num_warps=4,
         )
+
+
+def _normalise_(view: Tensor, means: list[float] | None, stds: list[float] | None) -> None:
+    """In place, by numbers that travel with the launches: a tensor of them would make the host wait for its copy."""
+    for channel in range(view.shape[1]):
+        if means is not None:
+            view[:, channel].sub_(means[channel])
+        if stds is not None:
+            view[:, channel].div_(stds[channel])
 
 
 def _channels_last(image: Tensor) -> bool:
@@ -359,14 +392,27 @@ def _longest_bin(length: int, bins: int) -> int:
 def _fwd_blocks(in_width: int, out_width: int, interleaved: int, unit: int, item: int) -> tuple[bool, int, int, int]:
     """Whether a bin may be wider than a tile; output pixels a program, elements of its tile, and warps."""
     fits = []
-    for block_w in (128, 256, 512, 1024, 2048):
+    for block_w in (256, 512, 1024, 2048):
         pixels = (block_w - unit) // interleaved - 2  # what remains where first and last bin begin and end anyhow
         columns = min(128, out_width, pixels * out_width // in_width)
         if columns > 0:
             fits.append((triton.cdiv(out_width, columns) * block_w, -block_w, columns))
     # The tile that leaves the fewest lanes without work, among equals the largest.
     _, block_w, columns = min(fits, default=(0, -2048, 1))
-    return not fits, columns, -block_w, min(8, max(1, -block_w * item // 512))  # 16 bytes a thread and row
+    num_warps = min(8, max(2, -block_w * item // 512)) if fits else 8  # 16 bytes a thread and row
+    return not fits, columns, -block_w, num_warps
+
+
+def _rows_in_flight(elements: int, item: int, unit: int, contiguous: bool) -> int:
+    """Rows of which a thread may load its elements before it adds them up: what fits in 64 registers, 16 at most."""
+    held = max(item, 4 if unit * item < 4 else 1) if contiguous else 8  # bytes an element: its value, or its address
+    return min(16, max(1, 256 // (elements * held)))
+
+
+def _index_type(image_shape: torch.Size, size: Sequence[int]) -> Any:
+    """What holds the product of an image's side with a view's; a 64-bit division is worth avoiding."""
+    largest = max(side * bins for side, bins in zip(image_shape[2:], size, strict=True))
+    return tl.int32 if largest + max(image_shape[2:]) * 2048 < 2**31 else tl.int64
 
 
 def _padded(values: list[float] | None, default: float) -> list[float]:
@@ -415,18 +461,21 @@ def offline_cases() -> list[OfflineCase]:
                     "AFFINE": True,
                     "COMPUTE": tl.float32,
                     "TOTAL": tl.int32 if image == "u8" else tl.float32,
+                    "INDEX": tl.int32,
                     "WIDE": False,
                     "COLUMNS": columns,
+                    "OUT_ROWS": OUT_ROWS,
                     "BLOCK_J": triton.next_power_of_2(columns),
                     "BLOCK_K": triton.next_power_of_2(longest),
                     "BLOCK_W": block_w,
-                    "ROWS": min(longest, 16),
+                    "ROWS": min(longest, _rows_in_flight(block_w // (32 * num_warps), item, unit, True)),
                 },
                 divisible_by_16=("image_ptr", "out_ptr"),
                 num_warps=num_warps,
                 elements=columns * interleaved * side // view * longest,
                 bytes_per_element=item + 4 * (view / side) ** 2,
-                budget=14,
+                # What depends on columns only counts whole, though it runs once for OUT_ROWS rows.
+                budget=14 if image == "u8" else 50,
                 needs=(r"ld\.global\S*\.v4\.b32",) if unit * item == 16 else (r"ld\.global\S*\.b32",),
                 workload=workload,
             )
@@ -450,14 +499,15 @@ def offline_cases() -> list[OfflineCase]:
                     **layout,
                     "AFFINE": True,
                     "COMPUTE": tl.float32,
-                    "BLOCK_W": 512,
-                    "ROWS": 16,
+                    "INDEX": tl.int32,
+                    "BLOCK_W": BWD_TILE[0],
+                    "ROWS": BWD_TILE[1],
                 },
                 divisible_by_16=("grad_out_ptr", "grad_image_ptr"),
                 num_warps=4,
-                elements=512,
+                elements=BWD_TILE[0],
                 bytes_per_element=item + item * (view / side) ** 2,
-                budget=40,
+                budget=155,  # of which 120 are the columns' code, run once for all rows of a tile
                 needs=(r"st\.global\S*\.v[24]\.b32",),
                 workload=workload,
             )

@@ -301,7 +301,7 @@ def offline_cases() -> list[OfflineCase]:
                     num_warps=4,
                     elements=block_n * block_d,
                     bytes_per_element=2 * size,
-                    budget=30,
+                    budget=36,
                     needs=(r"ld\.global\S*\.v4", r"st\.global\S*\.v4"),
                     workload=(f"128 x {n_draws} x {n_features}", 128 * n_draws * n_features),
                 )

@@ -1,1 +1,7 @@
 """Benchmarks: times, scratch memory and targets; `make bench` runs them all."""
+
+import os
+
+# Before torch is imported. Threads that wait for each other spin by default; where other processes share the cores, a
+# spinning thread keeps the one that it waits for from running, and an op takes milliseconds too long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -114,7 +114,7 @@ class Report:
     def facts(self) -> dict[str, str]:
         """What the times depend on."""
         cores = os.cpu_count() or 1
-        busy = "; busy: the medians say little" if self.load > 0.5 * cores else ""
+        busy = "; busy: look at the best rounds as well" if self.load > 0.5 * cores else ""
         return {**machine(self.device), "load before": f"{self.load:.1f} on {cores} cores{busy}"}
 
     def compare(self, name: str, methods: dict[str, Method], *, copies: int = 1, seconds: float = 3.0) -> Group:
@@ -180,7 +180,7 @@ def machine(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _triton_version(),
-        "threads": str(torch.get_num_threads()),
+        "threads": f"{torch.get_num_threads()}, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}",
         "allocator": " ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ) or "default",
     }
     if device.type == "cuda":

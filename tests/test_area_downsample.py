@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ats_kernels import area_downsample
+from ats_kernels import area_downsample, area_downsample_cpu
 from tests.helpers import assert_close, seeded
 
 SIZES = [((8, 12), (4, 3)), ((9, 10), (4, 7)), ((7, 5), (7, 5)), ((13, 6), (1, 1)), ((30, 17), (11, 16))]
@@ -75,6 +75,61 @@ def test_white_bytes_stay_white(side):
     image = torch.full((1, 1, 2 * side, 2 * side), 255, dtype=torch.uint8)
     for dtype in (torch.float16, torch.float32):
         assert_close(area_downsample(image, 2, dtype=dtype), torch.ones(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 1)])
+def test_bins_of_many_rows(size):
+    """White stays exactly 1 and noise its mean where a bin has more rows, or pixels, than one type can add up."""
+    image = values(1, 1, 300, 700, dtype=torch.uint8)
+    assert_close(area_downsample(image, size), slow_view(image, size))
+    assert (area_downsample(torch.full_like(image, 255), size) == 1).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("chunk", [1, 100, 700])
+def test_chunks(chunk, dtype, layout, monkeypatch):
+    """Several images, an image, or a few rows at a time; chunks that end within a period of the bins and do not."""
+    monkeypatch.setattr(area_downsample_cpu, "CHUNK", chunk)
+    image = LAYOUTS[layout](values(5, 2, 15, 9, dtype=dtype))
+    for size in ((6, 4), (7, 9), (15, 2)):
+        assert_close(area_downsample(image, size), slow_view(image, size))
+
+
+def test_channels_last_stays_channels_last():
+    image = LAYOUTS["channels-last"](values(2, 3, 9, 8, dtype=torch.uint8))
+    assert area_downsample(image, (3, 4)).is_contiguous(memory_format=torch.channels_last)
+    assert area_downsample(image.contiguous(), (3, 4)).is_contiguous()
+
+
+def test_a_pixel_that_is_not_finite_stays_in_its_bins():
+    image = torch.ones(1, 1, 6, 9)
+    image[0, 0, 1, 4], image[0, 0, 4, 0] = float("nan"), float("inf")
+    view = area_downsample(image, (3, 3))[0, 0]
+    assert view.isnan().tolist() == [[False, True, False], [False] * 3, [False] * 3]
+    assert view.isinf().tolist() == [[False] * 3, [False] * 3, [True, False, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_compiles_whole(dtype):
+    """No graph break, forward and backward, and the same values."""
+    image = values(2, 3, 9, 10, dtype=dtype)
+    image.requires_grad_(image.is_floating_point())
+    compiled = torch.compile(area_downsample, fullgraph=True, backend="aot_eager")
+    view, expected = (
+        function(image, (4, 7), mean=[0.1, 0.2, 0.3], std=0.5) for function in (compiled, area_downsample)
+    )
+    assert_close(view, expected)
+    if image.requires_grad:
+        assert_close(*(torch.autograd.grad(x.square().sum(), image)[0] for x in (view, expected)))
+
+
+def test_autocast_changes_nothing():
+    image = values(1, 3, 9, 10, dtype=torch.uint8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        view = area_downsample(image, (4, 7))
+    assert view.dtype == torch.float32
+    assert_close(view, slow_view(image, (4, 7)))
 
 
 @pytest.mark.parametrize(("image_size", "size"), SIZES[:3])

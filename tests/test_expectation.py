@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ats_kernels import estimator_weights, expectation, sample
+from ats_kernels import estimator_weights, estimator_weights_ref, expectation, sample
 from ats_kernels.expectation import ESTIMATORS
 from tests.enumeration import attention_logits, enumerate_draws, mass_left, step_probabilities
 from tests.helpers import assert_close, seeded
@@ -253,6 +253,45 @@ def test_only_one_argument_requires_a_gradient():
         (got,) = torch.autograd.grad(expectation(*arguments), arguments[learns], g)
         assert torch.equal(got, expected[learns])
     assert not expectation(features, log_attention).requires_grad
+
+
+def test_compiles_whole():
+    """No graph break, forward and backward, and the same values."""
+    arguments = randn(2, 4, 3).requires_grad_(), randn(2, 4).log_softmax(-1).requires_grad_()
+    compiled = torch.compile(expectation, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (expectation, compiled):
+        pooled = function(*arguments)
+        results.append((pooled, *torch.autograd.grad(pooled.square().sum(), arguments)))
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want)
+    weigh = torch.compile(estimator_weights, fullgraph=True, backend="aot_eager")
+    assert_close(weigh(arguments[1]), estimator_weights(arguments[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_keeps_the_weights_precise(dtype):
+    """Under autocast features come in half precision and log a in float32; weights are not rounded to half."""
+    log_attention = randn(2, 40, dtype=torch.float32).log_softmax(-1).requires_grad_()
+    features = randn(2, 40, 3, dtype=dtype).requires_grad_()
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            pooled = expectation(features, log_attention)
+            grads.append((pooled, *torch.autograd.grad(pooled.float().sum(), (features, log_attention))))
+    for got, want in zip(*grads, strict=True):
+        assert torch.equal(got, want)
+    assert pooled.dtype == dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lean_weights_are_the_reference(kind):
+    """Also of a peak that leaves less than float64 resolves below 1, wherever in the draw it comes."""
+    logits = 20 * attention_logits(kind, 9).expand(50, -1)
+    log_attention = sample(logits, 9, generator=seeded()).log_attention
+    left = torch.tensor([[-1e-18, -42.0, -43.0]]).double()
+    for log_a, atol in ((log_attention, 1e-20), (left, 0.0), (left.flip(1), 0.0)):
+        torch.testing.assert_close(estimator_weights(log_a), estimator_weights_ref(log_a), rtol=1e-12, atol=atol)
 
 
 def test_weights_are_constants():
