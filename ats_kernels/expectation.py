@@ -54,6 +54,8 @@ def expectation_ref(features: Tensor, weights: Tensor) -> Tensor:
 
 
 def _flat(features: Tensor) -> Tensor:
+    if features.ndim == 3:
+        return features
     return features.reshape(*features.shape[:2], math.prod(features.shape[2:]))  # (B, N, D)
 
 
