@@ -23,8 +23,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# Threads that sleep while they wait do not stall each other where other programs use the cores too.
 demo: $(READY)
-	$(BIN)/ats demo
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/ats demo
 
 test: $(READY)
 	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)

@@ -65,6 +65,9 @@ _WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 def receptive_field(module: nn.Module) -> int:
     """The view pixels that an attention network loses along an axis, worked out from its layers.
 
+    What a stride leaves over at the far edge is not part of it: give views of which (h − rf) is a multiple of the
+    grid's step.
+
     With padding p, dilation d and stride s, the centre of the first output lies at
     ``c = ½ + Σ (d(k − 1)/2 − p)·j`` view pixels, where j, the product of the strides before the layer, ends as
     the grid's step J. `cell_offsets` puts that centre at rf/2 + J/2, so rf = 2c − J: 0 for 'same' convolutions,
@@ -79,6 +82,11 @@ def receptive_field(module: nn.Module) -> int:
         ValueError: another layer; layers that differ along the axes; padding that puts the first cell further
             out than half a step, which no rf describes. Pass `receptive_field` as a number then.
     """
+    return lost_and_step(module)[0]
+
+
+def lost_and_step(module: nn.Module) -> tuple[int, int]:
+    """`receptive_field` of a network, and the step of its grid, both in view pixels."""
     twice_centre, step = 1, 1
     for name, layer in module.named_modules(remove_duplicate=False):
         if isinstance(layer, (nn.Sequential, *_POINTWISE)) or getattr(layer, "pointwise", False):
@@ -98,7 +106,7 @@ def receptive_field(module: nn.Module) -> int:
             f"step of {step}; pad the strided layers less (a kernel as large as its stride needs no padding), or "
             "pass receptive_field as a number"
         )
-    return lost
+    return lost, step
 
 
 def _window(name: str, layer: nn.Module) -> tuple[int, int, int, int]:

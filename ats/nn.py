@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from ats import functional
 from ats.functional import PatchSample
-from ats.geometry import receptive_field as receptive_field_of
-from ats_kernels._checks import Normalisation, check_count, check_pair
+from ats.geometry import lost_and_step
+from ats_kernels._checks import Normalisation, check_choice, check_count, check_pair
+from ats_kernels.extract_patches import PADDINGS
+from ats_kernels.sample import METHODS
 
 
 class SamplePatches(nn.Module):
@@ -28,6 +30,8 @@ class SamplePatches(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_choice("method", method, METHODS)
+        check_choice("padding", padding, PADDINGS)
         self.n_patches = check_count("n_patches", n_patches)
         self.patch_size = check_pair("patch_size", patch_size)
         self.replace = replace
@@ -122,10 +126,11 @@ class AttentionSampling(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.grid_step: int | None = None  # view pixels, where known
         if isinstance(receptive_field, str):
             if receptive_field != "auto":
                 raise ValueError(f"receptive_field must be an int or 'auto', got {receptive_field!r}")
-            receptive_field = receptive_field_of(attention)
+            receptive_field, self.grid_step = lost_and_step(attention)
         self.attention = attention
         self.feature = feature
         self.sampler = SamplePatches(
@@ -145,7 +150,7 @@ class AttentionSampling(nn.Module):
         self, view: Tensor, image: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, PatchSample]:
         """View (B, C, h, w) and image (B, C, H, W) -> pooled features (B, …), logits, PatchSample."""
-        logits = self.attention(view)
+        logits = self._logits(view)
         sample = self.sampler(image, logits, view_size=tuple(view.shape[-2:]), generator=generator)
         batch, n_patches = sample.indices.shape
         features = self.feature(sample.patches.flatten(0, 1)).unflatten(0, (batch, n_patches))
@@ -154,13 +159,26 @@ class AttentionSampling(nn.Module):
         )
         return pooled, logits, sample
 
+    def _logits(self, view: Tensor) -> Tensor:
+        logits = self.attention(view)
+        if self.grid_step is not None:
+            for size, cells in zip(view.shape[-2:], logits.shape[-2:], strict=True):
+                covered = self.sampler.receptive_field + cells * self.grid_step
+                if covered != size:
+                    raise ValueError(
+                        f"the attention network's {cells} cells cover {covered} of the view's {size} pixels, so "
+                        f"patches would not lie where its cells look; make the view {covered} or "
+                        f"{covered + self.grid_step} pixels along that axis, or pass receptive_field as a number"
+                    )
+        return logits
+
     def full(self, view: Tensor, image: Tensor, *, chunk_size: int = 1024) -> Tensor:
         """Φ = Σ_i a_i f_i (B, …) over all K cells, `chunk_size` patches at a time: the model without sampling.
 
         It reads K patches an image: for checks and small images. It works with gradients too, for which the
         features of all chunks are kept; evaluate under ``torch.no_grad()`` where none are wanted.
         """
-        logits = self.attention(view)
+        logits = self._logits(view)
         grid = (logits.shape[-2], logits.shape[-1])
         log_attention = logits.flatten(1).log_softmax(-1)  # (B, K)
         cells = torch.arange(log_attention.shape[1], device=logits.device)

@@ -37,5 +37,6 @@ def test_the_plain_pytorch_example_trains() -> None:
 def test_links_and_pictures_lead_somewhere() -> None:
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     for page in pages:
+        assert "@@" not in page.read_text(), f"{page.name} has a placeholder"
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import ats
 from ats.experiments import commands
 from ats.experiments.config import PRESETS, ExperimentConfig, to_dict
 from ats.experiments.demo import run_demo
@@ -134,6 +137,7 @@ def test_training_and_evaluating_from_the_command_line(tmp_path: Path, capsys: p
         ("train cifar", 1, "unknown experiment 'cifar'"),
         ("train megapixel-mnist --preset huge", 1, "unknown preset 'huge'"),
         ("train megapixel-mnist --preset demo --optim.epochs 0", 2, "optim.epochs must be at least 1, got 0"),
+        ("train megapixel-mnist --preset demo --seed -1", 2, "seed must be at least 0, got -1"),
         ("evaluate nowhere.ckpt", 1, "no checkpoint at nowhere.ckpt"),
     ],
 )
@@ -142,6 +146,23 @@ def test_mistakes_get_a_line_that_says_what_is_wrong(
 ) -> None:
     assert commands.run(line.split()) == status
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_device_that_is_not_there_is_named(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.run(["evaluate", str(checkpoint), "--device", "gpu"]) == 1
+    assert "--device gpu cannot be used here" in capsys.readouterr().err
+
+
+def test_a_runs_folder_stands_for_its_checkpoint_and_no_patches_are_none(checkpoint: Path) -> None:
+    task = load_task(checkpoint.parent.parent)
+    assert torch.equal(task.model.head.weight, load_task(checkpoint).model.head.weight)
+    with pytest.raises(ValueError, match="n_patches must be at least 1, got 0"):
+        evaluate(task, n_patches=0)
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "ats", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ats.__version__
 
 
 def test_help_lists_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:

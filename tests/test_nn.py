@@ -204,3 +204,20 @@ def test_views_that_do_not_fit_the_image(images):
         make_model()(view[:1], image)
     with pytest.raises(ValueError, match=r"view_size \(8, 10\) is larger than the image, \(5, 30\)"):
         make_model()(view, image[:, :, :5])
+
+
+def test_a_view_with_a_rest_that_the_grid_does_not_cover_is_refused() -> None:
+    """Pooling floors the rest away, so cells would be spread over pixels that they never saw, without a word."""
+    attention = nn.Sequential(nn.Conv2d(1, 1, 3), nn.MaxPool2d(8))
+    model = ats.nn.AttentionSampling(attention, nn.Flatten(), 2, 10, receptive_field="auto")
+    with pytest.raises(ValueError, match=r"6 cells cover 50 of the view's 57 pixels.*make the view 50 or 58"):
+        model(torch.rand(1, 1, 57, 58), torch.rand(1, 1, 510, 510))
+    with pytest.raises(ValueError, match="make the view 50 or 58"):
+        model.full(torch.rand(1, 1, 58, 57), torch.rand(1, 1, 510, 510))
+    assert model(torch.rand(1, 1, 58, 50), torch.rand(1, 1, 510, 510))[2].patches.shape == (1, 2, 1, 10, 10)
+
+
+def test_options_are_checked_when_a_module_is_made() -> None:
+    for options in ({"method": "best"}, {"padding": "reflect"}, {"n_patches": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            ats.nn.SamplePatches(**({"n_patches": 2, "patch_size": 4} | options))

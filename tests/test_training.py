@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,30 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
         train(tiny(tmp_path))
 
 
+def test_a_first_attempt_that_failed_does_not_lock_its_folder(tmp_path: Path) -> None:
+    """The advice in the error would be impossible to follow if config.json of nothing at all stood in its way."""
+    config = tiny(tmp_path / "run")
+    impossible = dataclasses.replace(config, model=dataclasses.replace(config.model, n_patches=101))
+    with pytest.raises(ValueError, match="n=101"):
+        train(impossible)
+    train(config)
+    assert json.loads((config.run_folder / "config.json").read_text())["model"]["n_patches"] == 10
+
+
+def test_a_damaged_configuration_is_named(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(uninterrupted.parent.parent, folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        train(tiny(folder))
+
+
+def test_views_are_whole_cells() -> None:
+    config = tiny(Path("unused"))
+    assert config.view_size == 18  # of 140 · 0.12 = 16.8 pixels, in cells of 3
+    assert dataclasses.replace(config, model=dataclasses.replace(config.model, networks="paper")).view_size == 17
+
+
 def test_logs_hold_every_epoch(uninterrupted: Path) -> None:
     """Without them nobody can plot a curve: loss, error and entropy, epoch by epoch, as CSV and for TensorBoard."""
     folder = uninterrupted.parent.parent
@@ -177,6 +202,9 @@ def test_a_configuration_of_another_version_is_named_as_such() -> None:
         ("optim", "batch_size", 0),
         ("model", "n_patches", 0),
         ("model", "view_scale", 1.5),
+        ("data", "n_noise", -1),
+        ("data", "validation_images", -1),
+        ("optim", "learning_rate", -1.0),
         ("optim", "warmup", 1.0),
     ],
 )

@@ -51,6 +51,8 @@ class MegapixelMNIST(Dataset[tuple[Tensor, int]]):
     ) -> None:
         if split not in _SPLITS:
             raise ValueError(f"unknown split {split!r}, expected one of {', '.join(map(repr, _SPLITS))}")
+        if n_images < 0 or n_noise < 0:
+            raise ValueError(f"n_images and n_noise must be at least 0, got {n_images} and {n_noise}")
         if image_size < GLYPH:
             raise ValueError(f"image_size must be at least {GLYPH}, a digit's size, got {image_size}")
         if not n_digits / 2 < n_target <= n_digits:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
@@ -36,13 +38,15 @@ class EvaluateOptions:
     """Error and loss of a trained model on images that it was not trained on."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """RUN/checkpoints/last.ckpt of a run of `ats train`."""
+    """A run's folder, or its checkpoints/last.ckpt, as `ats train` wrote it."""
     method: Literal["sample", "topk"] = "sample"
     """Draw the patches, or take the most probable ones."""
     n_patches: int | None = None
     """Patches an image; default: what the model was trained with."""
     repeats: int = 1
     """Draws an image. Error and loss are averaged over them; the error of the averaged prediction is given too."""
+    mnist: Path | None = None
+    """Folder of MNIST's files, where it is not the one that the run was trained with."""
     images: int | None = None
     """How many test images; default: as configured for the run."""
     seed: int = 0
@@ -73,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     if command == "--version":
         print(__version__)
         return 0
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, soft_wrap=True)
     if command not in commands:
         errors.print(f"ats: unknown command {command!r}, expected one of {', '.join(commands)}", markup=False)
         return 2
@@ -84,7 +88,11 @@ def run(arguments: Sequence[str]) -> int:
     except (InterruptedRunError, KeyboardInterrupt) as stop:
         errors.print(f"ats: {stop or 'interrupted'}", markup=False)
         return 130
-    except (ValueError, OSError) as error:  # what a user can mend; a defect keeps its traceback
+    except (
+        ValueError,
+        OSError,
+        MisconfigurationException,
+    ) as error:  # what a user can mend; a defect keeps its traceback
         errors.print(f"ats: {error}", markup=False)
         return 1
     return 0
@@ -98,7 +106,7 @@ def _train(arguments: list[str]) -> None:
     if experiment not in EXPERIMENTS:
         raise ValueError(f"unknown experiment {experiment!r}, expected one of {', '.join(EXPERIMENTS)}")
     # The preset decides what the other options default to, so it is looked for first.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(prog=f"ats train {experiment}", add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=ExperimentConfig().preset)
     preset = first.parse_known_args(arguments[1:])[0].preset
     if preset not in PRESETS:
@@ -110,12 +118,20 @@ def _train(arguments: list[str]) -> None:
 
 def _evaluate(arguments: list[str]) -> None:
     options = tyro.cli(EvaluateOptions, prog="ats evaluate", args=arguments)
+    if options.output is not None and options.output.is_dir():
+        raise ValueError(f"--output {options.output} is a folder; name a file")
+    task = load_task(options.checkpoint)
+    try:
+        task = task.to(torch.device(options.device))
+    except (RuntimeError, AssertionError) as error:  # torch's for a device that it does not know or have
+        raise ValueError(f"--device {options.device} cannot be used here: {error}") from error
     result = evaluate(
-        load_task(options.checkpoint).to(options.device),
+        task,
         method=options.method,
         n_patches=options.n_patches,
         repeats=options.repeats,
         images=options.images,
+        mnist=options.mnist,
         seed=options.seed,
     )
     table = Table(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ats.models.megapixel_mnist import ATTENTION_STRIDE
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -68,7 +70,8 @@ class OptimConfig:
     gradient_clip: float = 1.0
     """Largest norm of the gradient."""
     entropy_weight: float = 1e-4
-    """λ of the entropy bonus, which keeps the attention from collapsing (paper, eq. 21)."""
+    """λ of the entropy bonus, which keeps the attention from collapsing (paper, eq. 21). It falls as the learning rate
+    does, without a warm-up."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class TrainerConfig:
     """Machines."""
     strategy: str = "auto"
     """ddp, …"""
-    precision: str = "32-true"
-    """16-mixed, bf16-mixed, …"""
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    """Mixed precision keeps the weights in float32."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,13 @@ class ExperimentConfig:
             for name in names:
                 if (value := getattr(getattr(self, section), name)) < 1:
                     raise ValueError(f"{section}.{name} must be at least 1, got {value}")
+        for name in ("n_noise", "validation_images"):
+            if (value := getattr(self.data, name)) < 0:
+                raise ValueError(f"data.{name} must be at least 0, got {value}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if self.optim.learning_rate <= 0:
+            raise ValueError(f"optim.learning_rate must be positive, got {self.optim.learning_rate}")
         if not 0 < self.model.view_scale <= 1:
             raise ValueError(f"model.view_scale must be in (0, 1], got {self.model.view_scale}")
         if not 0 <= self.optim.warmup < 1:
@@ -116,7 +126,8 @@ class ExperimentConfig:
     @property
     def view_size(self) -> int:
         """Pixels a side of the low-resolution view."""
-        return max(1, round(self.data.image_size * self.model.view_scale))
+        stride = ATTENTION_STRIDE[self.model.networks]  # whole cells
+        return stride * max(1, round(self.data.image_size * self.model.view_scale / stride))
 
     @property
     def run_folder(self) -> Path:
@@ -145,7 +156,7 @@ PRESETS = {
     ),
     "demo": ExperimentConfig(
         preset="demo",
-        data=DataConfig(digits="bundled", image_size=500, n_noise=10, train_images=20_000, test_images=500),
+        data=DataConfig(digits="bundled", image_size=500, n_noise=10, train_images=14_000, test_images=500),
         optim=dataclasses.replace(_MODERN, epochs=3),
     ),
 }
@@ -199,12 +210,20 @@ def mnist_folder(data: DataConfig) -> Path:
     return Path(cache) / "torch-ats" / "mnist"
 
 
+def entropy_weight(step: int, total: int, optim: OptimConfig) -> float:
+    """λ at a step of `total`: as configured while there is little to go by, less once there is much."""
+    return optim.entropy_weight * _fall(step / total, optim)
+
+
 def learning_rate_factor(step: int, total: int, optim: OptimConfig) -> float:
     """What the learning rate is multiplied with at a step of `total`."""
     warmup = round(optim.warmup * total)
     if step < warmup:
         return (step + 1) / warmup
+    return _fall((step - warmup) / max(1, total - warmup), optim)
+
+
+def _fall(progress: float, optim: OptimConfig) -> float:
     if optim.schedule == "constant":
         return 1.0
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

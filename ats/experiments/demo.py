@@ -24,7 +24,7 @@ def run_demo(folder: Path, seed: int, config: ExperimentConfig = PRESETS["demo"]
     A demo that was interrupted goes on; one that is complete is kept beside the new one, under another name.
     """
     console = Console()
-    if (folder / "metrics.json").exists():
+    if (folder / "metrics.json").exists() and (folder / "learned" / "config.json").exists():
         kept = _set_aside(folder)
         console.print(f"The demo that was in {folder} is now in {kept}.")
     results: dict[str, tuple[Evaluation, float]] = {}

@@ -16,21 +16,26 @@ from ats.experiments.task import ClassificationTask
 
 
 def load_task(checkpoint: Path) -> ClassificationTask:
-    """A trained task from a checkpoint that `train` wrote, ready to evaluate.
+    """A trained task from a checkpoint that `train` wrote, or a run's folder, ready to evaluate.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a checkpoint of this project.
     """
+    if checkpoint.is_dir():
+        checkpoint = checkpoint / "checkpoints" / "last.ckpt"
     if not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}; `ats train` writes RUN/checkpoints/last.ckpt")
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         values = content["hyper_parameters"]["config"]
     except Exception as error:
-        raise ValueError(f"{checkpoint} is not a checkpoint that `ats train` wrote: {error}") from error
-    task = ClassificationTask(from_dict(values))
-    task.load_state_dict(content["state_dict"])
+        raise ValueError(f"{checkpoint} is not a checkpoint that `ats train` wrote ({error!r})") from error
+    try:
+        task = ClassificationTask(from_dict(values))
+        task.load_state_dict(content["state_dict"])
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint} was written by another version of ats: {error}") from error
     return task.eval()
 
 
@@ -66,6 +71,7 @@ def evaluate(
     n_patches: int | None = None,
     repeats: int = 1,
     images: int | None = None,
+    mnist: Path | None = None,
     batch_size: int = 50,
     seed: int = 0,
 ) -> Evaluation:
@@ -77,6 +83,7 @@ def evaluate(
         n_patches: patches an image; what it was trained with where None.
         repeats: draws an image; 1 is all that "topk" needs.
         images: how many of the test images; all where None.
+        mnist: folder of MNIST's files, where it is not the one that the run was trained with.
         batch_size: images at a time.
         seed: of the draws.
     """
@@ -84,18 +91,19 @@ def evaluate(
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     if method == "topk" and repeats > 1:
         raise ValueError(f"method='topk' draws nothing at random: repeats={repeats} would give the same every time")
-    if images is not None:
-        config = dataclasses.replace(task.config, data=dataclasses.replace(task.config.data, test_images=images))
-    else:
-        config = task.config
+    data = task.config.data
+    data = dataclasses.replace(data, test_images=data.test_images if images is None else images)
+    data = dataclasses.replace(data, mnist=data.mnist if mnist is None else mnist)
+    test = MegapixelMNISTData(dataclasses.replace(task.config, data=data))
+    test.prepare_data()
     sampler = task.model.sampling.sampler
     before = sampler.n_patches, sampler.method, sampler.replace
-    sampler.n_patches = n_patches or sampler.n_patches
+    sampler.n_patches = sampler.n_patches if n_patches is None else n_patches
     sampler.method = method
     if method == "topk":  # distinct cells, whatever it was trained with
         sampler.replace = False
     try:
-        logits, labels = _logits(task, MegapixelMNISTData(config), repeats, batch_size, seed)
+        logits, labels = _logits(task, test, repeats, batch_size, seed)
         used = sampler.n_patches
     finally:
         sampler.n_patches, sampler.method, sampler.replace = before

@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassHammingDistance
 
 from ats.datasets.megapixel_mnist import N_CLASSES
-from ats.experiments.config import ExperimentConfig, from_dict, learning_rate_factor, to_dict
+from ats.experiments.config import ExperimentConfig, entropy_weight, from_dict, learning_rate_factor, to_dict
 from ats.experiments.data import Batch
 from ats.models import ATSClassifier, UniformAttention, attention_network, feature_network
 from ats.models.megapixel_mnist import ATTENTION_STRIDE, N_FEATURES
@@ -26,7 +26,12 @@ def build_model(config: ExperimentConfig) -> ATSClassifier:
     if model.attention == "learned":
         attention = attention_network(model.networks)
     sampling = AttentionSampling(
-        attention, feature_network(model.networks), model.n_patches, model.patch_size, replace=model.replace
+        attention,
+        feature_network(model.networks),
+        model.n_patches,
+        model.patch_size,
+        replace=model.replace,
+        receptive_field="auto" if model.attention == "learned" else 0,
     )
     return ATSClassifier(sampling, N_FEATURES[model.networks], N_CLASSES, model.feature_scale)
 
@@ -61,7 +66,7 @@ class ClassificationTask(L.LightningModule):
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
         self.log("train/error", self.train_error, on_step=False, on_epoch=True, prog_bar=True)
         self.log("train/entropy", entropy.detach(), on_step=False, on_epoch=True, sync_dist=True)
-        return loss - self.config.optim.entropy_weight * entropy
+        return loss - entropy_weight(self.global_step, self.total_steps(), self.config.optim) * entropy
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         view, image, label = batch
@@ -71,9 +76,13 @@ class ClassificationTask(L.LightningModule):
         self.log("validation/loss", self.validation_loss, prog_bar=True)
         self.log("validation/error", self.validation_error, prog_bar=True)
 
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole training."""
+        return int(self.trainer.estimated_stepping_batches)
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optim = self.config.optim
         optimizer = torch.optim.AdamW(self.parameters(), lr=optim.learning_rate, weight_decay=optim.weight_decay)
-        total = int(self.trainer.estimated_stepping_batches)
+        total = self.total_steps()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, optim))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -64,7 +64,7 @@ def _trainer(config: ExperimentConfig, callbacks: list[Callback]) -> L.Trainer:
         devices=int(options.devices) if options.devices.isdigit() else options.devices,
         num_nodes=options.num_nodes,
         strategy=options.strategy,
-        precision=options.precision,  # type: ignore[arg-type]
+        precision=options.precision,
         max_epochs=config.optim.epochs,
         gradient_clip_val=config.optim.gradient_clip,
         use_distributed_sampler=False,  # the loaders bring theirs
@@ -120,14 +120,18 @@ class ProgressLines(Callback):
 def _claim(folder: Path, config: ExperimentConfig) -> None:
     """Make the run's folder, or check that what lies there is the same run."""
     recorded = folder / "config.json"
-    if recorded.exists():
-        found = differences(from_dict(json.loads(recorded.read_text())), config)
+    started = any((folder / name).exists() for name in ("checkpoints/last.ckpt", "training.json"))
+    if recorded.exists() and started:
+        try:
+            found = differences(from_dict(json.loads(recorded.read_text())), config)
+        except ValueError as error:  # JSON's errors are some, too
+            raise ValueError(f"{recorded} cannot be read ({error}); name another folder with --output") from error
         if found:
             raise ValueError(
                 f"{folder} holds a run with other options ({'; '.join(found)}); name another folder with --output, "
                 "or remove that one"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and not recorded.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run; name another folder with --output")
     else:
         write_json(recorded, to_dict(config))

@@ -3,6 +3,8 @@
 What ``modern`` changes and why stands in docs/megapixel-mnist.md.
 """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ats.models.classifier import ChannelsLast, L2Normalise, SoftBound
@@ -17,6 +19,20 @@ class _GlobalMaxPool(nn.Module):
         return maps.flatten(2).amax(-1)
 
 
+class _FromBrightness(nn.Sequential):
+    """Layers whose logits add to the view's brightness, so that attention starts where something is.
+
+    It may go anywhere from there: the brightness has a weight of its own, which is learned with the rest.
+    """
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.weight = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, view: Tensor) -> Tensor:  # (B, 1, h, w) -> (B, 1, h // stride, w // stride)
+        return super().forward(view) + self.weight * F.max_pool2d(view, ATTENTION_STRIDE["modern"])
+
+
 def attention_network(networks: str) -> nn.Sequential:
     """View (B, 1, h, w) -> logits (B, 1, h // stride, w // stride)."""
     _check(networks)
@@ -28,15 +44,15 @@ def attention_network(networks: str) -> nn.Sequential:
             nn.Tanh(),
             nn.Conv2d(8, 1, 3, padding=1),
         )
-    return nn.Sequential(
+    layers = [
         ChannelsLast(),
         *_conv_norm(1, 16, kernel=3),
         *_conv_norm(16, 16, kernel=3),
         nn.MaxPool2d(3),
         *_conv_norm(16, 32, kernel=3),
         nn.Conv2d(32, 1, 3, padding=1),
-        SoftBound(5.0),
-    )
+    ]
+    return nn.Sequential(_FromBrightness(*layers), SoftBound(5.0))
 
 
 def feature_network(networks: str) -> nn.Sequential:

@@ -1,0 +1,5 @@
+"""``python -m ats``: the command line."""
+
+from ats.cli import main
+
+main()
