@@ -91,14 +91,15 @@ def test_the_demo_writes_its_numbers_and_picture_and_keeps_an_older_one(
     config = small_demo(folder)
     run_demo(folder, seed=3, config=config)
     printed = capsys.readouterr().out
-    assert "ATS-10" in printed
-    assert "uniform-10" in printed
+    assert "ATS-16" in printed
+    assert "uniform-16" in printed
     metrics = json.loads((folder / "metrics.json").read_text())
     promised = {"test_error", "uniform_test_error", "seconds", "n_patches", "image_size", "train_images", "seed"}
     assert promised <= metrics.keys()
     assert (metrics["seed"], metrics["image_size"], metrics["train_images"]) == (3, 140, 24)
     learned = load_task(folder / "learned" / "checkpoints" / "last.ckpt")
-    assert metrics["test_error"] == evaluate(learned, repeats=metrics["repeats"], seed=3).error
+    options = {"n_patches": metrics["n_patches"], "repeats": metrics["repeats"]}
+    assert metrics["test_error"] == evaluate(learned, **options, seed=3).error
     with Image.open(folder / "attention.png") as picture:
         assert min(picture.size) > 800  # labels of 7.5 points are readable from there
         assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 100  # not a blank page
