@@ -8,9 +8,11 @@
 A function compiled by ``torch.compile`` or captured in a CUDA graph keeps the choice it was made with.
 """
 
+import contextlib
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
 
 _CHOICES = ("reference", "triton")
@@ -49,3 +51,12 @@ def backend_for(tensor: Tensor) -> str:
                 "first import, or move the tensor to a GPU, or unset ATS_BACKEND"
             )
     return chosen
+
+
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's GPU the current one, on which Triton launches.
+
+    A compiler's code does so by itself, and a compiler cannot trace this.
+    """
+    guarded = tensor.is_cuda and not torch.compiler.is_compiling()
+    return torch.cuda.device(tensor.device) if guarded else contextlib.nullcontext()

@@ -4,7 +4,6 @@ A program adds up the rows of one bin over a stretch of the image, in registers,
 its output pixels out of the sums. Bytes are summed as integers, exactly, whatever the bin's size.
 """
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ats_kernels._backend import device_guard
 from ats_kernels._checks import compute_dtype
 from ats_kernels._offline import OfflineCase
 
@@ -283,7 +283,7 @@ def area_downsample_triton(
     short = tall * longest < SHORT_TOTAL
     float_type = tl.float64 if compute == torch.float64 else tl.float32
     grid = (image.shape[0] * planes * triton.cdiv(size[0], OUT_ROWS) * triton.cdiv(size[1], columns),)
-    with _on_device_of(image):
+    with device_guard(image):
         _area_downsample_fwd_kernel[grid](
             image,
             out,
@@ -336,7 +336,7 @@ def area_downsample_backward_triton(
     unit = _unit(grad_image, interleaved)
     block_w, rows = BWD_TILE
     grid = (batch * planes * triton.cdiv(in_height, rows) * triton.cdiv(in_width * interleaved, block_w),)
-    with _on_device_of(grad_image):
+    with device_guard(grad_image):
         _area_downsample_bwd_kernel[grid](
             grad_out,
             grad_image,
@@ -356,12 +356,6 @@ def area_downsample_backward_triton(
             ROWS=rows,
             num_warps=4,
         )
-
-
-def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device. A compiler's code does so by itself, and cannot trace this."""
-    guarded = tensor.is_cuda and not torch.compiler.is_compiling()
-    return torch.cuda.device(tensor.device) if guarded else contextlib.nullcontext()
 
 
 def _normalise_(view: Tensor, means: list[float] | None, stds: list[float] | None) -> None:

@@ -4,7 +4,6 @@ The N weights of a row cost nothing beside its N·D features, so every program o
 by itself, in float64, and one of them stores them for the backward.
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ats_kernels._backend import device_guard
 from ats_kernels._checks import compute_dtype
 from ats_kernels._offline import OfflineCase
 
@@ -152,7 +152,7 @@ def expectation_triton(
     if batch == 0:
         return out, weights
     block_n, block_d = _fwd_blocks(n_draws, n_features)
-    with _on_device_of(features):
+    with device_guard(features):
         # At least one program a row, even without features: it writes the weights.
         _expectation_fwd_kernel[(batch, max(1, triton.cdiv(n_features, block_d)))](
             features,
@@ -192,7 +192,7 @@ def expectation_backward_triton(
     if batch == 0 or not (needs_features or needs_log_attention):
         return grad_features, grad_log_attention
     block_n, block_d = _bwd_blocks(n_features)
-    with _on_device_of(features):
+    with device_guard(features):
         _expectation_bwd_kernel[(batch, triton.cdiv(n_draws, block_n))](
             grad_out,
             features if needs_log_attention else None,
@@ -222,12 +222,6 @@ def _bwd_blocks(n_features: int) -> tuple[int, int]:
     """Draws and features of a tile; few draws, so that a small batch still makes enough programs."""
     block_d = min(1024, max(64, triton.next_power_of_2(n_features)))
     return max(1, 1024 // block_d), block_d
-
-
-def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device. A compiler's code does so by itself, and cannot trace this."""
-    guarded = tensor.is_cuda and not torch.compiler.is_compiling()
-    return torch.cuda.device(tensor.device) if guarded else contextlib.nullcontext()
 
 
 def _triton_dtype(dtype: torch.dtype) -> Any:

@@ -6,7 +6,6 @@ image may lie in device memory or in pinned host memory: Triton's launcher asks 
 of a pointer, and of a pinned tensor only the lines that the patches touch cross the bus.
 """
 
-import contextlib
 import functools
 import math
 from typing import Any
@@ -16,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ats_kernels._backend import device_guard
 from ats_kernels._checks import compute_dtype
 from ats_kernels._offline import OfflineCase
 
@@ -317,9 +317,7 @@ def _launch(
     batch, n, channels, height, width = patches.shape
     interleaved = _interleaved(patches)
     tiles = triton.cdiv(height * width * interleaved, block)
-    # A compiler launches on the right device by itself and cannot trace the context.
-    guarded = patches.is_cuda and not torch.compiler.is_compiling()
-    with torch.cuda.device(patches.device) if guarded else contextlib.nullcontext():
+    with device_guard(patches):
         kernel[(batch * n * (channels // (planes * interleaved)) * tiles,)](
             *tensors,
             *image.shape[2:],

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ats_kernels import _philox
-from ats_kernels._backend import backend_for
+from ats_kernels._backend import backend_for, device_guard
 from ats_kernels._checks import check_choice, check_count, check_floating, compute_dtype
 
 METHODS = ("sample", "topk")
@@ -193,7 +193,8 @@ class _Sample(torch.autograd.Function):
             from ats_kernels.sample_cpu import sample_cpu as draw_cells
         else:
             draw_cells = _sample_ref
-        draw, statistics = draw_cells(logits, n, replace, method, seed)
+        with device_guard(logits):
+            draw, statistics = draw_cells(logits, n, replace, method, seed)
         ctx.save_for_backward(logits, draw.indices, *statistics)
         ctx.backend, ctx.replace = backend, replace
         ctx.mark_non_differentiable(draw.indices)
@@ -208,7 +209,8 @@ class _Sample(torch.autograd.Function):
         if ctx.backend == "triton":
             from ats_kernels.sample_triton import grad_triton
 
-            grad_logits = grad_triton(logits, indices, statistics, grads, ctx.replace)
+            with device_guard(logits):
+                grad_logits = grad_triton(logits, indices, statistics, grads, ctx.replace)
         elif ctx.backend == "cpu":
             from ats_kernels.sample_cpu import grad_cpu
 
