@@ -11,6 +11,7 @@ Normalisation = float | Sequence[float] | Tensor | None
 
 
 def check_tensor(name: str, value: object) -> None:
+    """Raise unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor")
 
@@ -33,6 +34,7 @@ def check_image(image: Tensor) -> None:
 
 
 def check_floating(name: str, value: Tensor) -> None:
+    """Raise unless `value` is a floating-point tensor."""
     check_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {value.dtype}; convert with {name}.float()")
@@ -59,6 +61,7 @@ def check_pair(name: str, value: object) -> tuple[int, int]:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(map(repr, choices))}")
 
