@@ -105,6 +105,11 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def is_channels_last(image: Tensor) -> bool:
+    """Whether a pixel's channels lie beside each other in memory; then they do in what comes out, too."""
+    return image.shape[1] > 1 and 0 < image.stride(1) < image.stride(3)
+
+
 def normalise(
     values: Tensor, means: list[float] | None, stds: list[float] | None, *, channel_dim: int, is_byte: bool
 ) -> Tensor:

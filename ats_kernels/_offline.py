@@ -1,13 +1,14 @@
 """Compile every kernel for GPUs that are not there, and measure what comes out.
 
-Triton needs no GPU to compile, and its package carries the tools that read the result. ``offline_cases()`` in each
-``<op>_triton.py`` says what is compiled, as it is launched; ``python -m ats_kernels._offline`` (``make kernels``)
-prints the table and fails where a kernel does not compile, spills, misses an instruction that its design counts on,
-or needs more instructions an element than its budget. docs/kernels.md explains the columns.
+Triton needs no GPU to compile, and its package carries the tools that read the result. ``offline_cases()`` of each
+op says what is compiled, as it is launched; ``python -m ats_kernels._offline`` (``make kernels``) prints the table and
+fails where a kernel does not compile, spills, misses an instruction that its design counts on, or needs more
+instructions an element than its budget. docs/kernels.md explains the columns.
 """
 
 import argparse
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -186,8 +187,10 @@ def ops() -> list[str]:
 
 
 def find_cases(op: str) -> dict[str, OfflineCase]:
-    """The cases of one op by name."""
-    cases: list[OfflineCase] = importlib.import_module(f"ats_kernels.{op}_triton").offline_cases()
+    """The cases of one op by name, from ``<op>_offline.py`` or, where there is none, the end of ``<op>_triton.py``."""
+    apart = importlib.util.find_spec(f"ats_kernels.{op}_offline") is not None
+    module = importlib.import_module(f"ats_kernels.{op}_{'offline' if apart else 'triton'}")
+    cases: list[OfflineCase] = module.offline_cases()
     by_name = {case.name: case for case in cases}
     if len(by_name) < len(cases):
         raise ValueError(f"case names of {op} are not unique: {[case.name for case in cases]}")

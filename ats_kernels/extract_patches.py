@@ -21,6 +21,7 @@ from ats_kernels._checks import (
     check_pair,
     check_tensor,
     compute_dtype,
+    is_channels_last,
     normalise,
     output_dtype,
 )
@@ -52,19 +53,14 @@ def extract_patches_ref(
     if padding == "zeros":
         patches = patches.masked_fill(~inside.unsqueeze(2), 0.0)
     patches = patches.to(dtype)
-    if _channels_last(image):
+    if is_channels_last(image):
         return patches.movedim(2, -1).contiguous().movedim(-1, 2)
     return patches.contiguous()
 
 
-def _channels_last(image: Tensor) -> bool:
-    """Whether a pixel's channels lie beside each other in memory: then they do in the patches, too."""
-    return image.shape[1] > 1 and 0 < image.stride(1) < image.stride(3)
-
-
 def _empty_patches(image: Tensor, offsets: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     shape = (*offsets.shape[:2], image.shape[1], *size)  # (B, N, C, ph, pw)
-    if _channels_last(image):
+    if is_channels_last(image):
         return torch.empty((*shape[:2], *size, shape[2]), dtype=dtype, device=offsets.device).movedim(-1, 2)
     return torch.empty(shape, dtype=dtype, device=offsets.device)
 
@@ -103,7 +99,7 @@ class _ExtractPatches(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         ctx.save_for_backward(offsets)
-        ctx.image = image.shape, image.dtype, image.device, _channels_last(image)
+        ctx.image = image.shape, image.dtype, image.device, is_channels_last(image)
         ctx.padding, ctx.stds, ctx.backend = padding, stds, backend
         return _extract(image, offsets, size, padding, means, stds, dtype, backend)
 
