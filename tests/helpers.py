@@ -28,3 +28,8 @@ def cut(image: Tensor, top: int, left: int, size: tuple[int, int], mode: str = "
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Normal numbers, the same in every dtype but for rounding."""
+    return torch.randn(shape, dtype=torch.float64, generator=seeded(seed)).to(dtype)

@@ -1,0 +1,30 @@
+"""`ats_kernels._philox`: the published generator, whichever way its numbers are made."""
+
+import torch
+
+from ats_kernels import _philox
+
+
+def test_philox_known_answers():
+    """The vectors published with Random123: draws must not change with the library's version."""
+    for counter, key, words in [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ]:
+        output = _philox.philox4x32(torch.tensor(counter).unbind(), torch.tensor(key).unbind())
+        assert torch.stack(output).tolist() == words
+
+
+def test_paired_random_numbers():
+    seed = torch.tensor(2**62 + 12345)
+    row = torch.arange(3).unsqueeze(-1)
+    expected = _philox.random_bits(seed, torch.arange(14), row, _philox.CELLS)
+    assert torch.equal(_philox.paired_bits(seed, torch.arange(7), row, _philox.CELLS), expected)
+    assert expected.min() >= 0
+    assert expected.max() < 2**53
+    assert len(expected.unique()) == 3 * 14

@@ -1,0 +1,193 @@
+"""`ats_kernels.sample`: the distribution of the draws, and that seed, row and logits alone decide them."""
+
+import pytest
+import torch
+from scipy import stats
+
+from ats_kernels import _philox, sample, sample_cpu, sample_ref
+from tests.enumeration import attention_logits, enumerate_draws
+from tests.helpers import assert_close, randn, seeded
+
+INF = float("inf")
+
+
+def assert_distributed(outcomes, probability):
+    """Pearson's chi-square of outcome numbers against their probabilities; false alarms: 1e-4 a call."""
+    expected = probability * len(outcomes)
+    assert expected.min() >= 5, "too few rows for the chi-square approximation"
+    counts = torch.bincount(outcomes, minlength=len(probability)).double()
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    assert statistic < stats.chi2.isf(1e-4, len(probability) - 1)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("kind", ["flat", "random"])
+def test_ordered_draws_follow_the_sequential_distribution(kind, replace):
+    """Otherwise the estimator is biased: its weights assume the order of the draw. False-alarm rate 1e-4."""
+    logits = attention_logits(kind, 6) / 2
+    draws, probability = enumerate_draws(logits.softmax(-1), 3, replace=replace)
+    base = torch.tensor([36, 6, 1])
+    drawn = (sample(logits.expand(60_000, -1), 3, replace=replace, generator=seeded(1)).indices * base).sum(-1)
+    number = torch.full((216,), -1)
+    number[(draws * base).sum(-1)] = torch.arange(len(draws))
+    assert (number[drawn] >= 0).all(), "a draw without replacement repeats a cell"
+    assert_distributed(number[drawn], probability)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_first_draw_among_many_cells(replace):
+    """The first cell of a draw has the attention as its distribution, for float32 too. False-alarm rate 1e-4."""
+    logits = randn(50, dtype=torch.float32)
+    indices = sample(logits.expand(20_000, -1), 5, replace=replace, generator=seeded(2)).indices
+    assert_distributed(indices[:, 0], logits.double().softmax(-1))
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_one_cell_is_drawn_from_the_attention(replace):
+    """N = 1 is a plain categorical draw. False-alarm rate 1e-4."""
+    logits = attention_logits("random", 6)
+    draw = sample(logits.expand(20_000, -1), 1, replace=replace, generator=seeded(3))
+    assert_distributed(draw.indices[:, 0], logits.softmax(-1))
+    assert_close(draw.log_attention[:, 0], logits.log_softmax(-1)[draw.indices[:, 0]])
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_draws_from_several_blocks(replace, monkeypatch):
+    """Six cells in five of twelve blocks, the others masked, no block to spare. False-alarm rate 1e-4."""
+    monkeypatch.setattr(sample_cpu, "SPARE_BLOCKS", 0)
+    cells = torch.tensor([5, 40, 130, 300, 511, 760])
+    few = attention_logits("random", 6) / 2
+    logits = torch.full((768,), -INF).index_put((cells,), few.float())
+    draws, probability = enumerate_draws(few.float().softmax(-1), 2, replace=replace)
+    number = torch.full((768, 768), -1)
+    number[cells[draws[:, 0]], cells[draws[:, 1]]] = torch.arange(len(draws))
+    indices = sample(logits.expand(12_000, -1), 2, replace=replace, generator=seeded(4)).indices
+    drawn = number[indices[:, 0], indices[:, 1]]
+    assert (drawn >= 0).all()
+    assert_distributed(drawn, probability)
+
+
+def test_blocks_of_the_first_two_draws():
+    """Where each of two draws falls among 11 blocks, against the exact probability. False-alarm rate 1e-4."""
+    logits = randn(700, dtype=torch.float32)
+    attention = torch.nn.functional.pad(logits.double().softmax(-1), (0, 4)).view(11, 64)
+    mass = attention.sum(-1)
+    odds = attention / (1 - attention)  # a_i / (1 − a_i), summed over the first cell's block
+    probability = odds.sum(-1).unsqueeze(-1) * mass - torch.diag((odds * attention).sum(-1))
+    indices = sample(logits.expand(12_000, -1), 2, generator=seeded(5)).indices // 64
+    assert_distributed(indices[:, 0] * 11 + indices[:, 1], probability.flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_gaps_of_100_over_several_blocks(rows, dtype):
+    """N = K over three blocks, masses down to e^-12,900: far below what exp can hold, in the only order possible."""
+    logits = (-100.0 * torch.randperm(130, generator=seeded())).to(dtype)
+    for options in ({}, {"method": "topk"}):
+        indices = sample(logits.expand(rows, -1), 130, generator=seeded(), **options).indices
+        assert torch.equal(indices, logits.argsort(descending=True).expand(rows, -1))
+    assert (sample(logits.expand(rows, -1), 9, replace=True, generator=seeded()).indices == logits.argmax()).all()
+
+
+# (rows, cells, n, options): one and several blocks, sizes of blocks, a small problem and a chunked one.
+SIZES = [
+    (1, 1, 1, {}),
+    (3, 300, 5, {}),
+    (3, 300, 5, {"replace": True}),
+    (2, 20, 50, {"replace": True}),
+    (16, 3_241, 10, {}),
+    (16, 3_241, 10, {"replace": True}),
+    (4, 3_241, 10, {"method": "topk"}),
+    (2, 140_001, 6, {}),
+    (1, 2**21 + 7, 200, {}),
+]
+
+
+@pytest.mark.parametrize(("rows", "cells", "n", "options"), SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_same_draws_as_the_reference(rows, cells, n, options, dtype, monkeypatch):
+    """One by one for the same seed, with a third of the cells masked, in chunks of odd numbers of blocks."""
+    monkeypatch.setattr(sample_cpu, "_CHUNK", 3_000)
+    logits = randn(rows, cells, dtype=dtype) * 5
+    if cells > 3 * n:
+        logits[:, ::3] = -INF
+    draw = sample(logits, n, generator=seeded(8), **options)
+    expected = sample_ref(logits, n, generator=seeded(8), **options)
+    assert torch.equal(draw.indices, expected.indices)
+    for got, want in zip(draw[1:], expected[1:], strict=True):
+        assert_close(got, want)
+
+
+def test_a_row_draws_the_same_in_any_batch():
+    """A draw is a function of the seed, the row's number and its logits, not of what else is in the batch."""
+    logits = randn(50, 200)
+    together = sample(logits, 5, generator=seeded(3)).indices
+    assert torch.equal(together[:2], sample(logits[:2], 5, generator=seeded(3)).indices)
+
+
+@pytest.mark.parametrize("cells", [300, 9_000])
+def test_topk_takes_the_lower_index_among_ties(cells):
+    logits = (randn(2, cells, dtype=torch.float32) * 2).round()
+    expected = logits.sort(dim=-1, descending=True, stable=True).indices[:, :150]
+    assert torch.equal(sample(logits, 150, method="topk").indices, expected)
+
+
+def test_drawing_every_cell_gives_a_permutation():
+    draw = sample(randn(200, 7), 7, generator=seeded())
+    assert (draw.indices.sort(-1).values == torch.arange(7)).all()
+    assert_close(draw.log_attention.exp().sum(-1), torch.ones(200, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_masked_cells_are_never_drawn(dtype):
+    """With as many unmasked cells as draws, a row's draw is exactly these cells."""
+    unmasked = torch.rand(500, 20, generator=seeded()).topk(5).indices
+    logits = torch.full((500, 20), -INF, dtype=dtype).scatter(1, unmasked, randn(500, 5, dtype=dtype) * 5)
+    for n in (1, 4, 5):
+        indices = sample(logits, n, generator=seeded(n)).indices
+        assert not logits.gather(1, indices).isneginf().any()
+    assert torch.equal(indices.sort(-1).values, unmasked.sort(-1).values)
+    repeated = sample(logits, 40, replace=True, generator=seeded())
+    assert not logits.gather(1, repeated.indices).isneginf().any()
+    assert repeated.log_attention.isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [0, 2**53 - 1])
+@pytest.mark.parametrize("small", [0, 2**12])
+def test_extreme_random_numbers(bits, small, monkeypatch):
+    """The least and the largest uniform must neither draw a masked cell, nor a cell twice, nor one past the end."""
+    monkeypatch.setattr(_philox, "random_bits", lambda _, index, row, __: index * 0 + row * 0 + bits)
+    monkeypatch.setattr(
+        _philox, "paired_bits", lambda _, pair, row, __: (pair * 0 + row * 0).repeat_interleave(2, -1) + bits
+    )
+    monkeypatch.setattr(sample_cpu, "_SMALL", small)
+    logits = torch.tensor([[-INF, 0.0, 1.0, -INF, 0.5, -INF]])
+    assert sample(logits, 3).indices[0].sort().values.tolist() == [1, 2, 4]
+    assert set(sample(logits, 3, replace=True).indices[0].tolist()) <= {1, 2, 4}
+    assert _philox.log_exponential(torch.tensor(bits)).isfinite()
+
+
+def test_same_seed_same_draw():
+    """The global generator is left alone when one is given, and used when not."""
+    logits = torch.zeros(4, 100)
+    for replace in (False, True):
+        state = torch.get_rng_state()
+        first = sample(logits, 10, replace=replace, generator=seeded(5)).indices
+        assert torch.equal(first, sample(logits, 10, replace=replace, generator=seeded(5)).indices)
+        assert not torch.equal(first, sample(logits, 10, replace=replace, generator=seeded(6)).indices)
+        assert torch.equal(state, torch.get_rng_state())
+        assert not torch.equal(first[0], first[1]), "equal rows of one batch must not share their draw"
+        torch.manual_seed(5)
+        globally = sample(logits, 10, replace=replace).indices
+        assert not torch.equal(globally, sample(logits, 10, replace=replace).indices)
+        torch.manual_seed(5)
+        assert torch.equal(globally, sample(logits, 10, replace=replace).indices)
+
+
+def test_topk_is_the_most_probable_first_without_randomness():
+    logits = randn(5, 60)
+    state = torch.get_rng_state()
+    draw = sample(logits, 7, method="topk")
+    assert torch.equal(draw.indices, logits.topk(7).indices)
+    assert_close(draw.log_attention, logits.log_softmax(-1).gather(1, draw.indices))
+    assert torch.equal(state, torch.get_rng_state())
