@@ -8,7 +8,7 @@ from torch import Tensor
 import ats_kernels
 from ats.geometry import cell_offsets
 from ats_kernels import area_downsample, estimator_weights, expectation
-from ats_kernels._checks import Normalisation, check_count, check_floating, check_image, check_pair
+from ats_kernels._checks import Normalisation, check_count, check_floating, check_image, check_pair, check_tensor
 
 __all__ = ["PatchSample", "area_downsample", "estimator_weights", "expectation", "extract_cells", "sample_patches"]
 
@@ -65,7 +65,8 @@ def sample_patches(
             (`ats.receptive_field` works it out).
         view_size: pixels (h, w) of the view the logits came from; needed only with a receptive_field.
         padding: what is read outside an image: "zeros" or "edge", the nearest pixel.
-        mean, std: a float, or one a channel: patches are (x − mean) / std, of x / 255 for a uint8 image.
+        mean, std: a float, or one a channel: patches are (x − mean) / std. A uint8 image is scaled by 1/255 before,
+            so that its mean and std are those of values in [0, 1].
         dtype: of the patches; float32 for uint8 images and the image's own otherwise.
         generator: random numbers on the logits' device. Seed data-parallel ranks differently.
         validate: look at the logits' values, which makes the host wait for a GPU. None: on the CPU only.
@@ -75,9 +76,9 @@ def sample_patches(
         and NaN log_attention, which makes everything pooled with it NaN.
 
     Raises:
-        TypeError: logits that are not floating point; an image or `dtype` that does not fit.
-        ValueError: wrong ranks, batches that differ, more patches than cells that can be drawn, NaN or +inf
-            logits, a row with every cell masked, unknown options, sizes that do not fit.
+        TypeError: logits that are not floating point; an image, `dtype` or `generator` that does not fit.
+        ValueError: wrong ranks, channels that seem to come last, batches that differ, more patches than cells that
+            can be drawn, NaN or +inf logits, a row with every cell masked, unknown options, sizes that do not fit.
 
     Source: paper, section 3; the cell-to-pixel map is described in `ats.geometry`.
     """
@@ -141,6 +142,13 @@ def extract_cells(
 
 
 def _check_grid(image: Tensor, logits: Tensor) -> tuple[int, int]:
+    check_tensor("logits", logits)
+    unfit = logits.ndim == 4 and (logits.shape[1] != 1 or not logits.is_floating_point())
+    if unfit and logits.shape[2] > image.shape[2] and logits.shape[3] > image.shape[3]:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} of {logits.dtype} are larger than the image, {tuple(image.shape)}: "
+            "are the two swapped? The image comes first"
+        )
     check_floating("logits", logits)
     if logits.ndim not in (3, 4) or (logits.ndim == 4 and logits.shape[1] != 1):
         raise ValueError(f"logits must be (B, gh, gw) or (B, 1, gh, gw), got {tuple(logits.shape)}")
@@ -152,6 +160,13 @@ def _check_grid(image: Tensor, logits: Tensor) -> tuple[int, int]:
             "the CPU, from where only the patches are copied"
         )
     return logits.shape[-2], logits.shape[-1]
+
+
+def check_view(view: Tensor, image: Tensor, receptive_field: int) -> None:
+    """Raise unless `view` (B, C, h, w) can be the view of `image` (B, C, H, W), e.g. where the two are swapped."""
+    check_image(image)
+    check_tensor("view", view)
+    check_view_size((view.shape[-2], view.shape[-1]), receptive_field, (image.shape[2], image.shape[3]))
 
 
 def check_view_size(
@@ -168,7 +183,10 @@ def check_view_size(
         return None
     height, width = check_pair("view_size", view_size)
     if height > image_size[0] or width > image_size[1]:
-        raise ValueError(f"view_size {(height, width)} is larger than the image, {image_size}")
+        raise ValueError(
+            f"view_size {(height, width)} is larger than the image, {image_size}; the view is the image shrunk: "
+            "are the two swapped?"
+        )
     if receptive_field >= min(height, width):
         raise ValueError(
             f"receptive_field={receptive_field} leaves nothing of a view of {(height, width)}; "

@@ -1,5 +1,6 @@
 """The functions of `ats.functional` as modules, and the whole model with its attention and feature networks."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -69,10 +70,15 @@ class SamplePatches(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        """The options that differ between users."""
-        return (
-            f"n_patches={self.n_patches}, patch_size={self.patch_size}, replace={self.replace}, method={self.method!r}"
-        )
+        """What is drawn, and those options of reading that are not the default."""
+        always = ("n_patches", "patch_size", "replace", "method")
+        shown = []
+        for name, parameter in inspect.signature(SamplePatches).parameters.items():
+            value = getattr(self, name)
+            value = value.tolist() if isinstance(value, Tensor) else value
+            if name in always or value != parameter.default:
+                shown.append(f"{name}={value!r}")
+        return ", ".join(shown)
 
 
 class Expectation(nn.Module):
@@ -150,7 +156,7 @@ class AttentionSampling(nn.Module):
         self, view: Tensor, image: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, PatchSample]:
         """View (B, C, h, w) and image (B, C, H, W) -> pooled features (B, …), logits, PatchSample."""
-        logits = self._logits(view)
+        logits = self._logits(view, image)
         sample = self.sampler(image, logits, view_size=tuple(view.shape[-2:]), generator=generator)
         batch, n_patches = sample.indices.shape
         features = self.feature(sample.patches.flatten(0, 1)).unflatten(0, (batch, n_patches))
@@ -159,7 +165,9 @@ class AttentionSampling(nn.Module):
         )
         return pooled, logits, sample
 
-    def _logits(self, view: Tensor) -> Tensor:
+    def _logits(self, view: Tensor, image: Tensor) -> Tensor:
+        # Before the attention network runs: on an image in the view's place it would take long, or fail obscurely.
+        functional.check_view(view, image, self.sampler.receptive_field)
         logits = self.attention(view)
         if self.grid_step is not None:
             for size, cells in zip(view.shape[-2:], logits.shape[-2:], strict=True):
@@ -178,7 +186,7 @@ class AttentionSampling(nn.Module):
         It reads K patches an image: for checks and small images. It works with gradients too, for which the
         features of all chunks are kept; evaluate under ``torch.no_grad()`` where none are wanted.
         """
-        logits = self._logits(view)
+        logits = self._logits(view, image)
         grid = (logits.shape[-2], logits.shape[-1])
         log_attention = logits.flatten(1).log_softmax(-1)  # (B, K)
         cells = torch.arange(log_attention.shape[1], device=logits.device)

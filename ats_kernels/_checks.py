@@ -24,13 +24,26 @@ def check_image(image: Tensor) -> None:
             f"image has dtype {image.dtype}, expected one of uint8, float16, bfloat16, float32, float64; "
             "convert it, e.g. image.to(torch.uint8)"
         )
+    last = image.ndim in (3, 4) and _channels_look_last(image)
     if image.ndim != 4:
+        single = "image.movedim(-1, 0)[None], as its channels seem to come last" if last else "image[None]"
         raise ValueError(
             f"image must be (B, C, H, W), got {image.ndim} dimensions: {tuple(image.shape)}; "
-            "a single image needs image[None]"
+            f"a single image needs {single}"
         )
     if image.numel() == 0:
         raise ValueError(f"image is empty: {tuple(image.shape)}; every dimension must be at least 1")
+    if last:
+        raise ValueError(
+            f"image must be (B, C, H, W), got {tuple(image.shape)}, whose channels seem to come last; "
+            "bring them forward with image.movedim(-1, 1)"
+        )
+
+
+def _channels_look_last(image: Tensor) -> bool:
+    """Whether (…, a, b, c) reads as (H, W, C): three or four columns, or one of bytes, of a long list of channels."""
+    channels, height, width = image.shape[-3:]
+    return min(channels, height) >= 32 and (width in (3, 4) or (width == 1 and image.dtype == torch.uint8))
 
 
 def check_floating(name: str, value: Tensor) -> None:
@@ -38,6 +51,37 @@ def check_floating(name: str, value: Tensor) -> None:
     check_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {value.dtype}; convert with {name}.float()")
+
+
+def check_log_probabilities(name: str, value: Tensor) -> None:
+    """Raise where `value` holds numbers that no log-probability can be; on the CPU only, as a GPU would make us wait.
+
+    What rounding leaves above 0 passes, and so does NaN, which marks a row that could not be drawn from.
+    """
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    above = value.detach() > 1e-6
+    if above.any():
+        raise ValueError(
+            f"{name} holds {int(above.sum())} value(s) above 0, up to {float(value.detach()[above].max()):.4g}, which "
+            "are no log-probabilities; pass log_attention of PatchSample, not probabilities or logits"
+        )
+
+
+def check_generator(generator: object, device: torch.device) -> None:
+    """Raise unless `generator` is None or a generator for tensors on `device`."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator, got {type(generator).__name__}: {generator!r}; "
+            f"make one from a seed with torch.Generator({device.type!r}).manual_seed(seed)"
+        )
+    if device.type not in (generator.device.type, "meta"):
+        raise ValueError(
+            f"generator is on {generator.device} but the logits are on {device}; "
+            f"make it there with torch.Generator({device.type!r})"
+        )
 
 
 def check_count(name: str, value: object) -> int:

@@ -88,7 +88,8 @@ def area_downsample(
     Args:
         image: (B, C, H, W) uint8, float16, bfloat16, float32 or float64, any strides.
         size: of the view in pixels, an int or (h, w); no larger than the image.
-        mean, std: a float, or one a channel: the view is (x − mean) / std, of x / 255 for a uint8 image.
+        mean, std: a float, or one a channel: the view is (x − mean) / std. A uint8 image is scaled by 1/255 before,
+            so that its mean and std are those of values in [0, 1].
         dtype: of the view; float32 for uint8 images and the image's own otherwise.
 
     Returns:
@@ -96,8 +97,9 @@ def area_downsample(
 
     Raises:
         TypeError: an image of a dtype that does not fit, a `dtype` that is not floating point.
-        ValueError: an image that is not (B, C, H, W) or is empty; a size that is not positive or larger than the
-            image; a mean or std of the wrong length or a std that is not positive.
+        ValueError: an image that is not (B, C, H, W), whose channels seem to come last, or that is empty; a size
+            that is not positive or larger than the image; a mean or std of the wrong length or a std that is not
+            positive.
 
     Source: paper, eq. 18.
     """

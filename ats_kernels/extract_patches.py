@@ -152,7 +152,8 @@ def extract_patches(
         offsets: (B, N, 2) int32 or int64, top-left pixels (y, x); they may lie outside the image.
         patch_size: pixels, an int or (ph, pw).
         padding: what is read outside: "zeros", after normalisation, or "edge", the nearest pixel.
-        mean, std: a float, or one a channel: patches are (x − mean) / std, of x / 255 for a uint8 image.
+        mean, std: a float, or one a channel: patches are (x − mean) / std. A uint8 image is scaled by 1/255 before,
+            so that its mean and std are those of values in [0, 1].
         dtype: of the patches; float32 for uint8 images and the image's own otherwise.
 
     Returns:
@@ -161,8 +162,9 @@ def extract_patches(
 
     Raises:
         TypeError: an image or offsets of a dtype that does not fit, a `dtype` that is not floating point.
-        ValueError: a wrong rank, batches that differ, an empty image, patch_size < 1, unknown padding, a mean
-            or std of the wrong length or a std that is not positive, devices that do not go together.
+        ValueError: a wrong rank, channels that seem to come last, batches that differ, an empty image,
+            patch_size < 1, unknown padding, a mean or std of the wrong length or a std that is not positive, devices
+            that do not go together.
 
     Source: paper, eq. 3.
     """

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from ats_kernels import _philox
 from ats_kernels._backend import backend_for, device_guard
-from ats_kernels._checks import check_choice, check_count, check_floating, compute_dtype
+from ats_kernels._checks import check_choice, check_count, check_floating, check_generator, compute_dtype
 
 METHODS = ("sample", "topk")
 
@@ -245,15 +245,17 @@ def sample(
         comes back with index −1 and NaN everywhere else.
 
     Raises:
-        TypeError: logits that are not floating point, an `n` that is not an int.
+        TypeError: logits that are not floating point, an `n` that is not an int, a `generator` that is none.
         ValueError: logits that are not (B, K); n < 1 or more than can be drawn; an unknown method; "topk" with
-            replacement; with validation also NaN or +inf logits and rows with too few unmasked cells.
+            replacement; a generator on another device; with validation also NaN or +inf logits and rows with too few
+            unmasked cells.
 
     Source: paper, section 3.1 (with replacement) and 3.3 (without).
     """
     check_floating("logits", logits)
     n = check_count("n", n)
     check_choice("method", method, METHODS)
+    check_generator(generator, logits.device)
     if logits.ndim != 2 or logits.numel() == 0:
         raise ValueError(f"logits must be (B, K), both at least 1, got {tuple(logits.shape)}")
     if method == "topk" and replace:

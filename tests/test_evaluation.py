@@ -149,6 +149,21 @@ def test_mistakes_get_a_line_that_says_what_is_wrong(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [(".", "--output . is the current folder"), ("..", "or one around it"), ("file", "--output file is a file")],
+)
+def test_a_demo_needs_a_folder_of_its_own(
+    output: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is renamed when the next one begins, which the current folder cannot be."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert commands.run(["demo", "--output", output]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_device_that_is_not_there_is_named(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.run(["evaluate", str(checkpoint), "--device", "gpu"]) == 1
     assert "--device gpu cannot be used here" in capsys.readouterr().err

@@ -72,7 +72,7 @@ def test_bundled_splits_share_no_digit():
 def test_load_digits_from_a_folder(tmp_path, suffix):
     """Gzip-compressed and plain files of either split."""
     folder = write_files(tmp_path, suffix)
-    train, test = load_digits("train", folder), load_digits("test", folder)
+    train, test = load_digits("train", folder), load_digits("test", str(folder))
     assert torch.equal(train.labels, torch.arange(20) % 10)
     assert torch.equal(train.images.flatten().long(), torch.arange(20 * 28 * 28) % 10)
     assert torch.equal(test.labels, (torch.arange(10) + 3) % 10)

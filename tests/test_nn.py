@@ -206,6 +206,45 @@ def test_views_that_do_not_fit_the_image(images):
         make_model()(view, image[:, :, :5])
 
 
+def test_swapped_view_and_image_are_found_before_a_network_runs(images):
+    """The attention network would run on the image first: slow where it fits, or an error from deep within torch."""
+    view, image = images
+
+    def refuse(*_):
+        raise AssertionError("the attention network ran")
+
+    model = make_model()
+    model.attention.register_forward_pre_hook(refuse)
+    for call in (model, model.full):
+        with pytest.raises(ValueError, match=r"view_size \(24, 30\) is larger than the image, \(8, 10\).*swapped"):
+            call(image, view)
+        with pytest.raises(ValueError, match="channels seem to come last"):
+            call(view, torch.zeros(2, 240, 300, 3))
+
+
+def test_representation():
+    """What is set stands in a printed model, and only that."""
+    plain = ats.nn.SamplePatches(3, (4, 5))
+    assert plain.extra_repr() == "n_patches=3, patch_size=(4, 5), replace=False, method='sample'"
+    full = ats.nn.SamplePatches(
+        3,
+        4,
+        replace=True,
+        receptive_field=2,
+        padding="edge",
+        mean=0.5,
+        std=torch.tensor([0.5, 2.0]),
+        dtype=torch.float16,
+    )
+    assert full.extra_repr() == (
+        "n_patches=3, patch_size=(4, 4), replace=True, method='sample', receptive_field=2, padding='edge', mean=0.5, "
+        "std=[0.5, 2.0], dtype=torch.float16"
+    )
+    full.n_patches, full.padding = 7, "zeros"
+    assert "n_patches=7" in repr(full)
+    assert "padding" not in repr(full)
+
+
 def test_a_view_with_a_rest_that_the_grid_does_not_cover_is_refused() -> None:
     """Pooling floors the rest away, so cells would be spread over pixels that they never saw, without a word."""
     attention = nn.Sequential(nn.Conv2d(1, 1, 3), nn.MaxPool2d(8))

@@ -215,6 +215,13 @@ def with_value(value, cell=(1, 2)):
         (LOGITS, -3, {}, ValueError, "n must be at least 1, got -3"),
         (LOGITS, 2.0, {}, TypeError, "n must be an int, got float: 2.0"),
         (LOGITS, True, {}, TypeError, "n must be an int, got bool"),
+        (
+            LOGITS,
+            2,
+            {"generator": 0},
+            TypeError,
+            r"generator must be a torch.Generator, got int: 0; .*manual_seed\(seed\)",
+        ),
         (LOGITS, 5, {}, ValueError, "n=5 .* K=4; draw fewer or use replace=True"),
         (LOGITS, 2, {"method": "best"}, ValueError, "unknown method 'best', expected one of 'sample', 'topk'"),
         (LOGITS, 2, {"method": "topk", "replace": True}, ValueError, "topk.*cannot be combined with replace=True"),

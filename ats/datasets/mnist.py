@@ -40,7 +40,7 @@ class Digits:
     labels: Tensor
 
 
-def load_digits(split: str, folder: Path | None = None) -> Digits:
+def load_digits(split: str, folder: str | Path | None = None) -> Digits:
     """The digits of a split, "train" or "test", from IDX files in `folder` (gzip or plain); None: those shipped.
 
     Raises:
@@ -49,7 +49,7 @@ def load_digits(split: str, folder: Path | None = None) -> Digits:
     """
     if split not in _PREFIX:
         raise ValueError(f"unknown split {split!r}, expected 'train' or 'test'")
-    folder = BUNDLED if folder is None else folder
+    folder = BUNDLED if folder is None else Path(folder)
     images = read_idx(_find(folder, f"{_PREFIX[split]}-images-idx3-ubyte"))
     labels = read_idx(_find(folder, f"{_PREFIX[split]}-labels-idx1-ubyte"))
     if images.shape[1:] != (28, 28) or labels.ndim != 1 or len(images) != len(labels):

@@ -23,7 +23,17 @@ def run_demo(folder: Path, seed: int, config: ExperimentConfig = PRESETS["demo"]
     """Train both models, print a table, and write metrics.json and attention.png to `folder`.
 
     A demo that was interrupted goes on; one that is complete is kept beside the new one, under another name.
+
+    Raises:
+        ValueError: a folder that cannot be renamed, because it is the current one or holds it, or that is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file; name a folder, e.g. --output runs/demo")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"--output {folder} is the current folder or one around it; name one for the demo alone, "
+            "e.g. --output runs/demo"
+        )
     console = Console()
     if (folder / "metrics.json").exists() and (folder / "learned" / "config.json").exists():
         kept = _set_aside(folder)
