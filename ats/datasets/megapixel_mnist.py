@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ats.datasets.integers import Integers
 from ats.datasets.mnist import Digits
 
 GLYPH = 28  # pixels, a side of a digit or a patch of noise
@@ -69,14 +70,14 @@ class MegapixelMNIST(Dataset[tuple[Tensor, int]]):
         self.places = torch.empty(n_images, n_digits + n_noise, 2, dtype=torch.int32)  # top-left (y, x)
         first_noise = len(digits.images)
         for index in range(n_images):
-            random = _Integers(np.random.Philox(key=[seed, _key(split, index)]), 4 * (n_digits + n_noise) + 1)
+            random = Integers(np.random.Philox(key=[seed, _key(split, index)]), 4 * (n_digits + n_noise) + 1)
             target = random.below(N_CLASSES)
             others = [(target + 1 + random.below(N_CLASSES - 1)) % N_CLASSES for _ in range(n_digits - n_target)]
             members = [by_class[label] for label in [target] * n_target + others]
             ids = [int(some[random.below(len(some))]) for some in members]
             ids += [first_noise + random.below(_N_NOISE_GLYPHS) for _ in range(n_noise)]
             places = _places_apart(random, n_digits, image_size)
-            places += [random.place(image_size) for _ in range(n_noise)]
+            places += [_place(random, image_size) for _ in range(n_noise)]
             self.labels[index] = target
             self.glyph_ids[index] = torch.tensor(ids, dtype=torch.int32)
             self.places[index] = torch.tensor(places, dtype=torch.int32)
@@ -106,29 +107,17 @@ def _key(split: str, index: int, *, noise: bool = False) -> int:
     return (_SPLITS[split] * 2 + noise) << 48 | index
 
 
-class _Integers:
-    """Integers from a bit generator's raw stream, which NumPy promises to keep as it is."""
-
-    def __init__(self, bits: np.random.Philox, block: int) -> None:
-        self._bits, self._block = bits, block
-        self._raw: list[int] = []
-
-    def below(self, bound: int) -> int:
-        if not self._raw:
-            self._raw = self._bits.random_raw(self._block).tolist()[::-1]
-        return self._raw.pop() % bound
-
-    def place(self, image_size: int) -> tuple[int, int]:
-        bound = image_size - GLYPH + 1
-        return self.below(bound), self.below(bound)
+def _place(random: Integers, image_size: int) -> tuple[int, int]:
+    bound = image_size - GLYPH + 1
+    return random.below(bound), random.below(bound)
 
 
-def _places_apart(random: _Integers, count: int, image_size: int) -> list[tuple[int, int]]:
+def _places_apart(random: Integers, count: int, image_size: int) -> list[tuple[int, int]]:
     places: list[tuple[int, int]] = []
     for _ in range(_TRIES):
         if len(places) == count:
             return places
-        y, x = random.place(image_size)
+        y, x = _place(random, image_size)
         if all(abs(y - other[0]) >= GLYPH or abs(x - other[1]) >= GLYPH for other in places):
             places.append((y, x))
     if len(places) == count:
