@@ -36,3 +36,8 @@ class Integers:
             other = self.below(last + 1)
             items[last], items[other] = items[other], items[last]
         return items
+
+    def bytes(self, count: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
+        """`count` random bytes, (count,) uint8."""
+        words = self._bits.random_raw(-(-count // 8)).astype("<u8")
+        return words.view(np.uint8)[:count]

@@ -18,7 +18,8 @@ VISIBILITIES = ("VISIBLE", "BLURRED", "SIDE_ROAD", "OCCLUDED")
 GERMAN_LIMITS = {0: 20, 1: 30, 2: 50, 3: 60, 4: 70, 5: 80, 7: 100, 8: 120}
 """km/h by class id. Class 6, the end of a limit of 80, is no limit."""
 _GERMAN_CLASSES = 43
-_FIRST_TEST_FRAME = 600
+GERMAN_FRAMES = 900
+FIRST_TEST_FRAME = 600
 GERMAN_DUPLICATES = {"00881": "00613"}
 """A frame that is the same picture as an earlier one, by that one."""
 GERMAN_SUFFIXES = (".ppm", ".png", ".jpg")
@@ -71,7 +72,7 @@ def read_german(folder: Path, split: str) -> list[Frame]:
     stems -= {later for later, earlier in GERMAN_DUPLICATES.items() if earlier in stems}
     frames = []
     for stem in sorted(stems):
-        if (int(stem) < _FIRST_TEST_FRAME) == (split == "train"):
+        if (int(stem) < FIRST_TEST_FRAME) == (split == "train"):
             path = find_image(folder, stem, GERMAN_SUFFIXES) or folder / f"{stem}{GERMAN_SUFFIXES[0]}"
             where = f"{truth}, line {lines[stem]}" if stem in lines else str(truth)
             frames.append(Frame(path, tuple(signs.get(stem, ())), where))
@@ -92,15 +93,18 @@ def read_swedish(folder: Path, split: str) -> list[Frame]:
     inner = folder / {"train": "Set1", "test": "Set2"}[split]
     annotations = inner / "annotations.txt"
     frames = []
-    for number, line in _lines(annotations):
+    lines = list(_lines(annotations))
+    for number, line in lines:
         where = f"{annotations}, line {number}"
         name, colon, rest = line.partition(":")
         if not colon or not name.strip():
             raise ValueError(f"{where}: {line!r} cannot be read; expected NAME.jpg:SIGN;SIGN;… {_RESTORE}")
-        *described, last = rest.split(";")
-        if last.strip():
-            raise ValueError(f"{where}: {last!r} is not closed by a semicolon, the file was cut short. {_RESTORE}")
-        signs = [_swedish_sign(sign, where) for sign in described if sign.strip() not in ("", "MISC_SIGNS")]
+        described = [sign.strip() for sign in rest.split(";")]
+        if described[-1] and number == lines[-1][0]:
+            raise ValueError(
+                f"{where}: {described[-1]!r} has no semicolon after it, the file was cut short. {_RESTORE}"
+            )
+        signs = [_swedish_sign(sign, where) for sign in described if sign not in ("", "MISC_SIGNS")]
         places = (inner / name.strip(), inner / f"{inner.name}Part0" / name.strip())
         path = next((place for place in places if place.is_file()), places[0])
         frames.append(Frame(path, tuple(signs), where))
@@ -116,7 +120,7 @@ def _swedish_sign(text: str, where: str) -> Sign:
     numbers = [re.fullmatch(r"(-?\d+(?:\.\d*)?)[A-Za-z]*", field) for field in fields[1:5]]
     if len(fields) < 7 or not all(numbers) or fields[0] not in VISIBILITIES:
         raise ValueError(
-            f"{where}: {text.strip()!r} cannot be read; expected VISIBILITY, right, bottom, left, top, KIND, NAME with "
+            f"{where}: {text!r} cannot be read; expected VISIBILITY, right, bottom, left, top, KIND, NAME with "
             f"VISIBILITY one of {', '.join(VISIBILITIES)}. {_RESTORE}"
         )
     x, y, other_x, other_y = (float(number[1]) for number in numbers if number is not None)
