@@ -170,12 +170,12 @@ DAMAGES = {
     "other variable": ("img2_others.mat", lambda p: write_points(p, x=[[1, 2]]), ValueError, "no variable `detection`"),
     "three columns": ("img2_others.mat", lambda p: write_points(p, detection=np.ones((4, 3))), ValueError, r"\(4, 3\)"),
     "words": ("img2_others.mat", lambda p: write_points(p, detection=np.array([["a", "b"]])), ValueError, "<U1"),
-    "outside": ("img2_others.mat", lambda p: write_points(p, detection=[[5.0, 97]]), ValueError, "x = 5, y = 97 .*96×96"),
+    "outside": ("img2_others.mat", lambda p: write_points(p, detection=[[5.0, 97]]), ValueError, "x = 5, y = 97 "),
     "negative": ("img2_others.mat", lambda p: write_points(p, detection=[[-1.0, 9]]), ValueError, "x = -1, y = 9"),
     "not a number": ("img2_others.mat", lambda p: write_points(p, detection=[[np.nan, 9]]), ValueError, "x = nan"),
     "no image": ("img2.png", Path.unlink, FileNotFoundError, r"neither img2\.bmp nor img2\.png"),
     "no picture": ("img2.png", lambda p: p.write_bytes(b"<html>"), ValueError, "damaged, cut short or no image"),
-    "resized": ("img2.png", lambda p: Image.new("RGB", (100, 110)).save(p), ValueError, "110×100 but .*img1.png is 96×96"),
+    "resized": ("img2.png", lambda p: Image.new("RGB", (100, 110)).save(p), ValueError, "110×100 but .*img1.png"),
 }  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def test_an_image_cut_short_names_itself(tmp_path, suffix):
     path = tmp_path / "a" / "Classification" / "img1" / f"img1{suffix}"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     data = load_colon_cancer(tmp_path / "a")
-    with pytest.raises(ValueError, match="damaged, cut short or no image.*put a whole copy in its place") as error:
+    with pytest.raises(ValueError, match=r"damaged, cut short or no image.*put a whole copy in its place") as error:
         data.image(0)
     assert str(path) in str(error.value)
 
@@ -211,10 +211,10 @@ def test_an_incomplete_release_is_refused(release):
 
 def test_no_data_there(tmp_path, monkeypatch):
     for folder in (tmp_path, tmp_path / "gone"):
-        with pytest.raises(FileNotFoundError, match="is not the colon cancer data.*ats synthesise colon-cancer"):
+        with pytest.raises(FileNotFoundError, match=r"is not the colon cancer data.*ats synthesise colon-cancer"):
             load_colon_cancer(folder)
     monkeypatch.delenv("ATS_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match="where is colon-cancer.*ATS_DATA"):
+    with pytest.raises(FileNotFoundError, match=r"where is colon-cancer.*ATS_DATA"):
         default_folder("colon-cancer")
     monkeypatch.setenv("ATS_DATA", str(tmp_path))
     assert default_folder("colon-cancer") == tmp_path / "colon-cancer"

@@ -217,7 +217,7 @@ GOOD = swedish_sign("50_SIGN")
 SWEDISH_LINES = {
     "no colon": ("a.jpg", "line 2: 'a.jpg' cannot be read; expected NAME.jpg:"),
     "no name": (f":{GOOD}", "line 2: .* cannot be read; expected NAME.jpg:"),
-    "cut": (f"a.jpg:{GOOD}{GOOD[:-5]}", "line 2: .*50_S' is not closed by a semicolon, the file was cut short"),
+    "cut": (f"a.jpg:{GOOD}{GOOD[:-5]}", "line 2: .*50_' has no semicolon after it, the file was cut short"),
     "six fields": ("a.jpg:VISIBLE, 9, 10, 1, 2, 50_SIGN;", "line 2: 'VISIBLE, 9, 10, 1, 2, 50_SIGN' cannot be read"),
     "a word": (f"a.jpg:{swedish_sign('50_SIGN', box='9, x, 1, 2')}", "line 2: .*cannot be read; expected VISIBILITY"),
     "visibility": (f"a.jpg:{swedish_sign('50_SIGN', 'CLEAR')}", "one of VISIBLE, BLURRED, SIDE_ROAD, OCCLUDED"),

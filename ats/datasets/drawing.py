@@ -83,13 +83,13 @@ def street(random: Integers, size: tuple[int, int]) -> "Image":
     """Sky, trees, houses and a road, of `size` (height, width)."""
     height, width = size
     horizon = height * random.between(45, 55) // 100
-    rows = np.arange(height, dtype=np.int32)[:, None, None]
-    foliage = _clouds(random, size, 8)[..., None].astype(np.int32) + _clouds(random, size, 70)[..., None]
-    sky = np.array([176, 198, 224], np.int32) + rows * 40 // height
-    trees = np.array([30, 52, 20], np.int32) + foliage * np.array([4, 5, 3], np.int32) // 16
-    ground = np.array([70, 84, 50], np.int32) + foliage * np.array([3, 3, 2], np.int32) // 16
+    rows = np.arange(horizon, dtype=np.int16)[:, None, None]
+    foliage = (_clouds(random, size, 8).astype(np.int16) + _clouds(random, size, 70))[..., None]
+    sky = np.array([176, 198, 224], np.int16) + rows // 16
+    trees = np.array([30, 52, 20], np.int16) + foliage[:horizon] * np.array([4, 5, 3], np.int16) // 16
+    ground = np.array([70, 84, 50], np.int16) + foliage[horizon:] * np.array([3, 3, 2], np.int16) // 16
     treetops = horizon - _clouds(random, (1, width), 40).astype(np.int32)[..., None] * height // 700
-    pixels = np.where(rows < treetops, sky, np.where(rows < horizon, trees, ground))
+    pixels = np.concatenate([np.where(rows < treetops, sky, trees), ground])
     image: Image = _pil("Image").fromarray(pixels.clip(0, 255).astype(np.uint8))
     draw = _pil("ImageDraw").Draw(image)
     for _ in range(random.between(0, 3)):

@@ -7,7 +7,7 @@ same labels and places everywhere.
 
 import io
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,7 +73,7 @@ def write_german(
     seed: int = 0,
     size: tuple[int, int] = (800, 1360),
     limits: Sequence[int] = LIMITS["german"],
-    sign_size: tuple[int, int] = (20, 60),
+    sign_size: tuple[int, int] = (12, 24),
     suffix: str = ".jpg",
 ) -> None:
     """Streets with speed limits, laid out as the German benchmark: gt.txt and 00000.jpg …, tests from 00600.jpg.
@@ -82,11 +82,11 @@ def write_german(
 
     Args:
         folder: where to; new or empty.
-        n_train, n_test: frames with a label, at least one for each class; at most 533 and 265.
+        n_train, n_test: frames with a label, at least one for each class; at most 534 and 266.
         seed: of everything random.
         size: height and width in pixels.
         limits: km/h.
-        sign_size: smallest and largest side of a sign, in pixels; digits want 20 to be read.
+        sign_size: smallest and largest side of a sign, in pixels; digits want 12 to be read.
         suffix: ".jpg", or ".ppm" as the benchmark has it. gt.txt says .ppm in any case, as the benchmark's does.
 
     Raises:
@@ -125,7 +125,7 @@ def write_swedish(
     seed: int = 0,
     size: tuple[int, int] = (960, 1280),
     limits: Sequence[int] = LIMITS["swedish"],
-    sign_size: tuple[int, int] = (20, 60),
+    sign_size: tuple[int, int] = (12, 24),
 ) -> None:
     """Streets with speed limits, laid out as the Swedish set: Set1 and Set2, each with annotations.txt and .jpg files.
 
@@ -138,7 +138,7 @@ def write_swedish(
         seed: of everything random.
         size: height and width in pixels.
         limits: km/h.
-        sign_size: smallest and largest side of a sign, in pixels; digits want 20 to be read.
+        sign_size: smallest and largest side of a sign, in pixels; digits want 12 to be read.
 
     Raises:
         FileExistsError: the folder is not empty.
@@ -161,15 +161,10 @@ def write_swedish(
             write_whole(place / inner / "annotations.txt", "".join(lines).encode())
 
 
-WRITERS: dict[str, Callable[..., None]] = {
-    "colon-cancer": write_colon_cancer,
-    "speed-limits-german": write_german,
-    "speed-limits-swedish": write_swedish,
-}
-
-
 def _integers(seed: int, *what: str | int) -> Integers:
     """Another stream for each purpose and image."""
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be an integer of 0 to 2⁶⁴ − 1, got {seed}")
     kinds = {"labels": 0, "image": 1, "train": 2, "test": 3}
     name, index = what[0], what[1] if len(what) > 1 else (1 << 32) - 1
     assert isinstance(name, str)

@@ -15,6 +15,7 @@ from rich.table import Table
 from ats.experiments.config import PRESETS, ExperimentConfig
 from ats.experiments.demo import run_demo
 from ats.experiments.evaluation import evaluate, load_task
+from ats.experiments.synthesise import SynthesiseOptions, synthesise
 from ats.experiments.training import InterruptedRunError, train, write_json
 from ats.version import __version__
 
@@ -27,6 +28,7 @@ Attention sampling: learn from images too large to process whole.
 commands:
   train EXPERIMENT      train a model; experiments: {", ".join(EXPERIMENTS)}; presets: {", ".join(PRESETS)}
   evaluate CHECKPOINT   error and loss on images that were not trained on
+  synthesise DATA TO    write a small synthetic data set, laid out as a real one is
   demo                  attention sampling beside uniform sampling, in minutes on a CPU
 
 `ats COMMAND --help` lists a command's options; `ats --version` prints the version.
@@ -70,7 +72,7 @@ class DemoOptions:
 def run(arguments: Sequence[str]) -> int:
     """Run a command line, without the program's name, and return the exit status."""
     command, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
-    commands = {"train": _train, "evaluate": _evaluate, "demo": _demo}
+    commands = {"train": _train, "evaluate": _evaluate, "synthesise": _synthesise, "demo": _demo}
     if command in ("-h", "--help"):
         print(_HELP, end="")
         return 0
@@ -147,6 +149,13 @@ def _evaluate(arguments: list[str]) -> None:
     Console().print(table)
     if options.output is not None:
         write_json(options.output, {"checkpoint": str(options.checkpoint), "seed": options.seed} | result.to_dict())
+
+
+def _synthesise(arguments: list[str]) -> None:
+    options = tyro.cli(SynthesiseOptions, prog="ats synthesise", args=arguments)
+    for line in synthesise(options):
+        Console(soft_wrap=True).print(line, markup=False, highlight=False)
+    Console(soft_wrap=True).print(f"Train on it with: --data.folder {options.folder}", markup=False, highlight=False)
 
 
 def _demo(arguments: list[str]) -> None:
