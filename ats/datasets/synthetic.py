@@ -59,8 +59,9 @@ def write_colon_cancer(
             image, nuclei = draw_tissue(_integers(seed, "image", index), size, positive[index])
             for kind in NUCLEI:
                 file = io.BytesIO()
-                points = nuclei.get(kind)  # where there are none, the release has 0×2 bytes
-                save_mat(file, {"detection": np.array(points, float) if points else np.zeros((0, 2), np.uint8)})
+                # As in the release: 0×2 bytes where there are none, and compressed, so that damage shows.
+                points = np.array(nuclei[kind], float) if kind in nuclei else np.zeros((0, 2), np.uint8)
+                save_mat(file, {"detection": points}, do_compression=True)
                 write_whole(place / "Classification" / name / f"{name}_{kind}.mat", file.getvalue())
             _save(image, place / "Classification" / name / f"{name}{suffix}")
 
