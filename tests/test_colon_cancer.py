@@ -109,6 +109,8 @@ def test_cache_and_subset(release):
     assert torch.equal(cached.image(3), first)
     with pytest.raises(FileNotFoundError, match=r"img4\.png"):
         plain.image(3)
+    with pytest.raises(FileNotFoundError, match=r"img4\.png"):
+        _ = plain.subset([3]).image_size
 
 
 def test_a_label_that_is_no_class():
