@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import ats
-from ats.models import ATSClassifier, UniformAttention, attention_network, feature_network
-from ats.models.classifier import SoftBound
-from ats.models.megapixel_mnist import ATTENTION_STRIDE, N_FEATURES, NETWORKS
+from ats.models import ATSClassifier, UniformAttention
+from ats.models.classifier import NETWORKS, SoftBound
+from ats.models.megapixel_mnist import ATTENTION_STRIDE, N_FEATURES, attention_network, feature_network
 
 
 def convolutions(network: nn.Module) -> list[tuple[int, int, int]]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 import time
 import warnings
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from ats._files import write_whole
 from ats.experiments.config import ExperimentConfig, differences, from_dict, to_dict
-from ats.experiments.data import MegapixelMNISTData
+from ats.experiments.image_data import experiment_data
 from ats.experiments.task import ClassificationTask
 
 
@@ -26,7 +27,7 @@ class InterruptedRunError(Exception):
 def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> Path:
     """Train, or go on training, the run of `config`, and return its last checkpoint.
 
-    The folder gets config.json, checkpoints/last.ckpt (after each epoch), csv/ and tensorboard/ logs, and
+    The folder gets config.json, checkpoints/last.ckpt (after an epoch), csv/ and tensorboard/ logs, and
     training.json once the run is complete. A run continued from a checkpoint ends with the same weights as one
     that was never stopped; a complete run is left as it is.
 
@@ -43,14 +44,21 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
     L.seed_everything(config.seed, workers=True, verbose=False)
     timer = Timer()
     trainer = _trainer(config, [timer, *callbacks])
-    task, data = ClassificationTask(config), MegapixelMNISTData(config)
+    task, data = ClassificationTask(config), experiment_data(config)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into an exit
         raise InterruptedRunError(f"stopped in {folder}; the same command goes on from the last full epoch") from stop
     if trainer.is_global_zero:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        summary = {"seconds": timer.time_elapsed("train"), "steps": trainer.global_step, "metrics": metrics}
+        summary = {
+            "seconds": timer.time_elapsed("train"),
+            "steps": trainer.global_step,
+            "metrics": metrics,
+            "data": data.source,
+            "train_images": len(data.labels("train")),
+            "test_images": len(data.labels("test")),
+        }
         write_json(folder / "training.json", summary)
     return last
 
@@ -65,7 +73,8 @@ def _trainer(config: ExperimentConfig, callbacks: list[Callback]) -> L.Trainer:
         num_nodes=options.num_nodes,
         strategy=options.strategy,
         precision=options.precision,
-        max_epochs=config.optim.epochs,
+        max_epochs=-1 if config.optim.updates else config.optim.epochs,
+        max_steps=config.optim.updates or -1,
         gradient_clip_val=config.optim.gradient_clip,
         use_distributed_sampler=False,  # the loaders bring theirs
         num_sanity_val_steps=0,
@@ -75,7 +84,7 @@ def _trainer(config: ExperimentConfig, callbacks: list[Callback]) -> L.Trainer:
         logger=[CSVLogger(folder, name="csv"), TensorBoardLogger(folder, name="tensorboard")],
         callbacks=[
             *callbacks,
-            ModelCheckpoint(folder / "checkpoints", filename="last", enable_version_counter=False),
+            EpochCheckpoint(folder / "checkpoints", options.checkpoint_seconds),
             LearningRateMonitor(),
             RichProgressBar() if sys.stdout.isatty() else ProgressLines(),
         ],
@@ -95,12 +104,33 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-class ProgressLines(Callback):
-    """A line an epoch, and one every half minute in between: progress where a bar would be noise."""
+class EpochCheckpoint(ModelCheckpoint):
+    """last.ckpt, written after an epoch if the one before is old enough, and after the last epoch."""
 
-    def __init__(self, every: float = 30.0) -> None:
+    def __init__(self, folder: Path, seconds: float) -> None:
+        super().__init__(folder, filename="last", enable_version_counter=False)
+        self.seconds = seconds
+        self._written = -math.inf
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if _is_last_epoch(trainer) or time.monotonic() - self._written >= self.seconds:
+            super().on_train_epoch_end(trainer, pl_module)
+            self._written = time.monotonic()
+
+
+def _is_last_epoch(trainer: L.Trainer) -> bool:
+    epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+    return 0 < epochs <= trainer.current_epoch + 1 or 0 < steps <= trainer.global_step
+
+
+class ProgressLines(Callback):
+    """A line an epoch, of short ones some, and one every half minute: progress where a bar would be noise."""
+
+    def __init__(self, every: float = 30.0, epochs_apart: float = 3.0) -> None:
         self.every = every  # seconds
+        self.epochs_apart = epochs_apart  # seconds
         self._last = time.monotonic()
+        self._last_epoch = -math.inf
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -111,10 +141,14 @@ class ProgressLines(Callback):
             print(f"  {done}  loss of this batch {float(outputs['loss']):.3f}", flush=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
+        due = time.monotonic() - self._last_epoch >= self.epochs_apart or _is_last_epoch(trainer)
+        if trainer.is_global_zero and due:
+            self._last_epoch = time.monotonic()
             metrics = trainer.callback_metrics
             numbers = "  ".join(f"{name} {float(metrics[name]):.3f}" for name in sorted(metrics) if "/" in name)
-            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {numbers}", flush=True)
+            steps = f", step {trainer.global_step}/{trainer.max_steps}"
+            of = steps if trainer.max_epochs == -1 else f"/{trainer.max_epochs}"
+            print(f"epoch {trainer.current_epoch + 1}{of}  {numbers}", flush=True)
 
 
 def _claim(folder: Path, config: ExperimentConfig) -> None:
