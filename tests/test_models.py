@@ -1,13 +1,20 @@
 """The experiments' networks are what they are said to be."""
 
+import dataclasses
+from types import ModuleType
+
 import pytest
 import torch
 from torch import nn
 
 import ats
-from ats.models import ATSClassifier, UniformAttention
+from ats.experiments.networks import view_size
+from ats.experiments.presets import PRESETS
+from ats.models import ATSClassifier, UniformAttention, colon_cancer, megapixel_mnist, speed_limits
 from ats.models.classifier import NETWORKS, SoftBound
 from ats.models.megapixel_mnist import ATTENTION_STRIDE, N_FEATURES, attention_network, feature_network
+from ats.models.resnet import ResidualBlock
+from tests.helpers import seeded
 
 
 def convolutions(network: nn.Module) -> list[tuple[int, int, int]]:
@@ -19,6 +26,81 @@ def test_published_networks_have_the_published_layers() -> None:
     assert convolutions(attention_network("paper")) == [(3, 1, 8), (3, 8, 8), (3, 8, 1)]
     assert convolutions(feature_network("paper")) == [(7, 1, 32), (3, 32, 32), (3, 32, 32), (3, 32, 32)]
     assert sum(isinstance(layer, nn.Tanh) for layer in attention_network("paper")) == 2
+
+
+def test_published_networks_of_the_image_experiments_have_the_published_layers() -> None:
+    assert convolutions(colon_cancer.attention_network("paper")) == [(3, 3, 8), (3, 8, 8), (3, 8, 1)]
+    assert convolutions(colon_cancer.feature_network("paper")) == [(4, 3, 36), (3, 36, 48)]
+    linear = [layer for layer in colon_cancer.feature_network("paper") if isinstance(layer, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == [(1200, 512), (512, 512)]
+    attention = convolutions(speed_limits.attention_network("paper"))
+    assert attention == [(3, 3, 8), (3, 8, 16), (3, 16, 32), (3, 32, 1)]
+    # ResNet-8: 7 convolutions of 3×3 and the linear layer; shortcuts of 1×1 where the stride is 2.
+    features = convolutions(speed_limits.feature_network("paper"))
+    assert [c for c in features if c[0] == 3] == [(3, 3, 32)] + [(3, 32, 32)] * 6
+    assert [c for c in features if c[0] == 1] == [(1, 32, 32)] * 3
+
+
+@pytest.mark.parametrize(
+    ("networks", "channels", "depth", "widths"),
+    [
+        (megapixel_mnist, 1, 15, {32, 64, 128, 256}),
+        (colon_cancer, 3, 7, {32}),
+        (speed_limits, 3, 15, {32, 64, 128, 256}),
+    ],
+)
+def test_cnns_are_residual_networks_of_the_published_depth(
+    networks: ModuleType, channels: int, depth: int, widths: set[int]
+) -> None:
+    layers, n_features = networks.image_network("paper")
+    assert len([c for c in convolutions(layers) if c[0] == 3]) == depth
+    assert {outputs for _, _, outputs in convolutions(layers)} == widths
+    assert layers(torch.rand(2, channels, 33, 47)).shape == (2, n_features)
+
+
+def test_a_residual_block_adds_to_what_its_first_relu_gives() -> None:
+    block = ResidualBlock(3, 3, 1).eval()
+    nn.init.zeros_(block.second.weight)
+    maps = torch.randn(2, 3, 8, 8, generator=seeded())
+    torch.testing.assert_close(block(maps), torch.relu(block.first_norm(maps)))
+    assert ResidualBlock(3, 5, 2)(maps).shape == (2, 5, 4, 4)
+
+
+@pytest.mark.parametrize("networks", NETWORKS)
+@pytest.mark.parametrize(
+    ("module", "image", "patch", "view", "cells"),
+    [
+        (colon_cancer, (500, 500), 27, (100, 100), {"paper": (100, 100), "modern": (50, 50)}),
+        (speed_limits, (960, 1280), 100, (288, 384), {"paper": (35, 47), "modern": (35, 47)}),
+        (speed_limits, (800, 1360), 100, (240, 408), {"paper": (29, 50), "modern": (29, 50)}),
+    ],
+)
+def test_views_and_grids_have_the_published_sizes(
+    module: ModuleType, networks: str, image: tuple[int, int], patch: int, view: tuple[int, int], cells: dict
+) -> None:
+    """Uniform sampling must draw from the very grid that attention sampling has, and patches lie where cells look."""
+    name = module.__name__.rpartition(".")[2].replace("_", "-")
+    config = PRESETS[name]["paper"]
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, networks=networks))
+    assert config.model.patch_size == patch
+    assert view_size(config, image) == view
+    attention = module.attention_network(networks)
+    logits = attention(torch.rand(1, 3, *view))
+    assert logits.shape[-2:] == cells[networks]
+    stride, lost = module.ATTENTION_STRIDE[networks], module.ATTENTION_LOSS[networks]
+    assert UniformAttention(stride, lost)(torch.rand(1, 3, *view)).shape[-2:] == cells[networks]
+    assert ats.receptive_field(attention) == lost
+    features = module.feature_network(networks)(torch.rand(2, 3, patch, patch))
+    assert features.shape == (2, module.N_FEATURES[networks])
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+
+
+def test_views_of_a_cnn_and_of_deep_mil() -> None:
+    config = PRESETS["speed-limits"]["paper"]
+    cnn = dataclasses.replace(config, model=dataclasses.replace(config.model, method="cnn", cnn_scale=0.5))
+    assert view_size(cnn, (960, 1280)) == (480, 640)
+    mil = dataclasses.replace(config, model=dataclasses.replace(config.model, method="mil"))
+    assert view_size(mil, (960, 1280)) is None  # it reads the image alone
 
 
 @pytest.mark.parametrize("networks", NETWORKS)

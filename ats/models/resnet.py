@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """Batch norm, ReLU, 3×3 convolution, twice, added to the input.
+    """Batch norm, ReLU, 3×3 convolution, twice, added to what the first ReLU gives.
 
-    Where the shape changes the shortcut is a 1×1 convolution of what the first ReLU gives, as in the paper's release.
+    As in the paper's release the shortcut starts there, after the first batch norm; it is a 1×1 convolution where the
+    shape changes.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
