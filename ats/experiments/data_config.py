@@ -111,7 +111,6 @@ DataConfig = MegapixelMNISTConfig | ColonCancerConfig | SpeedLimitsConfig
 DATA_CONFIGS: dict[str, type[Any]] = {
     config.experiment: config for config in (MegapixelMNISTConfig, ColonCancerConfig, SpeedLimitsConfig)
 }
-EXPERIMENTS = tuple(DATA_CONFIGS)
 
 
 def data_folder(data: DataConfig) -> Path:
