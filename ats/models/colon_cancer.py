@@ -43,10 +43,10 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
     if networks == "paper":
         layers = [
             nn.Conv2d(3, 36, 4),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.MaxPool2d(2),
             nn.Conv2d(36, 48, 3),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.MaxPool2d(2),
             nn.Flatten(),
             nn.Linear(48 * 5 * 5, 512),

@@ -60,9 +60,9 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
     """Patches (M, 1, ph, pw) -> features (M, N_FEATURES), of length 1 if `normalised`."""
     check_networks(networks)
     if networks == "paper":
-        layers: list[nn.Module] = [nn.Conv2d(1, 32, 7), nn.ReLU()]
+        layers: list[nn.Module] = [nn.Conv2d(1, 32, 7), nn.ReLU(inplace=True)]
         for _ in range(3):
-            layers += [nn.Conv2d(32, 32, 3), nn.ReLU()]
+            layers += [nn.Conv2d(32, 32, 3), nn.ReLU(inplace=True)]
     else:
         layers = [
             *conv_norm(1, 16, kernel=5, stride=2),

@@ -69,7 +69,8 @@ class MILClassifier(nn.Module):
 
     def pool(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Image (B, C, H, W) -> class logits (B, n_classes), log attention (B, n), offsets (n, 2) of the patches."""
-        offsets = grid_offsets((image.shape[2], image.shape[3]), self.patch_size, self.grid_step).to(image.device)
+        offsets = grid_offsets((image.shape[2], image.shape[3]), self.patch_size, self.grid_step)
+        offsets = offsets.to(self.head.weight.device)  # where the patches come out; the image may be in main memory
         chunks = offsets.split(self.chunk_size or len(offsets))
         features = torch.cat([self._features(image, some) for some in chunks], dim=1)  # (B, n, D)
         log_attention = self.attention(features)
