@@ -16,6 +16,7 @@ from ats.experiments.config import ExperimentConfig
 from ats.experiments.demo import run_demo
 from ats.experiments.evaluation import evaluate, load_task
 from ats.experiments.presets import PRESETS
+from ats.experiments.reproduce.command import ReproduceOptions, reproduce
 from ats.experiments.synthesise import SynthesiseOptions, synthesise
 from ats.experiments.training import InterruptedRunError, train, write_json
 from ats.version import __version__
@@ -27,6 +28,7 @@ Attention sampling: learn from images too large to process whole.
 commands:
   train EXPERIMENT      train a model; experiments: {", ".join(PRESETS)}
   evaluate CHECKPOINT   error and loss on images that were not trained on
+  reproduce TABLE       the paper's tables: table1, table2, mnist or all; runs what is missing
   synthesise DATA TO    write a small synthetic data set, laid out as a real one is
   demo                  attention sampling beside uniform sampling, in minutes on a CPU
 
@@ -71,7 +73,13 @@ class DemoOptions:
 def run(arguments: Sequence[str]) -> int:
     """Run a command line, without the program's name, and return the exit status."""
     command, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
-    commands = {"train": _train, "evaluate": _evaluate, "synthesise": _synthesise, "demo": _demo}
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "reproduce": _reproduce,
+        "synthesise": _synthesise,
+        "demo": _demo,
+    }
     if command in ("-h", "--help"):
         print(_HELP, end="")
         return 0
@@ -155,6 +163,10 @@ def _evaluate(arguments: list[str]) -> None:
     Console().print(table)
     if options.output is not None:
         write_json(options.output, {"checkpoint": str(options.checkpoint), "seed": options.seed} | result.to_dict())
+
+
+def _reproduce(arguments: list[str]) -> None:
+    reproduce(tyro.cli(ReproduceOptions, prog="ats reproduce", args=arguments))
 
 
 def _synthesise(arguments: list[str]) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from ats._files import write_whole
 from ats.experiments.config import ExperimentConfig, differences, from_dict, to_dict
+from ats.experiments.environment import hardware
 from ats.experiments.image_data import experiment_data
 from ats.experiments.task import ClassificationTask
 
@@ -55,6 +56,7 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
             "seconds": timer.time_elapsed("train"),
             "steps": trainer.global_step,
             "metrics": metrics,
+            "hardware": hardware(),
             "data": data.source,
             "train_images": len(data.labels("train")),
             "test_images": len(data.labels("test")),
