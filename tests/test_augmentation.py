@@ -19,8 +19,9 @@ def test_no_change_is_none() -> None:
 
 def test_brightness_and_contrast_are_affine_rounded_and_clipped() -> None:
     """Cutting off in place of rounding would darken every training image by half a level."""
-    changed = apply_change(WIDE, Change(scale=1.1, shift=-0.05))
-    exact = (WIDE.double() * 1.1 - 0.05 * 255).clamp(0, 255)
+    changed = apply_change(WIDE, Change(scale=1.1, shift=(-0.05, 0.0, -0.1)))
+    shift = torch.tensor([-0.05, 0.0, -0.1], dtype=torch.float64).view(3, 1, 1)
+    exact = (WIDE.double() * 1.1 + shift * 255).clamp(0, 255)
     assert changed.dtype == torch.uint8
     assert float((changed.double() - exact).abs().max()) <= 0.5 + 1e-4
     assert int(changed.min()) == 0  # clipped, not wrapped around
@@ -64,15 +65,24 @@ def test_changes_keep_to_their_ranges_and_reach_them() -> None:
     assert abs(len(coloured) - 800) < 76
     assert abs(len(moved) - 800) < 76
     assert {change.quarter_turns for change in changes} == {0}
+    assert all(len(set(change.shift)) == 1 for change in changes)  # no tint: all colours alike
     for values, low, high in (
         ([change.scale for change in coloured], 0.8, 1.2),
-        ([change.shift for change in coloured], -0.1, 0.1),
+        ([change.shift[0] for change in coloured], -0.1, 0.1),
         ([float(change.down) for change in moved], -100, 100),
         ([float(change.right) for change in moved], -100, 100),
     ):
         margin = (high - low) * 0.02  # beyond it lies no draw of 700 once in 10⁶
         assert low <= min(values) < low + margin
         assert high - margin < max(values) <= high
+
+
+def test_a_tint_shifts_each_colour_by_itself() -> None:
+    data = ColonCancerConfig(brightness=0.0, tint=0.05, probability=1.0)
+    shifts = [shift for index in range(300) for shift in draw_change(data, 0, 0, index).shift]
+    assert len(set(shifts)) == 900
+    assert -0.05 <= min(shifts) < -0.048  # beyond lies no draw of 900 once in 10⁷
+    assert 0.048 < max(shifts) <= 0.05
 
 
 def test_symmetries_are_drawn_evenly_and_only_where_asked_for() -> None:

@@ -13,9 +13,10 @@ from ats.experiments.config import ExperimentConfig, ModelConfig, OptimConfig, T
 from ats.experiments.data_config import ColonCancerConfig, SpeedLimitsConfig
 from ats.experiments.evaluation import evaluate, load_task
 from ats.experiments.image_data import ImageData, experiment_data
+from ats.experiments.networks import normalisation
 from ats.experiments.presets import PRESETS
 from ats.experiments.task import ClassificationTask
-from ats.experiments.training import InterruptedRunError, train
+from ats.experiments.training import AveragedWeights, InterruptedRunError, train
 from tests.test_training import StopAt, assert_same, weights
 
 CPU = TrainerConfig(accelerator="cpu", devices="1")
@@ -80,6 +81,55 @@ def test_a_run_with_dropout_and_random_changes_resumes_bit_for_bit(colon_cancer:
         train(config, callbacks=(StopAt(step=2 * 2 + 1),))
     torch.rand(3)  # whatever else has drawn from the global stream
     assert_same(weights(train(config)), weights(whole))
+
+
+def test_averaged_weights_are_evaluated_and_survive_an_interruption(colon_cancer: Path, tmp_path: Path) -> None:
+    """The average is over all steps so far: a resumed run that began it anew would end with other weights."""
+    optim = OptimConfig(epochs=3, batch_size=4, average=0.5)
+    model = ModelConfig(networks="modern", n_patches=3, patch_size=27, view_scale=0.2)
+    whole = train(small_colon(colon_cancer, tmp_path / "whole", optim=optim, model=model))
+    config = small_colon(colon_cancer, tmp_path / "stopped", optim=optim, model=model)
+    with pytest.raises(InterruptedRunError):
+        train(config, callbacks=(StopAt(step=2 * 2 + 1),))
+    assert_same(weights(train(config)), weights(whole))
+    content = torch.load(whole, weights_only=True)
+    averaged, last = content["state_dict"]["model.head.weight"], content["current_model_state"]["model.head.weight"]
+    assert not torch.equal(averaged, last)
+    assert torch.equal(load_task(whole).model.head.weight, averaged)
+    plain = train(
+        small_colon(colon_cancer, tmp_path / "plain", optim=dataclasses.replace(optim, average=0), model=model)
+    )
+    assert torch.equal(weights(plain)["model.head.weight"], last)  # averaging watches, and changes nothing
+
+
+def test_the_average_forgets_its_start_and_counts_nothing() -> None:
+    average = AveragedWeights(0.9)._kwargs["avg_fn"]
+    old, new = torch.tensor([0.0]), torch.tensor([1.0])
+    assert float(average(old, new, 0)) == pytest.approx(0.9)  # 1 − 1/10
+    assert float(average(old, new, torch.tensor(10_000))) == pytest.approx(0.1)
+    assert int(average(torch.tensor(3), torch.tensor(7), 5)) == 7
+
+
+def test_modern_networks_see_normalised_views_and_patches_alike(colon_cancer: Path) -> None:
+    for method in METHODS:
+        model = ModelConfig(method=method, networks="modern", n_patches=3, patch_size=27, view_scale=0.2, grid_step=40)
+        config = small_colon(colon_cancer, Path("unused"), model=model)
+        mean, std = normalisation(config)
+        task = ClassificationTask(config)
+        view, image, _ = experiment_data(config).load("test", torch.tensor([0]))
+        pixels = (image.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        if method in ("ats", "uniform", "cnn"):
+            expected = torch.nn.functional.adaptive_avg_pool2d(pixels, view.shape[-2:])
+            torch.testing.assert_close(view, expected.float(), rtol=1e-4, atol=1e-4)
+        if method != "cnn":
+            seen = []
+            feature = task.model.feature if method.endswith("mil") else task.model.sampling.feature
+            feature.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+            task.eval().model(view, image)
+            low, high = pixels.amin().float(), pixels.amax().float()
+            assert float(seen[0].amin()) >= min(0.0, float(low)) - 1e-4
+            assert float(seen[0].amin()) < -1  # not in [0, 1] any more
+            assert float(seen[0].amax()) <= max(0.0, float(high)) + 1e-4
 
 
 def test_updates_stop_a_run_within_an_epoch_and_are_kept(colon_cancer: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ class Change:
     """What happens to one image: value · scale + shift, moved by (down, right) pixels, mirrored, then turned."""
 
     scale: float = 1.0
-    shift: float = 0.0  # of white
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of white: red, green, blue
     down: int = 0
     right: int = 0
     mirror: bool = False
@@ -33,14 +33,15 @@ def draw_change(data: ImageConfig, seed: int, epoch: int, index: int) -> Change:
     colours, moves = random.random(2) < data.probability
     contrast, brightness = random.uniform(-1, 1, 2)
     down, right = random.integers(-data.translation, data.translation, 2, endpoint=True)
-    symmetry = int(random.integers(8)) if data.symmetries else 0
+    symmetry = int(random.integers(8))
+    shift = data.brightness * brightness + data.tint * random.uniform(-1, 1, 3)
     return Change(
         scale=1 + data.contrast * float(contrast) if colours else 1.0,
-        shift=data.brightness * float(brightness) if colours else 0.0,
+        shift=(float(shift[0]), float(shift[1]), float(shift[2])) if colours else (0.0, 0.0, 0.0),
         down=int(down) if moves else 0,
         right=int(right) if moves else 0,
-        mirror=symmetry >= 4,
-        quarter_turns=symmetry % 4,
+        mirror=data.symmetries and symmetry >= 4,
+        quarter_turns=symmetry % 4 if data.symmetries else 0,
     )
 
 
@@ -53,9 +54,10 @@ def apply_change(image: Tensor, change: Change) -> Tensor:
     height, width = image.shape[-2:]
     if change.quarter_turns % 2 and height != width:
         raise ValueError(f"an image of {height}×{width} cannot be turned by 90°; set data.symmetries=False")
-    if change.scale != 1 or change.shift != 0:
-        # One rounding, and one half: torch's uint8 cast cuts off.
-        changed = image.float().mul_(change.scale).add_(255 * change.shift + 0.5)
+    if change.scale != 1 or any(change.shift):
+        # With a half: the cast to bytes cuts off.
+        shift = torch.tensor(change.shift, device=image.device).mul_(255).add_(0.5)
+        changed = image.float().mul_(change.scale).add_(shift.view(-1, 1, 1))
         image = changed.clamp_(0, 255).to(torch.uint8)
     if change.down or change.right:
         image = _moved(image, change.down, change.right)

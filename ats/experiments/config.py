@@ -78,6 +78,8 @@ class OptimConfig:
     does, without a warm-up."""
     class_weights: bool = False
     """Weight the cross-entropy by the inverse of the classes' shares of the training images."""
+    average: float = 0.0
+    """Evaluate an exponential average of the weights, with this decay a step, e.g. 0.99; 0: the last weights."""
 
     def __post_init__(self) -> None:
         """Refuse values that no training can have."""
@@ -85,6 +87,8 @@ class OptimConfig:
         check_least(self, "optim", 0, "updates")
         if self.learning_rate <= 0:
             raise ValueError(f"optim.learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"optim.average is a decay, in [0, 1), got {self.average}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"optim.warmup is a share of the steps, in [0, 1), got {self.warmup}")
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from ats.experiments.config import ExperimentConfig, ModelConfig, from_dict, to_dict
-from ats.experiments.networks import build_model, view_size
+from ats.experiments.networks import build_model, normalisation, view_size
 from ats.experiments.presets import PRESETS
 from ats.functional import area_downsample
 
@@ -71,9 +71,10 @@ def training_step(
     label = torch.zeros(1, dtype=torch.int64, device=device)
     model = build_model(config).to(device).train()
     seen = view_size(config, size)
+    mean, std = normalisation(config)
 
     def step() -> None:
-        view = image if seen is None else area_downsample(image, seen).to(device, non_blocking=True)
+        view = image if seen is None else area_downsample(image, seen, mean=mean, std=std).to(device, non_blocking=True)
         logits, sample = model(view, image)
         loss = F.cross_entropy(logits, label)
         if sample is not None:

@@ -11,7 +11,7 @@ from ats.datasets.megapixel_mnist import MegapixelMNIST
 from ats.datasets.mnist import fetch_mnist, load_digits
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.data_config import MegapixelMNISTConfig, data_folder
-from ats.experiments.networks import view_size
+from ats.experiments.networks import normalisation, view_size
 from ats.functional import area_downsample
 
 Batch = tuple[Tensor, Tensor, Tensor]  # view (B, C, h, w), image (B, C, H, W) uint8, label (B,)
@@ -41,7 +41,8 @@ class ExperimentData(L.LightningDataModule):
         """Images of a split with their views and labels, on the indices' device."""
         image = self.images(name, indices, epoch)
         size = view_size(self.config, (image.shape[2], image.shape[3]))
-        view = image if size is None else area_downsample(image, size)
+        mean, std = normalisation(self.config)
+        view = image if size is None else area_downsample(image, size, mean=mean, std=std)
         return view, image, self.labels(name)[indices.cpu()].to(indices.device)
 
     def class_weights(self) -> Tensor:

@@ -56,16 +56,18 @@ class ImageConfig:
     """Training images are multiplied with 1 ± this."""
     brightness: float = 0.1
     """Training images are shifted by ± this share of white."""
+    tint: float = 0.0
+    """Each colour of training images is shifted by ± this share of white."""
     translation: int = 0
     """Training images are moved by up to this many pixels along both axes; black moves in."""
     symmetries: bool = False
     """Turn and mirror training images: all 8 symmetries of a square."""
     probability: float = 0.8
-    """Of changing an image's brightness and contrast, and of moving it."""
+    """Of changing an image's colours, and of moving it."""
 
     def __post_init__(self) -> None:
         """Refuse values that no change can have."""
-        check_least(self, "data", 0, "contrast", "brightness", "translation")
+        check_least(self, "data", 0, "contrast", "brightness", "tint", "translation")
         if not 0 <= self.probability <= 1:
             raise ValueError(f"data.probability must be in [0, 1], got {self.probability}")
 

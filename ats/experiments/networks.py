@@ -14,6 +14,7 @@ from ats.models import (
     megapixel_mnist,
     speed_limits,
 )
+from ats.models.classifier import Normalisation
 from ats.nn import AttentionSampling
 
 _NETWORKS: dict[str, ModuleType] = {
@@ -28,6 +29,7 @@ Classifier = ATSClassifier | MILClassifier | CNNClassifier
 def build_model(config: ExperimentConfig) -> Classifier:
     """The networks that a configuration names, with fresh weights from torch's random numbers."""
     networks, model, n_classes = _NETWORKS[config.experiment], config.model, config.data.n_classes
+    mean, std = normalisation(config)
     if model.method == "cnn":
         layers, n_features = networks.image_network(model.networks)
         return CNNClassifier(layers, n_features, n_classes)
@@ -40,6 +42,8 @@ def build_model(config: ExperimentConfig) -> Classifier:
             grid_step=model.grid_step,
             gated=model.method == "gated-mil",
             chunk_size=model.grid_chunk,
+            mean=mean,
+            std=std,
         )
     stride, lost = networks.ATTENTION_STRIDE[model.networks], networks.ATTENTION_LOSS[model.networks]
     learned = model.method == "ats"
@@ -53,8 +57,15 @@ def build_model(config: ExperimentConfig) -> Classifier:
         model.patch_size,
         replace=model.replace,
         receptive_field="auto" if learned else lost,
+        mean=mean,
+        std=std,
     )
     return ATSClassifier(sampling, networks.N_FEATURES[model.networks], n_classes, model.feature_scale)
+
+
+def normalisation(config: ExperimentConfig) -> Normalisation:
+    """Mean and standard deviation by channel, of views and patches alike."""
+    return _NETWORKS[config.experiment].NORMALISATION[config.model.networks]
 
 
 def view_size(config: ExperimentConfig, image_size: tuple[int, int]) -> tuple[int, int] | None:

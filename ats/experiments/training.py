@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar, Timer
+import torch
+from lightning.pytorch.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
+from torch import Tensor
 
 from ats._files import write_whole
 from ats.experiments.config import ExperimentConfig, differences, from_dict, to_dict
@@ -86,6 +95,7 @@ def _trainer(config: ExperimentConfig, callbacks: list[Callback]) -> L.Trainer:
         logger=[CSVLogger(folder, name="csv"), TensorBoardLogger(folder, name="tensorboard")],
         callbacks=[
             *callbacks,
+            *([AveragedWeights(config.optim.average)] if config.optim.average else []),
             EpochCheckpoint(folder / "checkpoints", options.checkpoint_seconds),
             LearningRateMonitor(),
             RichProgressBar() if sys.stdout.isatty() else ProgressLines(),
@@ -104,6 +114,22 @@ def _quiet() -> None:
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+class AveragedWeights(WeightAveraging):
+    """An exponential average of weights and batch norm's statistics, which is what checkpoints hold to evaluate.
+
+    Early on it forgets faster, so that it does not hang on to the initial weights.
+    """
+
+    def __init__(self, decay: float) -> None:
+        def average(averaged: Tensor, current: Tensor, n_averaged: Tensor | int) -> Tensor:
+            if not averaged.is_floating_point():  # a count
+                return current
+            steps = torch.as_tensor(n_averaged, dtype=averaged.dtype, device=averaged.device)
+            return averaged.lerp(current, 1 - ((steps + 1) / (steps + 10)).clamp(max=decay))
+
+        super().__init__(avg_fn=average)
 
 
 class EpochCheckpoint(ModelCheckpoint):

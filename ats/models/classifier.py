@@ -65,6 +65,9 @@ class UniformAttention(nn.Module):
 
 NETWORKS = ("paper", "modern")
 
+Normalisation = tuple[list[float], list[float]] | tuple[None, None]
+"""Mean and standard deviation by channel that networks want images normalised with; None: values in [0, 1]."""
+
 
 def check_networks(networks: str) -> None:
     """Raise ValueError where networks go by no such name."""

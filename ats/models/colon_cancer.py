@@ -6,12 +6,13 @@ stands in docs/experiments.md.
 
 from torch import nn
 
-from ats.models.classifier import ChannelsLast, L2Normalise, SoftBound, check_networks, conv_norm
+from ats.models.classifier import ChannelsLast, L2Normalise, Normalisation, SoftBound, check_networks, conv_norm
 from ats.models.resnet import RESNET_8, resnet
 
 N_FEATURES = {"paper": 512, "modern": 128}
 ATTENTION_STRIDE = {"paper": 1, "modern": 2}  # view pixels a cell
 ATTENTION_LOSS = {"paper": 0, "modern": 0}  # view pixels lost at the borders
+NORMALISATION: dict[str, Normalisation] = {"paper": (None, None), "modern": ([0.76, 0.6, 0.75], [0.15, 0.2, 0.15])}
 
 
 def attention_network(networks: str) -> nn.Sequential:

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats.models.classifier import ChannelsLast, L2Normalise, SoftBound, check_networks, conv_norm
+from ats.models.classifier import ChannelsLast, L2Normalise, Normalisation, SoftBound, check_networks, conv_norm
 from ats.models.resnet import RESNET_16, resnet
 
 N_FEATURES = {"paper": 32, "modern": 128}
 ATTENTION_STRIDE = {"paper": 1, "modern": 3}  # view pixels a cell
 ATTENTION_LOSS = {"paper": 0, "modern": 0}  # view pixels lost at the borders
+NORMALISATION: dict[str, Normalisation] = {"paper": (None, None), "modern": (None, None)}
 
 
 class _GlobalMaxPool(nn.Module):

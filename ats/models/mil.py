@@ -42,6 +42,7 @@ class MILClassifier(nn.Module):
         gated: the gated attention.
         chunk_size: patches of an image whose features are computed at a time, and again in the backward pass; 0: all
             at once, which keeps every activation.
+        mean, std: of the patches, as in `ats.sample_patches`.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class MILClassifier(nn.Module):
         grid_step: int,
         gated: bool = False,
         chunk_size: int = 0,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.feature = feature
@@ -62,6 +65,8 @@ class MILClassifier(nn.Module):
         self.patch_size = patch_size
         self.grid_step = grid_step
         self.chunk_size = chunk_size
+        self.mean = mean
+        self.std = std
 
     def forward(self, view: Tensor, image: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, None]:
         """Image (B, C, H, W) -> class logits (B, n_classes), and no sample: nothing is drawn, no view is looked at."""
@@ -86,8 +91,9 @@ class MILClassifier(nn.Module):
 
     def _read(self, image: Tensor, offsets: Tensor) -> Tensor:
         batch = len(image)
-        patches = extract_patches(image, offsets.expand(batch, -1, -1), self.patch_size)  # (B, m, C, ph, pw)
-        return self.feature(patches.flatten(0, 1)).unflatten(0, (batch, len(offsets)))
+        offsets = offsets.expand(batch, -1, -1)
+        patches = extract_patches(image, offsets, self.patch_size, mean=self.mean, std=self.std)  # (B, m, C, ph, pw)
+        return self.feature(patches.flatten(0, 1)).unflatten(0, (batch, -1))
 
 
 def grid_offsets(image_size: tuple[int, int], patch_size: int, step: int) -> Tensor:

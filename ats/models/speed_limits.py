@@ -5,12 +5,13 @@ What ``modern`` changes and why stands in docs/experiments.md.
 
 from torch import nn
 
-from ats.models.classifier import ChannelsLast, L2Normalise, SoftBound, check_networks, conv_norm
+from ats.models.classifier import ChannelsLast, L2Normalise, Normalisation, SoftBound, check_networks, conv_norm
 from ats.models.resnet import RESNET_8, RESNET_16, resnet
 
 N_FEATURES = {"paper": 32, "modern": 32}
 ATTENTION_STRIDE = {"paper": 8, "modern": 8}  # view pixels a cell
 ATTENTION_LOSS = {"paper": 8, "modern": 8}  # view pixels lost by the unpadded convolutions
+NORMALISATION: dict[str, Normalisation] = {"paper": (None, None), "modern": ([0.4, 0.4, 0.4], [0.25, 0.25, 0.25])}
 
 
 def attention_network(networks: str) -> nn.Sequential:
