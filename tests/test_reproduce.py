@@ -14,7 +14,7 @@ from ats.experiments import commands, cost
 from ats.experiments.config import ExperimentConfig, ModelConfig, OptimConfig
 from ats.experiments.data_config import ColonCancerConfig
 from ats.experiments.presets import PRESETS
-from ats.experiments.reproduce import costs, report, runs
+from ats.experiments.reproduce import costs, figures, report, runs
 from ats.experiments.reproduce.tables import TABLE_1, TABLES, Table
 from tests.test_image_experiments import CPU
 from tests.test_training import StopAt
@@ -240,3 +240,35 @@ def test_memory_that_cannot_be_measured_says_why() -> None:
     config = cost.published("colon-cancer", ModelConfig(n_patches=100_000))
     with pytest.raises(RuntimeError, match=r"(?s)measuring ats-100000 ended with status 1.*cannot draw n=100000"):
         cost.measure_bytes(config, image_size=SMALL)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_figures_of_the_complete_runs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Curves, maps over the training and over N, a comparison and the sweep; what was not run is named."""
+    quick = PRESETS["colon-cancer"]["quick"]
+    longer = dataclasses.replace(quick, optim=dataclasses.replace(quick.optim, epochs=3))
+    monkeypatch.setitem(PRESETS["colon-cancer"], "quick", longer)
+    monkeypatch.setattr(figures, "ENTROPY_WEIGHTS", (0.0, 0.1))
+    output = tmp_path / "runs"
+    reproduce("--seeds 1 --no-cost --methods ATS-10 ATS-50", output, data)
+    arguments = ["reproduce", "figures", "--seeds", "1", "--output", str(output), "--data", str(data)]
+    assert commands.run(arguments) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "table2-curves.png: not run" in printed
+    names = {path.name for path in (output / "figures").iterdir()}
+    assert names == {
+        "table1-curves.png", "table1-over-training.png", "table1-over-patches.png", "table1-comparison.png",
+        "entropy-curves.png", "entropy-maps.png",
+    }  # fmt: skip
+    curve = json.loads((output / "table1" / "quick" / "ats-10-seed-0" / "curve.json").read_text())["points"]
+    assert [point["step"] for point in curve] == [2, 4, 6]  # three epochs of two steps, each of them kept
+    seconds = [point["seconds"] for point in curve]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+    summary = json.loads((output / "table1" / "quick" / "ats-10-seed-0" / "training.json").read_text())
+    assert curve[-1]["train_loss"] == pytest.approx(summary["metrics"]["train/loss"])
+    swept = json.loads((output / "entropy" / "quick" / "weight-0.1" / "config.json").read_text())
+    assert swept["optim"]["entropy_weight"] == 0.1
+    assert commands.run(["reproduce", "figures", "--methods", "ATS-10"]) == 1
+    assert "methods are those of one table" in capsys.readouterr().err

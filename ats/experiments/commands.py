@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
+from ats.experiments.attention import AttentionOptions, draw_image
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.demo import run_demo
 from ats.experiments.evaluation import evaluate, load_task
@@ -28,7 +29,8 @@ Attention sampling: learn from images too large to process whole.
 commands:
   train EXPERIMENT      train a model; experiments: {", ".join(PRESETS)}
   evaluate CHECKPOINT   error and loss on images that were not trained on
-  reproduce TABLE       the paper's tables: table1, table2, mnist or all; runs what is missing
+  attention RUN IMAGE   where a trained model looks in any image, as a picture
+  reproduce TABLE       the paper's tables: table1, table2, mnist, figures or all; runs what is missing
   synthesise DATA TO    write a small synthetic data set, laid out as a real one is
   demo                  attention sampling beside uniform sampling, in minutes on a CPU
 
@@ -76,6 +78,7 @@ def run(arguments: Sequence[str]) -> int:
     commands = {
         "train": _train,
         "evaluate": _evaluate,
+        "attention": _attention,
         "reproduce": _reproduce,
         "synthesise": _synthesise,
         "demo": _demo,
@@ -163,6 +166,11 @@ def _evaluate(arguments: list[str]) -> None:
     Console().print(table)
     if options.output is not None:
         write_json(options.output, {"checkpoint": str(options.checkpoint), "seed": options.seed} | result.to_dict())
+
+
+def _attention(arguments: list[str]) -> None:
+    answer = draw_image(tyro.cli(AttentionOptions, prog="ats attention", args=arguments))
+    Console(soft_wrap=True).print(answer, markup=False, highlight=False)
 
 
 def _reproduce(arguments: list[str]) -> None:

@@ -95,7 +95,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Where and how a run runs. All but checkpoint-seconds is passed on to lightning.Trainer under the same names."""
+    """Where and how a run runs. What lightning.Trainer has, too, is passed on to it under the same name."""
 
     accelerator: str = "auto"
     """cpu, gpu, mps, …"""
@@ -109,6 +109,8 @@ class TrainerConfig:
     """Mixed precision keeps the weights in float32."""
     checkpoint_seconds: float = 0.0
     """A checkpoint is written after an epoch if the last one is at least this old, and after the last epoch."""
+    snapshots: int = 0
+    """Checkpoints to keep, evenly over the training, as checkpoints/step-STEP.ckpt: for curves and pictures of it."""
 
 
 @dataclass(frozen=True)

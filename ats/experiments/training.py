@@ -96,7 +96,7 @@ def _trainer(config: ExperimentConfig, callbacks: list[Callback]) -> L.Trainer:
         callbacks=[
             *callbacks,
             *([AveragedWeights(config.optim.average)] if config.optim.average else []),
-            EpochCheckpoint(folder / "checkpoints", options.checkpoint_seconds),
+            EpochCheckpoint(folder / "checkpoints", options.checkpoint_seconds, options.snapshots),
             LearningRateMonitor(),
             RichProgressBar() if sys.stdout.isatty() else ProgressLines(),
         ],
@@ -133,17 +133,29 @@ class AveragedWeights(WeightAveraging):
 
 
 class EpochCheckpoint(ModelCheckpoint):
-    """last.ckpt, written after an epoch if the one before is old enough, and after the last epoch."""
+    """last.ckpt, written after an epoch if the one before is old enough and after the last epoch; and snapshots."""
 
-    def __init__(self, folder: Path, seconds: float) -> None:
+    def __init__(self, folder: Path, seconds: float, snapshots: int = 0) -> None:
         super().__init__(folder, filename="last", enable_version_counter=False)
+        self.folder = folder
         self.seconds = seconds
+        self.snapshots = snapshots
         self._written = -math.inf
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _is_last_epoch(trainer) or time.monotonic() - self._written >= self.seconds:
             super().on_train_epoch_end(trainer, pl_module)
             self._written = time.monotonic()
+        # One for each share of 1 / snapshots of the steps that this epoch has completed.
+        total = trainer.estimated_stepping_batches
+        done = [step * self.snapshots // total for step in (trainer.global_step, self._first_step(trainer))]
+        if done[0] > done[1]:
+            trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:07d}.ckpt")
+
+    @staticmethod
+    def _first_step(trainer: L.Trainer) -> int:
+        """The step at which this epoch began."""
+        return trainer.global_step - trainer.fit_loop.epoch_loop.batch_progress.current.completed
 
 
 def _is_last_epoch(trainer: L.Trainer) -> bool:

@@ -1,4 +1,4 @@
-"""`ats reproduce`: run what is missing of the paper's tables, and report."""
+"""`ats reproduce`: run what is missing of the paper's tables and figures, and report."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +10,19 @@ from rich.console import Console
 
 from ats.experiments.image_data import experiment_data
 from ats.experiments.reproduce.costs import costs
+from ats.experiments.reproduce.figures import complete_runs, draw_figures, sweep_entropy
 from ats.experiments.reproduce.report import row_values, write_report
 from ats.experiments.reproduce.runs import Job, claim, result_of, run_jobs
-from ats.experiments.reproduce.tables import TABLES, Table
+from ats.experiments.reproduce.tables import TABLE_1, TABLES, Table
 
 
 @dataclass(frozen=True)
 class ReproduceOptions:
     """Run what is missing of the paper's tables, and write them as Markdown, CSV and JSON."""
 
-    what: tyro.conf.Positional[Literal["table1", "table2", "mnist", "all"]]
-    """table1: colon cancer; table2: speed limits; mnist: Megapixel MNIST."""
+    what: tyro.conf.Positional[Literal["table1", "table2", "mnist", "figures", "all"]]
+    """table1: colon cancer; table2: speed limits; mnist: Megapixel MNIST; figures: of their complete runs, and a
+    sweep of the entropy weight on colon cancer."""
     preset: Literal["paper", "modern", "quick"] = "quick"
     """As published, our best, or small enough for a few CPU cores."""
     seeds: int = 3
@@ -46,19 +48,38 @@ class ReproduceOptions:
 
 
 def reproduce(options: ReproduceOptions) -> None:
-    """Run and report the tables that the options name."""
-    tables = TABLES.values() if options.what == "all" else (TABLES[options.what],)
-    if options.what == "all" and options.methods:
-        raise ValueError("methods are those of one table: name table1, table2 or mnist in place of all")
-    for table in tables:
-        _reproduce(table, options)
+    """Run and report what the options name.
+
+    Raises:
+        ValueError: methods without a table that they are of.
+    """
+    if options.what not in TABLES and options.methods:
+        raise ValueError(f"methods are those of one table: name {', '.join(TABLES)} in place of {options.what}")
+    for table in TABLES.values():
+        if options.what in (table.name, "all"):
+            _table(table, options)
+    if options.what in ("figures", "all"):
+        _figures(options)
 
 
-def _reproduce(table: Table, options: ReproduceOptions) -> None:
-    preset, output = options.preset, options.output
-    folder = None
-    if options.data is not None:
-        folder = options.data / ("mnist" if table.experiment == "megapixel-mnist" else table.experiment)
+def _figures(options: ReproduceOptions) -> None:
+    folder, written = options.output / "figures", []
+    for table in TABLES.values():
+        runs = complete_runs(table, options.preset, options.seeds, options.output, _data_folder(table, options))
+        written += draw_figures(table, runs, folder)
+    if options.train:
+        written += sweep_entropy(options.preset, options.output, _data_folder(TABLE_1, options), folder)
+    Console().print(f"Written: {', '.join(map(str, written)) or 'nothing'}", soft_wrap=True)
+
+
+def _data_folder(table: Table, options: ReproduceOptions) -> Path | None:
+    if options.data is None:
+        return None
+    return options.data / ("mnist" if table.experiment == "megapixel-mnist" else table.experiment)
+
+
+def _table(table: Table, options: ReproduceOptions) -> None:
+    preset, output, folder = options.preset, options.output, _data_folder(table, options)
     configs = {
         (row.name, seed): table.config(row, preset, seed, output, folder)
         for row in table.rows

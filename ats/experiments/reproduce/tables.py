@@ -8,6 +8,9 @@ from typing import Any
 from ats.experiments.config import ExperimentConfig, ModelConfig
 from ats.experiments.presets import PRESETS
 
+SNAPSHOTS = 10
+"""Checkpoints that each run keeps on the way, for curves and pictures."""
+
 
 @dataclass(frozen=True)
 class Published:
@@ -95,7 +98,7 @@ class Table:
             seed=seed,
             data=dataclasses.replace(base.data, folder=data),
             model=self.model(row, preset),
-            trainer=dataclasses.replace(base.trainer, devices="1"),
+            trainer=dataclasses.replace(base.trainer, devices="1", snapshots=SNAPSHOTS),
         )
 
 
