@@ -36,7 +36,7 @@ def test_methods_of_a_row_share_one_scale(tmp_path: Path) -> None:
     spread = Attention(torch.tensor([0.2, 0.2]), torch.tensor([[0, 0], [30, 30]]), (30, 30))
     path = tmp_path / "comparison.png"
     truth = [Region(5, 5, 20, 20, "sign"), Region(40, 40, 40, 40, "epithelial")]
-    draw_comparison([image], [truth], {"peaked": [peaked], "spread": [spread]}, path, labels=["a"])
+    draw_comparison([image], [truth], {"peaked": [peaked], "spread": [spread]}, path, labels=["a"], source="synthetic")
     with Image.open(path) as picture:
         grey = torch.from_numpy(np.array(picture.convert("L")))
     third = grey.shape[1] // 3

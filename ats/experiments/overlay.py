@@ -101,6 +101,7 @@ def draw_comparison(
     path: Path,
     *,
     labels: Sequence[str],
+    source: str,
 ) -> None:
     """One row an image: the ground truth, then for each method the image's patches weighted with attention.
 
@@ -112,6 +113,7 @@ def draw_comparison(
         attention: by method, of each image.
         path: of the PNG that is written.
         labels: what each image shows.
+        source: of the images, above all.
     """
     columns = 1 + len(attention)
     ratio = images[0].shape[1] / images[0].shape[2]
@@ -122,6 +124,7 @@ def draw_comparison(
         layout="constrained",
         squeeze=False,
     )
+    figure.suptitle(source, fontsize=11)
     for row, (image, truth, label) in enumerate(zip(images, truths, labels, strict=True)):
         show_image(grid[row][0], image)
         grid[row][0].set_title(f"{label}; ground truth", fontsize=10)

@@ -64,7 +64,7 @@ class Panel:
     attention: Tensor
 
 
-def draw_maps(image: Tensor, panels: Sequence[Panel], path: Path, *, title: str) -> None:
+def draw_maps(image: Tensor, panels: Sequence[Panel], path: Path, *, title: str, source: str) -> None:
     """A region of an image, and maps of attention on it, all on one scale.
 
     Args:
@@ -72,13 +72,15 @@ def draw_maps(image: Tensor, panels: Sequence[Panel], path: Path, *, title: str)
         panels: the maps, each of the region's cells.
         path: of the PNG that is written.
         title: above the image.
+        source: of the data, above all.
     """
     columns = min(6, 1 + len(panels))
     rows = -(-(1 + len(panels)) // columns)
     ratio = image.shape[1] / image.shape[2]
     figure, grid = plt.subplots(
-        rows, columns, figsize=(2.6 * columns, (2.6 * ratio + 0.5) * rows + 0.4), layout="constrained", squeeze=False
+        rows, columns, figsize=(2.6 * columns, (2.6 * ratio + 0.5) * rows + 0.7), layout="constrained", squeeze=False
     )
+    figure.suptitle(source, fontsize=11)
     axes = list(grid.flat)
     for empty in axes[1 + len(panels) :]:
         empty.set_axis_off()

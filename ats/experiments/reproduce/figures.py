@@ -46,9 +46,10 @@ def draw_figures(table: Table, runs: Runs, folder: Path) -> list[Path]:
     console, written = Console(), []
     curves = {name: [points for config in configs if (points := curve_of(config))] for name, configs in runs.items()}
     curves = {name: found for name, found in curves.items() if found}
+    data = experiment_data(next(iter(runs.values()))[0]) if runs else None
     path = folder / f"{table.name}-curves.png"
-    if curves:
-        draw_curves(curves, path, title=table.title)
+    if curves and data is not None:
+        draw_curves(curves, path, title=f"{table.title}: {data.source}")
         written.append(path)
     else:
         console.print(f"{path.name}: not run, no complete run of {table.name}")
@@ -58,7 +59,7 @@ def draw_figures(table: Table, runs: Runs, folder: Path) -> list[Path]:
     if len(sampled) > 1:
         written.append(_over_patches(table, sampled, folder))
     compared = [name for name in ("ATS-5", "ATS-10", "Deep MIL", "Gated Deep MIL") if name in runs]
-    if isinstance(_data(runs), ImageData) and compared:
+    if isinstance(data, ImageData) and compared:
         written.append(_comparison(table, {name: runs[name][0] for name in compared}, folder))
     return written
 
@@ -76,17 +77,17 @@ def sweep_entropy(preset: str, output: Path, data: Path | None, folder: Path) ->
         for weight in ENTROPY_WEIGHTS
     }
     run_jobs([Job(f"entropy weight {weight:g}", config) for weight, config in configs.items()])
+    loaded = experiment_data(base)
     lines = {f"{weight:g}": _as_float(entropies(config.run_folder)) for weight, config in configs.items()}
     path = folder / "entropy-curves.png"
     names = {"x": "step", "y": "entropy of the attention (nats)", "legend": "entropy weight"}
-    draw_lines(lines, path, title="Colon cancer, ATS-10", **names)
-    loaded = experiment_data(base)
+    draw_lines(lines, path, title=f"ATS-10: {loaded.source}", **names)
     view, image, _ = loaded.load("test", torch.tensor([_first_positive(loaded)]))
     panels = [
         Panel(f"entropy weight {weight:g}", _map(config.run_folder, view, image)) for weight, config in configs.items()
     ]
     maps = folder / "entropy-maps.png"
-    draw_maps(image[0], panels, maps, title="test image")
+    draw_maps(image[0], panels, maps, title="test image", source=loaded.source)
     return [path, maps]
 
 
@@ -99,7 +100,7 @@ def _over_training(table: Table, config: ExperimentConfig, folder: Path) -> Path
         Panel(f"step {int(path.stem[5:])}", _crop(_map(path, view, image), image, rows, columns)) for path in snapshots
     ]
     path = folder / f"{table.name}-over-training.png"
-    draw_maps(image[0][:, rows, columns], panels, path, title=f"test image, {config.model.label}")
+    draw_maps(image[0][:, rows, columns], panels, path, title=f"test image, {config.model.label}", source=data.source)
     return path
 
 
@@ -112,7 +113,7 @@ def _over_patches(table: Table, configs: dict[str, ExperimentConfig], folder: Pa
         for name, config in configs.items()
     ]
     path = folder / f"{table.name}-over-patches.png"
-    draw_maps(image[0][:, rows, columns], panels, path, title="test image")
+    draw_maps(image[0][:, rows, columns], panels, path, title="test image", source=data.source)
     return path
 
 
@@ -129,6 +130,7 @@ def _comparison(table: Table, configs: dict[str, ExperimentConfig], folder: Path
         attention,
         path,
         labels=[test.classes[test.label(index)] for index in chosen],
+        source=test.source,
     )
     return path
 
@@ -171,10 +173,6 @@ def _first_positive(data: ExperimentData) -> int:
     if isinstance(data, MegapixelMNISTData):
         return 0
     return int(data.labels("test").nonzero()[0])
-
-
-def _data(runs: Runs) -> ExperimentData | None:
-    return experiment_data(next(iter(runs.values()))[0]) if runs else None
 
 
 def _as_float(values: dict[int, float]) -> dict[float, float]:
