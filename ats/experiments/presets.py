@@ -38,8 +38,16 @@ _SHORT_EPOCHS = TrainerConfig(checkpoint_seconds=20.0)
 
 _COLON_MODEL = ModelConfig(n_patches=10, patch_size=27, view_scale=0.2, grid_step=10)
 _COLON = OptimConfig(
-    epochs=300, batch_size=8, learning_rate=2e-3, weight_decay=0.01, warmup=0.03, schedule="cosine", entropy_weight=0.01
+    epochs=300,
+    batch_size=14,
+    learning_rate=2e-3,
+    weight_decay=0.05,
+    warmup=0.05,
+    schedule="cosine",
+    entropy_weight=0.01,
+    average=0.99,
 )
+_COLON_IMAGES = ColonCancerConfig(symmetries=True, translation=25, tint=0.05)
 _COLON_CANCER = {
     "paper": ExperimentConfig(
         preset="paper",
@@ -50,16 +58,16 @@ _COLON_CANCER = {
     ),
     "modern": ExperimentConfig(
         preset="modern",
-        data=ColonCancerConfig(symmetries=True),
+        data=_COLON_IMAGES,
         model=_COLON_MODEL,
         optim=_COLON,
         trainer=_SHORT_EPOCHS,
     ),
     "quick": ExperimentConfig(
         preset="quick",
-        data=ColonCancerConfig(symmetries=True, folds=5),
+        data=replace(_COLON_IMAGES, folds=5),
         model=replace(_COLON_MODEL, grid_step=27),
-        optim=replace(_COLON, epochs=60),
+        optim=replace(_COLON, epochs=120),
         trainer=_SHORT_EPOCHS,
     ),
 }
@@ -67,13 +75,14 @@ _COLON_CANCER = {
 _SPEED_MODEL = ModelConfig(n_patches=5, patch_size=100, view_scale=0.3, grid_step=80)
 _SPEED = OptimConfig(
     epochs=300,
-    batch_size=16,
+    batch_size=8,
     learning_rate=2e-3,
-    weight_decay=0.01,
-    warmup=0.03,
+    weight_decay=0.05,
+    warmup=0.05,
     schedule="cosine",
-    entropy_weight=0.05,
+    entropy_weight=5e-4,
     class_weights=True,
+    average=0.99,
 )
 _SPEED_LIMITS = {
     "paper": ExperimentConfig(

@@ -26,6 +26,14 @@ class ChannelsLast(nn.Module):
         return images.contiguous(memory_format=torch.channels_last)
 
 
+class GlobalMaxPool(nn.Module):
+    """The largest value of each channel."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(M, D, h, w) -> (M, D)."""
+        return maps.flatten(2).amax(-1)
+
+
 class SoftBound(nn.Module):
     """Keep logits within ±limit, smoothly: limit·tanh(x / limit).
 

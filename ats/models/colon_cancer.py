@@ -6,10 +6,18 @@ stands in docs/experiments.md.
 
 from torch import nn
 
-from ats.models.classifier import ChannelsLast, L2Normalise, Normalisation, SoftBound, check_networks, conv_norm
+from ats.models.classifier import (
+    ChannelsLast,
+    GlobalMaxPool,
+    L2Normalise,
+    Normalisation,
+    SoftBound,
+    check_networks,
+    conv_norm,
+)
 from ats.models.resnet import RESNET_8, resnet
 
-N_FEATURES = {"paper": 512, "modern": 128}
+N_FEATURES = {"paper": 512, "modern": 96}
 ATTENTION_STRIDE = {"paper": 1, "modern": 2}  # view pixels a cell
 ATTENTION_LOSS = {"paper": 0, "modern": 0}  # view pixels lost at the borders
 NORMALISATION: dict[str, Normalisation] = {"paper": (None, None), "modern": ([0.76, 0.6, 0.75], [0.15, 0.2, 0.15])}
@@ -31,8 +39,8 @@ def attention_network(networks: str) -> nn.Sequential:
         *conv_norm(3, 16, kernel=3),
         *conv_norm(16, 16, kernel=3),
         nn.MaxPool2d(2),
-        *conv_norm(16, 32, kernel=3),
-        nn.Conv2d(32, 1, 3, padding=1),
+        *conv_norm(16, 16, kernel=3),
+        nn.Conv2d(16, 1, 3, padding=1),
         SoftBound(5.0),
     )
 
@@ -59,11 +67,12 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
         ]
     else:
         layers = [
-            *conv_norm(3, 32, kernel=3, stride=2),
-            *conv_norm(32, 64, kernel=3, stride=2),
-            *conv_norm(64, 128, kernel=3, stride=2),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
+            *conv_norm(3, 32, kernel=3),
+            nn.MaxPool2d(2),
+            *conv_norm(32, 48, kernel=3),
+            *conv_norm(48, 64, kernel=3, stride=2),
+            *conv_norm(64, 96, kernel=3),
+            GlobalMaxPool(),
         ]
     return nn.Sequential(ChannelsLast(), *layers, *([L2Normalise()] if normalised else []))
 

@@ -7,18 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats.models.classifier import ChannelsLast, L2Normalise, Normalisation, SoftBound, check_networks, conv_norm
+from ats.models.classifier import (
+    ChannelsLast,
+    GlobalMaxPool,
+    L2Normalise,
+    Normalisation,
+    SoftBound,
+    check_networks,
+    conv_norm,
+)
 from ats.models.resnet import RESNET_16, resnet
 
 N_FEATURES = {"paper": 32, "modern": 128}
 ATTENTION_STRIDE = {"paper": 1, "modern": 3}  # view pixels a cell
 ATTENTION_LOSS = {"paper": 0, "modern": 0}  # view pixels lost at the borders
 NORMALISATION: dict[str, Normalisation] = {"paper": (None, None), "modern": (None, None)}
-
-
-class _GlobalMaxPool(nn.Module):
-    def forward(self, maps: Tensor) -> Tensor:  # (M, D, h, w) -> (M, D)
-        return maps.flatten(2).amax(-1)
 
 
 class _FromBrightness(nn.Sequential):
@@ -71,7 +74,7 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
             *conv_norm(32, 64, kernel=3, stride=2),
             *conv_norm(64, 128, kernel=3),
         ]
-    return nn.Sequential(ChannelsLast(), *layers, _GlobalMaxPool(), *([L2Normalise()] if normalised else []))
+    return nn.Sequential(ChannelsLast(), *layers, GlobalMaxPool(), *([L2Normalise()] if normalised else []))
 
 
 def image_network(networks: str) -> tuple[nn.Sequential, int]:
