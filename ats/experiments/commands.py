@@ -15,6 +15,7 @@ from rich.table import Table
 from ats.experiments.config import PRESETS, ExperimentConfig
 from ats.experiments.demo import run_demo
 from ats.experiments.evaluation import evaluate, load_task
+from ats.experiments.study.commands import run_study
 from ats.experiments.synthesise import SynthesiseOptions, synthesise
 from ats.experiments.training import InterruptedRunError, train, write_json
 from ats.version import __version__
@@ -30,6 +31,7 @@ commands:
   evaluate CHECKPOINT   error and loss on images that were not trained on
   synthesise DATA TO    write a small synthetic data set, laid out as a real one is
   demo                  attention sampling beside uniform sampling, in minutes on a CPU
+  study STUDY           variance: of the estimators; training: what their gradients do to one
 
 `ats COMMAND --help` lists a command's options; `ats --version` prints the version.
 """
@@ -72,7 +74,13 @@ class DemoOptions:
 def run(arguments: Sequence[str]) -> int:
     """Run a command line, without the program's name, and return the exit status."""
     command, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
-    commands = {"train": _train, "evaluate": _evaluate, "synthesise": _synthesise, "demo": _demo}
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "synthesise": _synthesise,
+        "demo": _demo,
+        "study": run_study,
+    }
     if command in ("-h", "--help"):
         print(_HELP, end="")
         return 0
