@@ -28,6 +28,10 @@ class ModelConfig:
     """ats, uniform: size of the low-resolution view relative to the image."""
     replace: bool = False
     """ats, uniform: draw with replacement."""
+    estimator: Literal["ordered", "unordered"] = "ordered"
+    """ats, uniform: the paper's, or its mean over all orders of the draw, which has less noise (docs/estimators.md)."""
+    control_variate: bool = False
+    """ats: take a baseline off the features in the attention's gradient (docs/estimators.md)."""
     feature_scale: float = 8.0
     """ats, uniform: factor on the pooled unit-length features; 1 is the paper's."""
     grid_step: int = 50
@@ -44,6 +48,10 @@ class ModelConfig:
         for name in ("view_scale", "cnn_scale"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"model.{name} must be in (0, 1], got {getattr(self, name)}")
+        if self.replace and self.estimator == "unordered":
+            raise ValueError(
+                "model.estimator=unordered needs model.replace=False: it averages over the orders of a set"
+            )
 
     @property
     def label(self) -> str:
