@@ -12,9 +12,11 @@ from PIL import Image
 
 import ats
 from ats.experiments import commands
-from ats.experiments.config import PRESETS, ExperimentConfig, to_dict
+from ats.experiments.config import ExperimentConfig, to_dict
 from ats.experiments.demo import run_demo
 from ats.experiments.evaluation import evaluate, load_task
+from ats.experiments.networks import view_size
+from ats.experiments.presets import PRESETS
 from ats.experiments.task import ClassificationTask
 from ats.experiments.training import train
 from tests.test_training import tiny
@@ -121,7 +123,7 @@ def test_training_and_evaluating_from_the_command_line(tmp_path: Path, capsys: p
     assert commands.run(options.split()) == 0
     recorded = json.loads((run / "config.json").read_text())
     assert (recorded["seed"], recorded["data"]["image_size"], recorded["model"]["n_patches"]) == (4, 140, 3)
-    assert recorded["optim"]["learning_rate"] == PRESETS["demo"].optim.learning_rate
+    assert recorded["optim"]["learning_rate"] == PRESETS["megapixel-mnist"]["demo"].optim.learning_rate
     checkpoint, result = run / "checkpoints" / "last.ckpt", tmp_path / "result.json"
     evaluation = f"evaluate {checkpoint} --method topk --n-patches 5 --images 6 --output {result}"
     assert commands.run(evaluation.split()) == 0
@@ -192,15 +194,16 @@ def test_help_lists_commands_and_options(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_presets_are_the_papers_where_they_say_so() -> None:
     """Settings of the paper's Megapixel MNIST that a change must not drift away from."""
-    values = to_dict(PRESETS["paper"])
-    assert values["data"] | {"mnist": None} == {
-        "digits": "full", "mnist": None, "image_size": 1500, "n_noise": 50,
+    values = to_dict(PRESETS["megapixel-mnist"]["paper"])
+    assert values["data"] | {"folder": None} == {
+        "digits": "full", "folder": None, "image_size": 1500, "n_noise": 50,
         "train_images": 5000, "validation_images": 0, "test_images": 1000,
     }  # fmt: skip
     assert values["optim"] == {
         "epochs": 500, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup": 0.0,
         "schedule": "constant", "gradient_clip": 1.0, "entropy_weight": 1e-4,
+        "updates": 0, "class_weights": False, "average": 0.0,
     }  # fmt: skip
     model = values["model"]
     assert (model["networks"], model["feature_scale"]) == ("paper", 1.0)
-    assert PRESETS["paper"].view_size == 180
+    assert view_size(PRESETS["megapixel-mnist"]["paper"], (1500, 1500)) == (180, 180)

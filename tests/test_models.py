@@ -1,13 +1,20 @@
 """The experiments' networks are what they are said to be."""
 
+import dataclasses
+from types import ModuleType
+
 import pytest
 import torch
 from torch import nn
 
 import ats
-from ats.models import ATSClassifier, UniformAttention, attention_network, feature_network
-from ats.models.classifier import SoftBound
-from ats.models.megapixel_mnist import ATTENTION_STRIDE, N_FEATURES, NETWORKS
+from ats.experiments.networks import view_size
+from ats.experiments.presets import PRESETS
+from ats.models import ATSClassifier, UniformAttention, colon_cancer, megapixel_mnist, speed_limits
+from ats.models.classifier import NETWORKS, SoftBound
+from ats.models.megapixel_mnist import ATTENTION_STRIDE, N_FEATURES, attention_network, feature_network
+from ats.models.resnet import ResidualBlock
+from tests.helpers import seeded
 
 
 def convolutions(network: nn.Module) -> list[tuple[int, int, int]]:
@@ -19,6 +26,81 @@ def test_published_networks_have_the_published_layers() -> None:
     assert convolutions(attention_network("paper")) == [(3, 1, 8), (3, 8, 8), (3, 8, 1)]
     assert convolutions(feature_network("paper")) == [(7, 1, 32), (3, 32, 32), (3, 32, 32), (3, 32, 32)]
     assert sum(isinstance(layer, nn.Tanh) for layer in attention_network("paper")) == 2
+
+
+def test_published_networks_of_the_image_experiments_have_the_published_layers() -> None:
+    assert convolutions(colon_cancer.attention_network("paper")) == [(3, 3, 8), (3, 8, 8), (3, 8, 1)]
+    assert convolutions(colon_cancer.feature_network("paper")) == [(4, 3, 36), (3, 36, 48)]
+    linear = [layer for layer in colon_cancer.feature_network("paper") if isinstance(layer, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == [(1200, 512), (512, 512)]
+    attention = convolutions(speed_limits.attention_network("paper"))
+    assert attention == [(3, 3, 8), (3, 8, 16), (3, 16, 32), (3, 32, 1)]
+    # ResNet-8: 7 convolutions of 3×3 and the linear layer; shortcuts of 1×1 where the stride is 2.
+    features = convolutions(speed_limits.feature_network("paper"))
+    assert [c for c in features if c[0] == 3] == [(3, 3, 32)] + [(3, 32, 32)] * 6
+    assert [c for c in features if c[0] == 1] == [(1, 32, 32)] * 3
+
+
+@pytest.mark.parametrize(
+    ("networks", "channels", "depth", "widths"),
+    [
+        (megapixel_mnist, 1, 15, {32, 64, 128, 256}),
+        (colon_cancer, 3, 7, {32}),
+        (speed_limits, 3, 15, {32, 64, 128, 256}),
+    ],
+)
+def test_cnns_are_residual_networks_of_the_published_depth(
+    networks: ModuleType, channels: int, depth: int, widths: set[int]
+) -> None:
+    layers, n_features = networks.image_network("paper")
+    assert len([c for c in convolutions(layers) if c[0] == 3]) == depth
+    assert {outputs for _, _, outputs in convolutions(layers)} == widths
+    assert layers(torch.rand(2, channels, 33, 47)).shape == (2, n_features)
+
+
+def test_a_residual_block_adds_to_what_its_first_relu_gives() -> None:
+    block = ResidualBlock(3, 3, 1).eval()
+    nn.init.zeros_(block.second.weight)
+    maps = torch.randn(2, 3, 8, 8, generator=seeded())
+    torch.testing.assert_close(block(maps), torch.relu(block.first_norm(maps)))
+    assert ResidualBlock(3, 5, 2)(maps).shape == (2, 5, 4, 4)
+
+
+@pytest.mark.parametrize("networks", NETWORKS)
+@pytest.mark.parametrize(
+    ("module", "image", "patch", "view", "cells"),
+    [
+        (colon_cancer, (500, 500), 27, (100, 100), {"paper": (100, 100), "modern": (50, 50)}),
+        (speed_limits, (960, 1280), 100, (288, 384), {"paper": (35, 47), "modern": (36, 48)}),
+        (speed_limits, (800, 1360), 100, (240, 408), {"paper": (29, 50), "modern": (30, 51)}),
+    ],
+)
+def test_views_and_grids_have_the_published_sizes(
+    module: ModuleType, networks: str, image: tuple[int, int], patch: int, view: tuple[int, int], cells: dict
+) -> None:
+    """Uniform sampling must draw from the very grid that attention sampling has, and patches lie where cells look."""
+    name = module.__name__.rpartition(".")[2].replace("_", "-")
+    config = PRESETS[name]["paper"]
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, networks=networks))
+    assert config.model.patch_size == patch
+    assert view_size(config, image) == view
+    attention = module.attention_network(networks)
+    logits = attention(torch.rand(1, 3, *view))
+    assert logits.shape[-2:] == cells[networks]
+    stride, lost = module.ATTENTION_STRIDE[networks], module.ATTENTION_LOSS[networks]
+    assert UniformAttention(stride, lost)(torch.rand(1, 3, *view)).shape[-2:] == cells[networks]
+    assert ats.receptive_field(attention) == lost
+    features = module.feature_network(networks)(torch.rand(2, 3, patch, patch))
+    assert features.shape == (2, module.N_FEATURES[networks])
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+
+
+def test_views_of_a_cnn_and_of_deep_mil() -> None:
+    config = PRESETS["speed-limits"]["paper"]
+    cnn = dataclasses.replace(config, model=dataclasses.replace(config.model, method="cnn", cnn_scale=0.5))
+    assert view_size(cnn, (960, 1280)) == (480, 640)
+    mil = dataclasses.replace(config, model=dataclasses.replace(config.model, method="mil"))
+    assert view_size(mil, (960, 1280)) is None  # it reads the image alone
 
 
 @pytest.mark.parametrize("networks", NETWORKS)
@@ -65,3 +147,18 @@ def test_classifier_scales_the_pooled_features_before_the_head() -> None:
     pooled, _, again = sampling(view, image, generator=torch.Generator().manual_seed(0))
     assert torch.equal(sample.indices, again.indices)
     torch.testing.assert_close(scores, pooled * 8 @ model.head.weight.T + model.head.bias)
+
+
+def test_attention_on_signs_starts_where_it_is_red_and_may_go_anywhere() -> None:
+    """Redness of a colour, not its brightness: a dark red rim counts, a white wall does not."""
+    torch.manual_seed(0)
+    attention = speed_limits.attention_network("modern").eval()
+    view = torch.full((1, 3, 64, 80), 0.5)
+    view[0, :, 8:16, 8:16] = torch.tensor([0.3, 0.05, 0.05]).view(3, 1, 1)  # dark red: cell (1, 1)
+    view[0, :, 32:40, 40:48] = 1.0  # white: cell (4, 5)
+    logits = attention((view - 0.4) / 0.25)
+    assert logits.shape == (1, 1, 8, 10)
+    assert int(logits.flatten().argmax()) == 1 * 10 + 1
+    assert abs(float((logits[0, 0, 4, 5] - logits[0, 0, 6, 8]).detach())) < 2
+    logits[0, 0, 1, 1].backward()
+    assert all(p.grad is not None for p in attention.parameters())

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from ats.experiments.config import (
-    PRESETS,
-    DataConfig,
     ExperimentConfig,
     OptimConfig,
     TrainerConfig,
     differences,
     from_dict,
-    learning_rate_factor,
-    mnist_folder,
     to_dict,
 )
+from ats.experiments.data_config import MegapixelMNISTConfig, data_folder
+from ats.experiments.networks import view_size
+from ats.experiments.presets import PRESETS
+from ats.experiments.schedule import learning_rate_factor
 from ats.experiments.task import ClassificationTask
 from ats.experiments.training import InterruptedRunError, ProgressLines, train
 
@@ -38,7 +38,7 @@ def tiny(folder: Path, **changes: object) -> ExperimentConfig:
     config = ExperimentConfig(
         preset="demo",
         output=folder,
-        data=DataConfig(digits="bundled", image_size=140, n_noise=2, train_images=24, test_images=8),
+        data=MegapixelMNISTConfig(digits="bundled", image_size=140, n_noise=2, train_images=24, test_images=8),
         optim=OptimConfig(epochs=EPOCHS, batch_size=8, learning_rate=1e-2, warmup=0.2, schedule="cosine"),
         trainer=TrainerConfig(accelerator="cpu", devices="1"),
     )
@@ -152,8 +152,9 @@ def test_a_damaged_configuration_is_named(uninterrupted: Path, tmp_path: Path) -
 
 def test_views_are_whole_cells() -> None:
     config = tiny(Path("unused"))
-    assert config.view_size == 18  # of 140 · 0.12 = 16.8 pixels, in cells of 3
-    assert dataclasses.replace(config, model=dataclasses.replace(config.model, networks="paper")).view_size == 17
+    assert view_size(config, (140, 140)) == (18, 18)  # of 140 · 0.12 = 16.8 pixels, in cells of 3
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, networks="paper"))
+    assert view_size(config, (140, 140)) == (17, 17)
 
 
 def test_logs_hold_every_epoch(uninterrupted: Path) -> None:
@@ -182,9 +183,12 @@ def test_validation_is_logged_where_it_is_asked_for(tmp_path: Path) -> None:
     assert 0 <= summary["metrics"]["validation/error"] <= 1
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_configurations_survive_json(preset: str) -> None:
-    config = dataclasses.replace(PRESETS[preset], output=Path("somewhere"))
+ALL_PRESETS = [config for presets in PRESETS.values() for config in presets.values()]
+
+
+@pytest.mark.parametrize("config", ALL_PRESETS, ids=lambda config: config.run_folder.name)
+def test_configurations_survive_json(config: ExperimentConfig) -> None:
+    config = dataclasses.replace(config, output=Path("somewhere"))
     again = from_dict(json.loads(json.dumps(to_dict(config))))
     assert again == config
     assert differences(config, again) == []
@@ -209,7 +213,7 @@ def test_a_configuration_of_another_version_is_named_as_such() -> None:
     ],
 )
 def test_impossible_options_are_refused(section: str, name: str, value: float) -> None:
-    config = PRESETS["demo"]
+    config = PRESETS["megapixel-mnist"]["demo"]
     with pytest.raises(ValueError, match=f"{section}.{name}"):
         dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
 
@@ -244,10 +248,10 @@ def test_draws_differ_between_steps_ranks_and_seeds(monkeypatch: pytest.MonkeyPa
 def test_mnist_is_looked_for_where_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("ATS_DATA", raising=False)
-    assert mnist_folder(DataConfig()) == tmp_path / "torch-ats" / "mnist"
+    assert data_folder(MegapixelMNISTConfig()) == tmp_path / "torch-ats" / "mnist"
     monkeypatch.setenv("ATS_DATA", "/data")
-    assert mnist_folder(DataConfig()) == Path("/data/mnist")
-    assert mnist_folder(DataConfig(mnist=Path("/mine"))) == Path("/mine")
+    assert data_folder(MegapixelMNISTConfig()) == Path("/data/mnist")
+    assert data_folder(MegapixelMNISTConfig(folder=Path("/mine"))) == Path("/mine")
 
 
 def test_two_processes_train_together(tmp_path: Path) -> None:

@@ -136,6 +136,6 @@ def _download(folder: Path, name: str) -> Path:
     raise ConnectionError(
         f"{name}.gz is not in {folder} and could not be downloaded:\n  "
         + "\n  ".join(failures)
-        + "\nPut MNIST's four IDX files there by hand, name another folder with --data.mnist, or use the digits that "
+        + "\nPut MNIST's four IDX files there by hand, name another folder with --data.folder, or use the digits that "
         "ship with the package with --data.digits bundled"
     )

@@ -12,23 +12,26 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-from ats.experiments.config import PRESETS, ExperimentConfig
+from ats.experiments.attention import AttentionOptions, draw_image
+from ats.experiments.config import ExperimentConfig
 from ats.experiments.demo import run_demo
 from ats.experiments.evaluation import evaluate, load_task
+from ats.experiments.presets import PRESETS
+from ats.experiments.reproduce.command import ReproduceOptions, reproduce
 from ats.experiments.study.commands import run_study
 from ats.experiments.synthesise import SynthesiseOptions, synthesise
 from ats.experiments.training import InterruptedRunError, train, write_json
 from ats.version import __version__
-
-EXPERIMENTS = ("megapixel-mnist",)
 
 _HELP = f"""usage: ats COMMAND [OPTIONS]
 
 Attention sampling: learn from images too large to process whole.
 
 commands:
-  train EXPERIMENT      train a model; experiments: {", ".join(EXPERIMENTS)}; presets: {", ".join(PRESETS)}
+  train EXPERIMENT      train a model; experiments: {", ".join(PRESETS)}
   evaluate CHECKPOINT   error and loss on images that were not trained on
+  attention RUN IMAGE   where a trained model looks in any image, as a picture
+  reproduce TABLE       the paper's tables: table1, table2, mnist, figures or all; runs what is missing
   synthesise DATA TO    write a small synthetic data set, laid out as a real one is
   demo                  attention sampling beside uniform sampling, in minutes on a CPU
   study STUDY           variance: of the estimators; training: what their gradients do to one
@@ -49,8 +52,8 @@ class EvaluateOptions:
     """Patches an image; default: what the model was trained with."""
     repeats: int = 1
     """Draws an image. Error and loss are averaged over them; the error of the averaged prediction is given too."""
-    mnist: Path | None = None
-    """Folder of MNIST's files, where it is not the one that the run was trained with."""
+    data: Path | None = None
+    """Folder of the data, where it is not the one that the run was trained with."""
     images: int | None = None
     """How many test images; default: as configured for the run."""
     seed: int = 0
@@ -77,6 +80,8 @@ def run(arguments: Sequence[str]) -> int:
     commands = {
         "train": _train,
         "evaluate": _evaluate,
+        "attention": _attention,
+        "reproduce": _reproduce,
         "synthesise": _synthesise,
         "demo": _demo,
         "study": run_study,
@@ -111,17 +116,24 @@ def run(arguments: Sequence[str]) -> int:
 def _train(arguments: list[str]) -> None:
     experiment = arguments[0] if arguments else "--help"
     if experiment in ("-h", "--help"):
-        print(f"usage: ats train {{{','.join(EXPERIMENTS)}}} [OPTIONS]\n\nats train EXPERIMENT --help lists them.")
+        print(f"usage: ats train {{{','.join(PRESETS)}}} [OPTIONS]\n\nats train EXPERIMENT --help lists them.")
         return
-    if experiment not in EXPERIMENTS:
-        raise ValueError(f"unknown experiment {experiment!r}, expected one of {', '.join(EXPERIMENTS)}")
+    if experiment not in PRESETS:
+        raise ValueError(f"unknown experiment {experiment!r}, expected one of {', '.join(PRESETS)}")
     # The preset decides what the other options default to, so it is looked for first.
     first = argparse.ArgumentParser(prog=f"ats train {experiment}", add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=ExperimentConfig().preset)
     preset = first.parse_known_args(arguments[1:])[0].preset
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}, expected one of {', '.join(PRESETS)}")
-    config = tyro.cli(ExperimentConfig, prog=f"ats train {experiment}", default=PRESETS[preset], args=arguments[1:])
+    presets = PRESETS[experiment]
+    if preset not in presets:
+        raise ValueError(f"unknown preset {preset!r} of {experiment}, expected one of {', '.join(presets)}")
+    config = tyro.cli(
+        ExperimentConfig,
+        prog=f"ats train {experiment}",
+        default=presets[preset],
+        args=arguments[1:],
+        config=(tyro.conf.AvoidSubcommands,),  # the preset has the experiment's own kind of data
+    )
     checkpoint = train(config)
     Console().print(f"Trained. Evaluate with: ats evaluate {checkpoint}")
 
@@ -141,22 +153,31 @@ def _evaluate(arguments: list[str]) -> None:
         n_patches=options.n_patches,
         repeats=options.repeats,
         images=options.images,
-        mnist=options.mnist,
+        folder=options.data,
         seed=options.seed,
     )
-    table = Table(
-        title=f"{options.checkpoint}: {result.images} test images, {result.n_patches} patches, {result.method}"
-    )
+    patches = f"{result.n_patches} patches, " if result.n_patches else ""
+    table = Table(title=f"{options.checkpoint}: {result.images} test images, {patches}{result.method}")
     for column in ("", "error", "loss"):
         table.add_column(column, justify="left" if not column else "right")
     spread = f" ± {result.error_spread:.4f}" if result.repeats > 1 else ""
-    table.add_row(f"one draw (mean of {result.repeats})", f"{result.error:.4f}{spread}", f"{result.loss:.4f}")
+    first = f"one draw (mean of {result.repeats})" if result.n_patches else ""
+    table.add_row(first, f"{result.error:.4f}{spread}", f"{result.loss:.4f}")
     if result.repeats > 1:
         averaged = f"{result.averaged_error:.4f}", f"{result.averaged_loss:.4f}"
         table.add_row(f"prediction averaged over {result.repeats} draws", *averaged)
     Console().print(table)
     if options.output is not None:
         write_json(options.output, {"checkpoint": str(options.checkpoint), "seed": options.seed} | result.to_dict())
+
+
+def _attention(arguments: list[str]) -> None:
+    answer = draw_image(tyro.cli(AttentionOptions, prog="ats attention", args=arguments))
+    Console(soft_wrap=True).print(answer, markup=False, highlight=False)
+
+
+def _reproduce(arguments: list[str]) -> None:
+    reproduce(tyro.cli(ReproduceOptions, prog="ats reproduce", args=arguments))
 
 
 def _synthesise(arguments: list[str]) -> None:

@@ -1,54 +1,56 @@
-"""What an experiment is made of, as dataclasses. Each field is an option of the command line."""
+"""What a training run is made of, as dataclasses. Each field is an option of the command line.
+
+One `ExperimentConfig` for all experiments: which one it is shows in the type of its `data`.
+"""
 
 import dataclasses
 import json
-import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ats.models.megapixel_mnist import ATTENTION_STRIDE
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Megapixel MNIST."""
-
-    digits: Literal["bundled", "full"] = "full"
-    """The 6,000 digits that ship with the package, or all of MNIST."""
-    mnist: Path | None = None
-    """Folder with MNIST's IDX files, for digits=full. Default: $ATS_DATA/mnist, else a cache; downloaded if missing."""
-    image_size: int = 1500
-    """Pixels a side."""
-    n_noise: int = 50
-    """Patches of noise an image."""
-    train_images: int = 5000
-    """Images to train on."""
-    validation_images: int = 0
-    """Images, made of training digits, to validate on after each epoch; 0 for none."""
-    test_images: int = 1000
-    """Images, made of test digits, that `ats evaluate` uses."""
+from ats.experiments.data_config import DATA_CONFIGS, DataConfig, MegapixelMNISTConfig, check_least
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The networks and how patches are drawn."""
+    """The networks, and how they meet an image."""
 
+    method: Literal["ats", "uniform", "mil", "gated-mil", "cnn"] = "ats"
+    """Attention sampling; uniform sampling; Deep MIL over all patches of a regular grid, plain or gated; a CNN."""
     networks: Literal["paper", "modern"] = "modern"
-    """As published, or our faster recipe (docs/megapixel-mnist.md)."""
-    attention: Literal["learned", "uniform"] = "learned"
-    """Learned, or the same everywhere: uniform sampling."""
+    """As published, or our recipe (docs/experiments.md)."""
     n_patches: int = 10
-    """Patches drawn from an image."""
+    """ats, uniform: patches drawn from an image."""
     patch_size: int = 50
-    """Pixels a side."""
+    """ats, uniform, mil, gated-mil: pixels a side."""
     view_scale: float = 0.12
-    """Size of the low-resolution view relative to the image."""
+    """ats, uniform: size of the low-resolution view relative to the image."""
     replace: bool = False
-    """Draw with replacement."""
+    """ats, uniform: draw with replacement."""
     feature_scale: float = 8.0
-    """Factor on the pooled unit-length features; 1 is the paper's."""
+    """ats, uniform: factor on the pooled unit-length features; 1 is the paper's."""
+    grid_step: int = 50
+    """mil, gated-mil: pixels from one patch of the grid to the next."""
+    grid_chunk: int = 0
+    """mil, gated-mil: patches of an image at a time, which saves memory and costs a second forward pass; 0: all."""
+    cnn_scale: float = 1.0
+    """cnn: size of what it sees relative to the image."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no model can have."""
+        check_least(self, "model", 1, "n_patches", "patch_size", "grid_step")
+        check_least(self, "model", 0, "grid_chunk")
+        for name in ("view_scale", "cnn_scale"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"model.{name} must be in (0, 1], got {getattr(self, name)}")
+
+    @property
+    def label(self) -> str:
+        """A short name, as in the paper's tables and in the names of folders."""
+        if self.method in ("ats", "uniform"):
+            return f"{self.method}-{self.n_patches}"
+        return f"cnn-{self.cnn_scale:g}" if self.method == "cnn" else self.method
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class OptimConfig:
 
     epochs: int = 500
     """Passes over the training images."""
+    updates: int = 0
+    """Steps of the optimiser, in place of epochs; 0: as many as the epochs have."""
     batch_size: int = 128
     """Images a step, on each device."""
     learning_rate: float = 1e-3
@@ -72,11 +76,26 @@ class OptimConfig:
     entropy_weight: float = 1e-4
     """λ of the entropy bonus, which keeps the attention from collapsing (paper, eq. 21). It falls as the learning rate
     does, without a warm-up."""
+    class_weights: bool = False
+    """Weight the cross-entropy by the inverse of the classes' shares of the training images."""
+    average: float = 0.0
+    """Evaluate an exponential average of the weights, with this decay a step, e.g. 0.99; 0: the last weights."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no training can have."""
+        check_least(self, "optim", 1, "epochs", "batch_size")
+        check_least(self, "optim", 0, "updates")
+        if self.learning_rate <= 0:
+            raise ValueError(f"optim.learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"optim.average is a decay, in [0, 1), got {self.average}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"optim.warmup is a share of the steps, in [0, 1), got {self.warmup}")
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Passed on to lightning.Trainer under the same names."""
+    """Where and how a run runs. What lightning.Trainer has, too, is passed on to it under the same name."""
 
     accelerator: str = "auto"
     """cpu, gpu, mps, …"""
@@ -88,83 +107,47 @@ class TrainerConfig:
     """ddp, …"""
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     """Mixed precision keeps the weights in float32."""
+    checkpoint_seconds: float = 0.0
+    """A checkpoint is written after an epoch if the last one is at least this old, and after the last epoch."""
+    snapshots: int = 0
+    """Checkpoints to keep, evenly over the training, as checkpoints/step-STEP.ckpt: for curves and pictures of it."""
 
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """One training run of Megapixel MNIST."""
+    """One training run."""
 
-    preset: Literal["demo", "paper", "modern"] = "modern"
+    preset: Literal["demo", "paper", "modern", "quick"] = "modern"
     """Where the defaults of all other options come from."""
     output: Path | None = None
-    """Folder of the run; default runs/megapixel-mnist-PRESET-seed-SEED. A run that stopped goes on from there."""
+    """Folder of the run; default runs/EXPERIMENT-PRESET-METHOD-seed-SEED. A run that stopped goes on from there."""
     seed: int = 0
-    """Of the images, the initial weights, the order of the data and the draws."""
-    data: DataConfig = field(default_factory=DataConfig)
+    """Of the images or their split, the initial weights, the order of the data, their random changes and the draws."""
+    data: DataConfig = field(default_factory=MegapixelMNISTConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:
         """Refuse values that no run can have."""
-        for section, names in _AT_LEAST_ONE.items():
-            for name in names:
-                if (value := getattr(getattr(self, section), name)) < 1:
-                    raise ValueError(f"{section}.{name} must be at least 1, got {value}")
-        for name in ("n_noise", "validation_images"):
-            if (value := getattr(self.data, name)) < 0:
-                raise ValueError(f"data.{name} must be at least 0, got {value}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
-        if self.optim.learning_rate <= 0:
-            raise ValueError(f"optim.learning_rate must be positive, got {self.optim.learning_rate}")
-        if not 0 < self.model.view_scale <= 1:
-            raise ValueError(f"model.view_scale must be in (0, 1], got {self.model.view_scale}")
-        if not 0 <= self.optim.warmup < 1:
-            raise ValueError(f"optim.warmup is a share of the steps, in [0, 1), got {self.optim.warmup}")
 
     @property
-    def view_size(self) -> int:
-        """Pixels a side of the low-resolution view."""
-        stride = ATTENTION_STRIDE[self.model.networks]  # whole cells
-        return stride * max(1, round(self.data.image_size * self.model.view_scale / stride))
+    def experiment(self) -> str:
+        """The experiment's name on the command line."""
+        return self.data.experiment
 
     @property
     def run_folder(self) -> Path:
         """Where the run's files go."""
-        return self.output or Path("runs") / f"megapixel-mnist-{self.preset}-seed-{self.seed}"
-
-
-_AT_LEAST_ONE = {
-    "data": ("train_images", "test_images"),
-    "model": ("n_patches", "patch_size"),
-    "optim": ("epochs", "batch_size"),
-}
-
-_MODERN = OptimConfig(
-    batch_size=32, learning_rate=5e-3, weight_decay=0.05, warmup=0.03, schedule="cosine", entropy_weight=1e-3
-)
-
-PRESETS = {
-    "paper": ExperimentConfig(
-        preset="paper",
-        model=ModelConfig(networks="paper", feature_scale=1.0),
-    ),
-    "modern": ExperimentConfig(
-        preset="modern",
-        optim=dataclasses.replace(_MODERN, epochs=50),
-    ),
-    "demo": ExperimentConfig(
-        preset="demo",
-        data=DataConfig(digits="bundled", image_size=500, n_noise=10, train_images=14_000, test_images=500),
-        optim=dataclasses.replace(_MODERN, epochs=3),
-    ),
-}
+        name = f"{self.experiment}-{self.preset}-{self.model.label}-seed-{self.seed}"
+        return self.output or Path("runs") / name
 
 
 def to_dict(config: ExperimentConfig) -> dict[str, Any]:
     """The configuration as plain values, e.g. for a checkpoint or JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return json.loads(json.dumps({"experiment": config.experiment} | dataclasses.asdict(config), default=str))
 
 
 def from_dict(values: dict[str, Any]) -> ExperimentConfig:
@@ -173,21 +156,28 @@ def from_dict(values: dict[str, Any]) -> ExperimentConfig:
     Raises:
         ValueError: values that are no configuration of this version.
     """
-    sections = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "trainer": TrainerConfig}
+    sections = {"model": ModelConfig, "optim": OptimConfig, "trainer": TrainerConfig}
     try:
-        parts: dict[str, Any] = {name: sections[name](**values[name]) for name in sections}
-        rest = {name: value for name, value in values.items() if name not in sections}
-        config = ExperimentConfig(**rest, **parts)
+        sections["data"] = DATA_CONFIGS[values["experiment"]]
+        parts: dict[str, Any] = {name: section(**_typed(values[name])) for name, section in sections.items()}
+        rest = {name: value for name, value in values.items() if name not in sections and name != "experiment"}
+        return ExperimentConfig(**_typed(rest), **parts)
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a configuration of this version of ats: {error}") from error
-    paths = {"output": config.output, "mnist": config.data.mnist}
-    output, mnist = (Path(path) if path is not None else None for path in paths.values())
-    return dataclasses.replace(config, output=output, data=dataclasses.replace(config.data, mnist=mnist))
+
+
+def _typed(values: dict[str, Any]) -> dict[str, Any]:
+    """What JSON has no type for."""
+    typed = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    paths = {name: Path(values[name]) for name in ("output", "folder") if values.get(name) is not None}
+    return typed | paths
 
 
 def differences(one: ExperimentConfig, other: ExperimentConfig) -> list[str]:
     """Options in which two configurations differ, other than where they run, as "name: value -> value"."""
     left, right = to_dict(one), to_dict(other)
+    if one.experiment != other.experiment:
+        return [f"experiment: {one.experiment} -> {other.experiment}"]
     found = []
     for name in left:
         if name in ("output", "trainer"):
@@ -195,35 +185,6 @@ def differences(one: ExperimentConfig, other: ExperimentConfig) -> list[str]:
         parts = left[name].items() if isinstance(left[name], dict) else [(None, left[name])]
         for key, value in parts:
             new = right[name] if key is None else right[name][key]
-            if value != new and key != "mnist":
+            if value != new and key != "folder":
                 found.append(f"{name if key is None else f'{name}.{key}'}: {value} -> {new}")
     return found
-
-
-def mnist_folder(data: DataConfig) -> Path:
-    """Where the whole of MNIST is, or is to be put."""
-    if data.mnist is not None:
-        return data.mnist
-    if "ATS_DATA" in os.environ:
-        return Path(os.environ["ATS_DATA"]) / "mnist"
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "torch-ats" / "mnist"
-
-
-def entropy_weight(step: int, total: int, optim: OptimConfig) -> float:
-    """λ at a step of `total`: as configured while there is little to go by, less once there is much."""
-    return optim.entropy_weight * _fall(step / total, optim)
-
-
-def learning_rate_factor(step: int, total: int, optim: OptimConfig) -> float:
-    """What the learning rate is multiplied with at a step of `total`."""
-    warmup = round(optim.warmup * total)
-    if step < warmup:
-        return (step + 1) / warmup
-    return _fall((step - warmup) / max(1, total - warmup), optim)
-
-
-def _fall(progress: float, optim: OptimConfig) -> float:
-    if optim.schedule == "constant":
-        return 1.0
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,56 +1,73 @@
-"""Megapixel MNIST for Lightning: loaders of indices; images are rendered, on the device, once a batch is there."""
+"""An experiment's data for Lightning: loaders of indices; images are made, on the device, once a batch is there."""
+
+from abc import abstractmethod
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ats.datasets.megapixel_mnist import MegapixelMNIST
 from ats.datasets.mnist import fetch_mnist, load_digits
-from ats.experiments.config import ExperimentConfig, mnist_folder
+from ats.experiments.config import ExperimentConfig
+from ats.experiments.data_config import MegapixelMNISTConfig, data_folder
+from ats.experiments.networks import normalisation, view_size
 from ats.functional import area_downsample
 
-Batch = tuple[Tensor, Tensor, Tensor]  # view (B, 1, h, w), image (B, 1, H, W) uint8, label (B,)
+Batch = tuple[Tensor, Tensor, Tensor]  # view (B, C, h, w), image (B, C, H, W) uint8, label (B,)
 
 
-class MegapixelMNISTData(L.LightningDataModule):
+class ExperimentData(L.LightningDataModule):
     """Batches (view, image, label) of the splits "train", "validation" and "test"."""
 
     def __init__(self, config: ExperimentConfig) -> None:
         super().__init__()
         self.config = config
-        self._sets: dict[str, MegapixelMNIST] = {}
 
-    def prepare_data(self) -> None:
-        if self.config.data.digits == "full":
-            fetch_mnist(mnist_folder(self.config.data))
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """What the images are, for reports."""
 
-    def split(self, name: str) -> MegapixelMNIST:
-        """The images of a split; validation images are other images of the training digits."""
-        if name not in self._sets:
-            data = self.config.data
-            folder = mnist_folder(data) if data.digits == "full" else None
-            self._sets[name] = MegapixelMNIST(
-                load_digits("test" if name == "test" else "train", folder),
-                getattr(data, f"{name}_images"),
-                image_size=data.image_size,
-                n_noise=data.n_noise,
-                seed=self.config.seed,
-                split=name,
-            )
-        return self._sets[name]
+    @abstractmethod
+    def labels(self, name: str) -> Tensor:
+        """Labels (n,) int64 of a split's images."""
+
+    @abstractmethod
+    def images(self, name: str, indices: Tensor, epoch: int | None = None) -> Tensor:
+        """Images (B, C, H, W) uint8 of a split, on the indices' device; as an epoch changes them, if one is given."""
+
+    def load(self, name: str, indices: Tensor, epoch: int | None = None) -> Batch:
+        """Images of a split with their views and labels, on the indices' device."""
+        image = self.images(name, indices, epoch)
+        size = view_size(self.config, (image.shape[2], image.shape[3]))
+        mean, std = normalisation(self.config)
+        view = image if size is None else area_downsample(image, size, mean=mean, std=std)
+        return view, image, self.labels(name)[indices.cpu()].to(indices.device)
+
+    def class_weights(self) -> Tensor:
+        """The inverse of the classes' shares of the training images, (classes,), scaled to be 1 for equal shares.
+
+        Raises:
+            ValueError: a class has no training image.
+        """
+        counts = torch.bincount(self.labels("train"), minlength=self.config.data.n_classes)
+        if bool((counts == 0).any()):
+            raise ValueError(f"training images by class are {counts.tolist()}: a class without any cannot be learned")
+        return counts.sum() / (counts.double() * len(counts))
 
     def train_dataloader(self) -> DataLoader[int]:
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> DataLoader[int] | list[DataLoader[int]]:
-        return self._loader("validation") if self.config.data.validation_images else []
+        return self._loader("validation") if len(self.labels("validation")) else []
 
     def test_dataloader(self) -> DataLoader[int]:
         return self._loader("test")
 
     def _loader(self, name: str, *, shuffle: bool = False) -> DataLoader[int]:
         # The order depends on nothing but the seed and the epoch, so that a resumed run sees the same one.
-        indices = range(len(self.split(name)))
+        indices = range(len(self.labels(name)))
         trainer = self.trainer
         sampler: DistributedSampler[int] = DistributedSampler(
             indices,  # type: ignore[arg-type]
@@ -71,11 +88,44 @@ class MegapixelMNISTData(L.LightningDataModule):
         assert trainer is not None  # Lightning calls this within a trainer only
         if trainer.testing:
             return self.load("test", batch)
-        return self.load("validation" if trainer.validating or trainer.sanity_checking else "train", batch)
+        if trainer.validating or trainer.sanity_checking:
+            return self.load("validation", batch)
+        return self.load("train", batch, epoch=trainer.current_epoch)
 
-    def load(self, name: str, indices: Tensor) -> Batch:
-        """Render images of a split, and their views, on the indices' device."""
-        images = self.split(name)
-        image = images.render(indices, indices.device)
-        view = area_downsample(image, self.config.view_size)
-        return view, image, images.labels[indices.cpu()].to(indices.device)
+
+class MegapixelMNISTData(ExperimentData):
+    """Megapixel MNIST, rendered on the device. Every image is another one already: epochs change nothing."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        super().__init__(config)
+        assert isinstance(config.data, MegapixelMNISTConfig)
+        self.data = config.data
+        self._sets: dict[str, MegapixelMNIST] = {}
+
+    @property
+    def source(self) -> str:
+        return "Megapixel MNIST" if self.data.digits == "full" else "Megapixel MNIST of the bundled digits"
+
+    def prepare_data(self) -> None:
+        if self.data.digits == "full":
+            fetch_mnist(data_folder(self.data))
+
+    def split(self, name: str) -> MegapixelMNIST:
+        """The images of a split; validation images are other images of the training digits."""
+        if name not in self._sets:
+            folder = data_folder(self.data) if self.data.digits == "full" else None
+            self._sets[name] = MegapixelMNIST(
+                load_digits("test" if name == "test" else "train", folder),
+                getattr(self.data, f"{name}_images"),
+                image_size=self.data.image_size,
+                n_noise=self.data.n_noise,
+                seed=self.config.seed,
+                split=name,
+            )
+        return self._sets[name]
+
+    def labels(self, name: str) -> Tensor:
+        return self.split(name).labels
+
+    def images(self, name: str, indices: Tensor, epoch: int | None = None) -> Tensor:
+        return self.split(name).render(indices, indices.device)

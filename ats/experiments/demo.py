@@ -3,23 +3,29 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from ats.experiments.config import PRESETS, ExperimentConfig
+from ats.experiments.config import ExperimentConfig
 from ats.experiments.data import MegapixelMNISTData
+from ats.experiments.data_config import MegapixelMNISTConfig
 from ats.experiments.evaluation import Evaluation, evaluate, load_task
 from ats.experiments.figures import draw_attention
+from ats.experiments.presets import PRESETS
 from ats.experiments.training import train, write_json
+from ats.models import ATSClassifier
 
+# By the name of the run's folder.
+_METHODS: dict[str, Literal["ats", "uniform"]] = {"learned": "ats", "uniform": "uniform"}
 _SHOWN = 4  # images in the picture
 _REPEATS = 5  # draws an image for the averaged prediction
 _TEST_PATCHES = 16  # testing is cheap beside training, and more patches leave less to chance
 
 
-def run_demo(folder: Path, seed: int, config: ExperimentConfig = PRESETS["demo"]) -> None:
+def run_demo(folder: Path, seed: int, config: ExperimentConfig = PRESETS["megapixel-mnist"]["demo"]) -> None:
     """Train both models, print a table, and write metrics.json and attention.png to `folder`.
 
     A demo that was interrupted goes on; one that is complete is kept beside the new one, under another name.
@@ -34,21 +40,22 @@ def run_demo(folder: Path, seed: int, config: ExperimentConfig = PRESETS["demo"]
             f"--output {folder} is the current folder or one around it; name one for the demo alone, "
             "e.g. --output runs/demo"
         )
-    console = Console()
+    console, data = Console(), config.data
+    assert isinstance(data, MegapixelMNISTConfig)
     if (folder / "metrics.json").exists() and (folder / "learned" / "config.json").exists():
         kept = _set_aside(folder)
         console.print(f"The demo that was in {folder} is now in {kept}.")
     results: dict[str, tuple[Evaluation, float]] = {}
-    for attention in ("learned", "uniform"):
+    for attention, method in _METHODS.items():
         run = dataclasses.replace(
             config,
             seed=seed,
             output=folder / attention,
-            model=dataclasses.replace(config.model, attention=attention),
+            model=dataclasses.replace(config.model, method=method),
         )
         console.print(
-            f"Training with {attention} attention: {run.data.train_images:,} images of {run.data.image_size}×"
-            f"{run.data.image_size}, {run.optim.epochs} epochs, {run.model.n_patches} patches an image"
+            f"Training with {attention} attention: {data.train_images:,} images of {data.image_size}×"
+            f"{data.image_size}, {run.optim.epochs} epochs, {run.model.n_patches} patches an image"
         )
         checkpoint = train(run)
         seconds = json.loads((folder / attention / "training.json").read_text())["seconds"]
@@ -69,21 +76,21 @@ def run_demo(folder: Path, seed: int, config: ExperimentConfig = PRESETS["demo"]
         "uniform_seconds": uniform_seconds,
         "n_patches": ours.n_patches,
         "train_n_patches": config.model.n_patches,
-        "image_size": config.data.image_size,
-        "train_images": config.data.train_images,
+        "image_size": data.image_size,
+        "train_images": data.train_images,
         "test_images": ours.images,
         "epochs": config.optim.epochs,
         "repeats": _REPEATS,
         "seed": seed,
     }
     write_json(folder / "metrics.json", metrics)
-    console.print(_table(results, config))
+    console.print(_table(results, config.model.patch_size, data.image_size))
     console.print(f"What it looked at: {picture}\nThe numbers: {folder / 'metrics.json'}")
 
 
-def _table(results: dict[str, tuple[Evaluation, float]], config: ExperimentConfig) -> Table:
+def _table(results: dict[str, tuple[Evaluation, float]], patch_size: int, image_size: int) -> Table:
     evaluation = results["learned"][0]
-    read = evaluation.n_patches * config.model.patch_size**2 / config.data.image_size**2
+    read = evaluation.n_patches * patch_size**2 / image_size**2
     table = Table(title=f"Megapixel MNIST, {evaluation.images} unseen images, {read:.0%} of the pixels read")
     for column in ("", "test error", "± from draw to draw", f"{_REPEATS} draws averaged", "test loss", "training"):
         table.add_column(column, justify="left" if not column else "right")
@@ -104,6 +111,7 @@ def _table(results: dict[str, tuple[Evaluation, float]], config: ExperimentConfi
 def _draw(checkpoint: Path, path: Path, seed: int) -> None:
     task = load_task(checkpoint)
     view, image, label = MegapixelMNISTData(task.config).load("test", torch.arange(_SHOWN))
+    assert isinstance(task.model, ATSClassifier)
     draw_attention(task.model, view, image, label, path, generator=torch.Generator().manual_seed(seed))
 
 

@@ -1,6 +1,8 @@
 """What a trained model is worth on images it has not seen."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +13,11 @@ from rich.progress import track
 from torch import Tensor
 
 from ats.experiments.config import from_dict
-from ats.experiments.data import MegapixelMNISTData
+from ats.experiments.data import ExperimentData
+from ats.experiments.data_config import MegapixelMNISTConfig
+from ats.experiments.image_data import experiment_data
 from ats.experiments.task import ClassificationTask
+from ats.models import ATSClassifier
 
 
 def load_task(checkpoint: Path) -> ClassificationTask:
@@ -45,7 +50,8 @@ class Evaluation:
 
     `error` and `loss` are those of one draw of patches an image, averaged over `repeats` draws, and `error_spread`
     is the standard deviation of the error from draw to draw. `averaged_error` and `averaged_loss` are those of the
-    class probabilities averaged over the draws.
+    class probabilities averaged over the draws. Deep MIL and CNNs draw nothing: for them `method` is their name,
+    and `n_patches` 0.
     """
 
     method: str
@@ -71,8 +77,8 @@ def evaluate(
     n_patches: int | None = None,
     repeats: int = 1,
     images: int | None = None,
-    mnist: Path | None = None,
-    batch_size: int = 50,
+    folder: Path | None = None,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Evaluate on the test images of the task's configuration, on the task's device.
@@ -83,35 +89,66 @@ def evaluate(
         n_patches: patches an image; what it was trained with where None.
         repeats: draws an image; 1 is all that "topk" needs.
         images: how many of the test images; all where None.
-        mnist: folder of MNIST's files, where it is not the one that the run was trained with.
-        batch_size: images at a time.
+        folder: of the data, where it is not the one that the run was trained with.
+        batch_size: images at a time; by default 50, or 1 for models that read whole images.
         seed: of the draws.
+
+    Raises:
+        ValueError: options that the model has no use for, or out of range.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     if method == "topk" and repeats > 1:
         raise ValueError(f"method='topk' draws nothing at random: repeats={repeats} would give the same every time")
-    data = task.config.data
-    data = dataclasses.replace(data, test_images=data.test_images if images is None else images)
-    data = dataclasses.replace(data, mnist=data.mnist if mnist is None else mnist)
-    test = MegapixelMNISTData(dataclasses.replace(task.config, data=data))
-    test.prepare_data()
-    sampler = task.model.sampling.sampler
+    data = _test_data(task, images, folder)
+    if isinstance(task.model, ATSClassifier):
+        with _sampling(task.model, method, n_patches) as used:
+            logits, labels = _logits(task, data, images, repeats, batch_size or 50, seed)
+        return _evaluation(logits, labels, method, used)
+    name = task.config.model.method
+    if (method, n_patches, repeats) != ("sample", None, 1):
+        raise ValueError(f"{name} draws no patches: method, n_patches and repeats do not apply to it")
+    logits, labels = _logits(task, data, images, repeats, batch_size or 1, seed)
+    return _evaluation(logits, labels, name, 0)
+
+
+def _test_data(task: ClassificationTask, images: int | None, folder: Path | None) -> ExperimentData:
+    config = task.config.data
+    if folder is not None:
+        config = dataclasses.replace(config, folder=folder)
+    if images is not None and isinstance(config, MegapixelMNISTConfig):  # there are as many as anyone wants
+        config = dataclasses.replace(config, test_images=images)
+    data = experiment_data(dataclasses.replace(task.config, data=config))
+    data.prepare_data()
+    available = len(data.labels("test"))
+    if images is not None and not 1 <= images <= available:
+        raise ValueError(f"images must be between 1 and {available}, the test images that there are, got {images}")
+    return data
+
+
+@contextmanager
+def _sampling(model: ATSClassifier, method: str, n_patches: int | None) -> Iterator[int]:
+    """Set how patches are chosen for a while; gives the number of patches."""
+    sampler = model.sampling.sampler
     before = sampler.n_patches, sampler.method, sampler.replace
     sampler.n_patches = sampler.n_patches if n_patches is None else n_patches
     sampler.method = method
     if method == "topk":  # distinct cells, whatever it was trained with
         sampler.replace = False
     try:
-        logits, labels = _logits(task, test, repeats, batch_size, seed)
-        used = sampler.n_patches
+        yield sampler.n_patches
     finally:
         sampler.n_patches, sampler.method, sampler.replace = before
+
+
+def _evaluation(logits: Tensor, labels: Tensor, method: str, n_patches: int) -> Evaluation:
+    """From class logits (R, M, classes) of R draws, and labels (M,)."""
+    repeats = len(logits)
     wrong = (logits.argmax(-1) != labels).double().mean(1)  # (R,)
     log_average = logits.log_softmax(-1).logsumexp(0) - torch.tensor(float(repeats)).log()  # (M, classes)
     return Evaluation(
         method=method,
-        n_patches=used,
+        n_patches=n_patches,
         images=len(labels),
         repeats=repeats,
         error=float(wrong.mean()),
@@ -123,12 +160,12 @@ def evaluate(
 
 
 def _logits(
-    task: ClassificationTask, data: MegapixelMNISTData, repeats: int, batch_size: int, seed: int
+    task: ClassificationTask, data: ExperimentData, images: int | None, repeats: int, batch_size: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Class logits (R, M, classes) in float64 of R draws for each of the M test images, and labels (M,)."""
     generator = torch.Generator(task.device).manual_seed(seed)
     logits, labels = [], []
-    batches = torch.arange(len(data.split("test"))).split(batch_size)
+    batches = torch.arange(images or len(data.labels("test"))).split(batch_size)
     for indices in track(batches, description="evaluating", console=Console(stderr=True), transient=True):
         view, image, label = data.load("test", indices.to(task.device))
         draws = [task.model(view, image, generator=generator)[0].double() for _ in range(repeats)]

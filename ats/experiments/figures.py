@@ -1,24 +1,17 @@
 """Pictures of what a model looked at."""
 
-import io
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from ats._files import write_whole
+from ats.experiments.overlay import frame, save
 from ats.functional import estimator_weights
 from ats.models import ATSClassifier
 
 _PATCHES_PER_ROW = 5
-_MARK = "#e69f00"  # orange of Okabe and Ito's palette, apart from grey for every kind of colour vision
 
 
 @torch.no_grad()
@@ -56,7 +49,8 @@ def draw_attention(
         axes = panel.add_subplot(layout[0])
         _show(axes, image[b].float(), f"image {image.shape[2]}×{image.shape[3]}: class {int(label[b])}, said {guess}")
         for n in range(n_patches):
-            _frame(axes, sample.offsets[b, n].tolist(), (sample.patches.shape[-2], sample.patches.shape[-1]), n + 1)
+            top, left = sample.offsets[b, n].tolist()
+            frame(axes, (top, left), (sample.patches.shape[-2], sample.patches.shape[-1]), str(n + 1))
         _show(panel.add_subplot(layout[1]), view[b], f"view {view.shape[2]}×{view.shape[3]}")
         axes = panel.add_subplot(layout[2])
         shown = axes.imshow(attention[b].cpu().numpy(), cmap="cividis")
@@ -66,10 +60,7 @@ def draw_attention(
         for n in range(n_patches):
             title = f"{n + 1}: a {float(sample.log_attention[b, n].exp()):.2g}\nweight {float(weights[b, n]):.2g}"
             _show(panel.add_subplot(grid[n]), sample.patches[b, n], title, size=7.5)
-    png = io.BytesIO()
-    figure.savefig(png, dpi=110, format="png")
-    plt.close(figure)
-    write_whole(path, png.getvalue())
+    save(figure, path)
 
 
 def _show(axes: Axes, picture: Tensor, title: str, size: float = 9.5) -> None:
@@ -84,9 +75,3 @@ def _bare(axes: Axes, title: str, size: float = 9.5) -> None:
     axes.set_title(title, fontsize=size)
     axes.set_xticks([])
     axes.set_yticks([])
-
-
-def _frame(axes: Axes, corner: list[int], size: tuple[int, int], number: int) -> None:
-    top, left = corner
-    axes.add_patch(Rectangle((left, top), size[1], size[0], fill=False, edgecolor=_MARK, linewidth=1.2))
-    axes.text(left + 2, top + 2, str(number), color=_MARK, fontsize=7.5, va="top", ha="left", clip_on=True)

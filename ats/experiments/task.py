@@ -11,29 +11,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassHammingDistance
 
-from ats.datasets.megapixel_mnist import N_CLASSES
-from ats.experiments.config import ExperimentConfig, entropy_weight, from_dict, learning_rate_factor, to_dict
+from ats.experiments.config import ExperimentConfig, from_dict, to_dict
 from ats.experiments.data import Batch
-from ats.models import ATSClassifier, UniformAttention, attention_network, feature_network
-from ats.models.megapixel_mnist import ATTENTION_STRIDE, N_FEATURES
-from ats.nn import AttentionSampling
-
-
-def build_model(config: ExperimentConfig) -> ATSClassifier:
-    """The networks that a configuration names, with fresh weights from torch's random numbers."""
-    model = config.model
-    attention: nn.Module = UniformAttention(ATTENTION_STRIDE[model.networks])
-    if model.attention == "learned":
-        attention = attention_network(model.networks)
-    sampling = AttentionSampling(
-        attention,
-        feature_network(model.networks),
-        model.n_patches,
-        model.patch_size,
-        replace=model.replace,
-        receptive_field="auto" if model.attention == "learned" else 0,
-    )
-    return ATSClassifier(sampling, N_FEATURES[model.networks], N_CLASSES, model.feature_scale)
+from ats.experiments.networks import build_model
+from ats.experiments.schedule import entropy_weight, learning_rate_factor
 
 
 class ClassificationTask(L.LightningModule):
@@ -44,9 +25,12 @@ class ClassificationTask(L.LightningModule):
         self.config = config if isinstance(config, ExperimentConfig) else from_dict(config)
         self.save_hyperparameters({"config": to_dict(self.config)})
         self.model = build_model(self.config)
+        self.has_dropout = any(isinstance(layer, nn.Dropout) for layer in self.model.modules())
+        self.class_weights: Tensor | None = None
+        n_classes = self.config.data.n_classes
         self.train_loss, self.validation_loss = MeanMetric(), MeanMetric()
-        self.train_error = MulticlassHammingDistance(N_CLASSES, average="micro")
-        self.validation_error = MulticlassHammingDistance(N_CLASSES, average="micro")
+        self.train_error = MulticlassHammingDistance(n_classes, average="micro")
+        self.validation_error = MulticlassHammingDistance(n_classes, average="micro")
 
     def draw_generator(self, *where: int) -> torch.Generator:
         """Random numbers for the draws of one step, a function of the seed, the rank and `where` alone.
@@ -56,17 +40,34 @@ class ClassificationTask(L.LightningModule):
         words = np.random.SeedSequence([self.config.seed, self.global_rank, *where]).generate_state(1, np.uint64)
         return torch.Generator(self.device).manual_seed(int(words[0]) >> 1)
 
+    def on_fit_start(self) -> None:
+        if self.config.optim.class_weights:
+            weights: Tensor = self.trainer.datamodule.class_weights()  # type: ignore[attr-defined]
+            self.class_weights = weights.to(self.device, torch.float32)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         view, image, label = batch
-        logits, sample = self.model(view, image, generator=self.draw_generator(0, self.global_step))
-        loss = F.cross_entropy(logits, label)
-        entropy = sample.entropy.mean()
+        generator = self.draw_generator(0, self.global_step)
+        if self.has_dropout:  # it draws from the global stream only
+            torch.manual_seed(self.draw_generator(2, self.global_step).initial_seed())
+        logits, sample = self.model(view, image, generator=generator)
+        loss = self.loss(logits, label)
         self.train_loss.update(loss.detach())
         self.train_error.update(logits.detach(), label)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
         self.log("train/error", self.train_error, on_step=False, on_epoch=True, prog_bar=True)
+        if sample is None:  # nothing was drawn
+            return loss
+        entropy = sample.entropy.mean()
         self.log("train/entropy", entropy.detach(), on_step=False, on_epoch=True, sync_dist=True)
         return loss - entropy_weight(self.global_step, self.total_steps(), self.config.optim) * entropy
+
+    def loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Cross-entropy, weighted by class if so configured: the mean weight is 1 over the training images."""
+        if self.class_weights is None:
+            return F.cross_entropy(logits, label)
+        # Not divided by the batch's own weights: a batch without a rare class must not count its others for more.
+        return (self.class_weights[label] * F.cross_entropy(logits, label, reduction="none")).mean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         view, image, label = batch

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 import time
 import warnings
@@ -9,13 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar, Timer
+import torch
+from lightning.pytorch.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
+from torch import Tensor
 
 from ats._files import write_whole
 from ats.experiments.config import ExperimentConfig, differences, from_dict, to_dict
-from ats.experiments.data import MegapixelMNISTData
+from ats.experiments.environment import hardware
+from ats.experiments.image_data import experiment_data
 from ats.experiments.task import ClassificationTask
 
 
@@ -26,7 +37,7 @@ class InterruptedRunError(Exception):
 def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> Path:
     """Train, or go on training, the run of `config`, and return its last checkpoint.
 
-    The folder gets config.json, checkpoints/last.ckpt (after each epoch), csv/ and tensorboard/ logs, and
+    The folder gets config.json, checkpoints/last.ckpt (after an epoch), csv/ and tensorboard/ logs, and
     training.json once the run is complete. A run continued from a checkpoint ends with the same weights as one
     that was never stopped; a complete run is left as it is.
 
@@ -43,14 +54,22 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
     L.seed_everything(config.seed, workers=True, verbose=False)
     timer = Timer()
     trainer = _trainer(config, [timer, *callbacks])
-    task, data = ClassificationTask(config), MegapixelMNISTData(config)
+    task, data = ClassificationTask(config), experiment_data(config)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into an exit
         raise InterruptedRunError(f"stopped in {folder}; the same command goes on from the last full epoch") from stop
     if trainer.is_global_zero:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        summary = {"seconds": timer.time_elapsed("train"), "steps": trainer.global_step, "metrics": metrics}
+        summary = {
+            "seconds": timer.time_elapsed("train"),
+            "steps": trainer.global_step,
+            "metrics": metrics,
+            "hardware": hardware(),
+            "data": data.source,
+            "train_images": len(data.labels("train")),
+            "test_images": len(data.labels("test")),
+        }
         write_json(folder / "training.json", summary)
     return last
 
@@ -65,7 +84,8 @@ def _trainer(config: ExperimentConfig, callbacks: list[Callback]) -> L.Trainer:
         num_nodes=options.num_nodes,
         strategy=options.strategy,
         precision=options.precision,
-        max_epochs=config.optim.epochs,
+        max_epochs=-1 if config.optim.updates else config.optim.epochs,
+        max_steps=config.optim.updates or -1,
         gradient_clip_val=config.optim.gradient_clip,
         use_distributed_sampler=False,  # the loaders bring theirs
         num_sanity_val_steps=0,
@@ -75,7 +95,8 @@ def _trainer(config: ExperimentConfig, callbacks: list[Callback]) -> L.Trainer:
         logger=[CSVLogger(folder, name="csv"), TensorBoardLogger(folder, name="tensorboard")],
         callbacks=[
             *callbacks,
-            ModelCheckpoint(folder / "checkpoints", filename="last", enable_version_counter=False),
+            *([AveragedWeights(config.optim.average)] if config.optim.average else []),
+            EpochCheckpoint(folder / "checkpoints", options.checkpoint_seconds, options.snapshots),
             LearningRateMonitor(),
             RichProgressBar() if sys.stdout.isatty() else ProgressLines(),
         ],
@@ -95,12 +116,61 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-class ProgressLines(Callback):
-    """A line an epoch, and one every half minute in between: progress where a bar would be noise."""
+class AveragedWeights(WeightAveraging):
+    """An exponential average of weights and batch norm's statistics, which is what checkpoints hold to evaluate.
 
-    def __init__(self, every: float = 30.0) -> None:
+    Early on it forgets faster, so that it does not hang on to the initial weights.
+    """
+
+    def __init__(self, decay: float) -> None:
+        def average(averaged: Tensor, current: Tensor, n_averaged: Tensor | int) -> Tensor:
+            if not averaged.is_floating_point():  # a count
+                return current
+            steps = torch.as_tensor(n_averaged, dtype=averaged.dtype, device=averaged.device)
+            return averaged.lerp(current, 1 - ((steps + 1) / (steps + 10)).clamp(max=decay))
+
+        super().__init__(avg_fn=average)
+
+
+class EpochCheckpoint(ModelCheckpoint):
+    """last.ckpt, written after an epoch if the one before is old enough and after the last epoch; and snapshots."""
+
+    def __init__(self, folder: Path, seconds: float, snapshots: int = 0) -> None:
+        super().__init__(folder, filename="last", enable_version_counter=False)
+        self.folder = folder
+        self.seconds = seconds
+        self.snapshots = snapshots
+        self._written = -math.inf
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if _is_last_epoch(trainer) or time.monotonic() - self._written >= self.seconds:
+            super().on_train_epoch_end(trainer, pl_module)
+            self._written = time.monotonic()
+        # One for each share of 1 / snapshots of the steps that this epoch has completed.
+        total = trainer.estimated_stepping_batches
+        done = [step * self.snapshots // total for step in (trainer.global_step, self._first_step(trainer))]
+        if done[0] > done[1]:
+            trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:07d}.ckpt")
+
+    @staticmethod
+    def _first_step(trainer: L.Trainer) -> int:
+        """The step at which this epoch began."""
+        return trainer.global_step - trainer.fit_loop.epoch_loop.batch_progress.current.completed
+
+
+def _is_last_epoch(trainer: L.Trainer) -> bool:
+    epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+    return 0 < epochs <= trainer.current_epoch + 1 or 0 < steps <= trainer.global_step
+
+
+class ProgressLines(Callback):
+    """A line an epoch, of short ones some, and one every half minute: progress where a bar would be noise."""
+
+    def __init__(self, every: float = 30.0, epochs_apart: float = 3.0) -> None:
         self.every = every  # seconds
+        self.epochs_apart = epochs_apart  # seconds
         self._last = time.monotonic()
+        self._last_epoch = -math.inf
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -111,10 +181,14 @@ class ProgressLines(Callback):
             print(f"  {done}  loss of this batch {float(outputs['loss']):.3f}", flush=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
+        due = time.monotonic() - self._last_epoch >= self.epochs_apart or _is_last_epoch(trainer)
+        if trainer.is_global_zero and due:
+            self._last_epoch = time.monotonic()
             metrics = trainer.callback_metrics
             numbers = "  ".join(f"{name} {float(metrics[name]):.3f}" for name in sorted(metrics) if "/" in name)
-            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {numbers}", flush=True)
+            steps = f", step {trainer.global_step}/{trainer.max_steps}"
+            of = steps if trainer.max_epochs == -1 else f"/{trainer.max_epochs}"
+            print(f"epoch {trainer.current_epoch + 1}{of}  {numbers}", flush=True)
 
 
 def _claim(folder: Path, config: ExperimentConfig) -> None:

@@ -26,6 +26,14 @@ class ChannelsLast(nn.Module):
         return images.contiguous(memory_format=torch.channels_last)
 
 
+class GlobalMaxPool(nn.Module):
+    """The largest value of each channel."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(M, D, h, w) -> (M, D)."""
+        return maps.flatten(2).amax(-1)
+
+
 class SoftBound(nn.Module):
     """Keep logits within ±limit, smoothly: limit·tanh(x / limit).
 
@@ -49,15 +57,39 @@ class UniformAttention(nn.Module):
 
     Args:
         stride: view pixels a cell, along both axes.
+        lost: view pixels that the attention network it stands for loses along an axis.
     """
 
-    def __init__(self, stride: int = 1) -> None:
+    def __init__(self, stride: int = 1, lost: int = 0) -> None:
         super().__init__()
         self.stride = stride
+        self.lost = lost
 
     def forward(self, view: Tensor) -> Tensor:
-        """View (B, C, h, w) -> logits (B, h // stride, w // stride) of zeros."""
-        return view.new_zeros(view.shape[0], view.shape[2] // self.stride, view.shape[3] // self.stride)
+        """View (B, C, h, w) -> logits (B, (h − lost) // stride, (w − lost) // stride) of zeros."""
+        height, width = ((size - self.lost) // self.stride for size in view.shape[-2:])
+        return view.new_zeros(view.shape[0], height, width)
+
+
+NETWORKS = ("paper", "modern")
+
+Normalisation = tuple[list[float], list[float]] | tuple[None, None]
+"""Mean and standard deviation by channel that networks want images normalised with; None: values in [0, 1]."""
+
+
+def check_networks(networks: str) -> None:
+    """Raise ValueError where networks go by no such name."""
+    if networks not in NETWORKS:
+        raise ValueError(f"unknown networks {networks!r}, expected one of {', '.join(map(repr, NETWORKS))}")
+
+
+def conv_norm(
+    inputs: int, outputs: int, *, kernel: int, stride: int = 1, padding: int | None = None
+) -> list[nn.Module]:
+    """A convolution, by default with 'same' padding, batch norm and ReLU."""
+    padding = kernel // 2 if padding is None else padding
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=padding, bias=False)
+    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 
 class ATSClassifier(nn.Module):
@@ -85,3 +117,22 @@ class ATSClassifier(nn.Module):
         """View (B, C, h, w) and image (B, C, H, W) -> class logits (B, n_classes), PatchSample."""
         pooled, _, sample = self.sampling(view, image, generator=generator)
         return self.head(self.feature_scale * pooled), sample
+
+
+class CNNClassifier(nn.Module):
+    """A network on the whole image, or on a smaller version of it, then one linear layer: the paper's CNN baseline.
+
+    Args:
+        layers: from images (B, C, h, w) to features (B, D).
+        n_features: D.
+        n_classes: classes.
+    """
+
+    def __init__(self, layers: nn.Module, n_features: int, n_classes: int) -> None:
+        super().__init__()
+        self.layers = layers
+        self.head = nn.Linear(n_features, n_classes)
+
+    def forward(self, view: Tensor, image: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, None]:
+        """View (B, C, h, w) -> class logits (B, n_classes), and no sample: nothing is drawn."""
+        return self.head(self.layers(view)), None

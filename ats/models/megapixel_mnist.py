@@ -7,16 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats.models.classifier import ChannelsLast, L2Normalise, SoftBound
+from ats.models.classifier import (
+    ChannelsLast,
+    GlobalMaxPool,
+    L2Normalise,
+    Normalisation,
+    SoftBound,
+    check_networks,
+    conv_norm,
+)
+from ats.models.resnet import RESNET_16, resnet
 
-NETWORKS = ("paper", "modern")
 N_FEATURES = {"paper": 32, "modern": 128}
 ATTENTION_STRIDE = {"paper": 1, "modern": 3}  # view pixels a cell
-
-
-class _GlobalMaxPool(nn.Module):
-    def forward(self, maps: Tensor) -> Tensor:  # (M, D, h, w) -> (M, D)
-        return maps.flatten(2).amax(-1)
+ATTENTION_LOSS = {"paper": 0, "modern": 0}  # view pixels lost at the borders
+NORMALISATION: dict[str, Normalisation] = {"paper": (None, None), "modern": (None, None)}
 
 
 class _FromBrightness(nn.Sequential):
@@ -35,7 +40,7 @@ class _FromBrightness(nn.Sequential):
 
 def attention_network(networks: str) -> nn.Sequential:
     """View (B, 1, h, w) -> logits (B, 1, h // stride, w // stride)."""
-    _check(networks)
+    check_networks(networks)
     if networks == "paper":
         return nn.Sequential(
             nn.Conv2d(1, 8, 3, padding=1),
@@ -46,37 +51,33 @@ def attention_network(networks: str) -> nn.Sequential:
         )
     layers = [
         ChannelsLast(),
-        *_conv_norm(1, 16, kernel=3),
-        *_conv_norm(16, 16, kernel=3),
+        *conv_norm(1, 16, kernel=3),
+        *conv_norm(16, 16, kernel=3),
         nn.MaxPool2d(3),
-        *_conv_norm(16, 32, kernel=3),
+        *conv_norm(16, 32, kernel=3),
         nn.Conv2d(32, 1, 3, padding=1),
     ]
     return nn.Sequential(_FromBrightness(*layers), SoftBound(5.0))
 
 
-def feature_network(networks: str) -> nn.Sequential:
-    """Patches (M, 1, ph, pw) -> features (M, N_FEATURES) of length 1."""
-    _check(networks)
+def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
+    """Patches (M, 1, ph, pw) -> features (M, N_FEATURES), of length 1 if `normalised`."""
+    check_networks(networks)
     if networks == "paper":
-        layers: list[nn.Module] = [nn.Conv2d(1, 32, 7), nn.ReLU()]
+        layers: list[nn.Module] = [nn.Conv2d(1, 32, 7), nn.ReLU(inplace=True)]
         for _ in range(3):
-            layers += [nn.Conv2d(32, 32, 3), nn.ReLU()]
+            layers += [nn.Conv2d(32, 32, 3), nn.ReLU(inplace=True)]
     else:
         layers = [
-            *_conv_norm(1, 16, kernel=5, stride=2),
-            *_conv_norm(16, 32, kernel=3, stride=2),
-            *_conv_norm(32, 64, kernel=3, stride=2),
-            *_conv_norm(64, 128, kernel=3),
+            *conv_norm(1, 16, kernel=5, stride=2),
+            *conv_norm(16, 32, kernel=3, stride=2),
+            *conv_norm(32, 64, kernel=3, stride=2),
+            *conv_norm(64, 128, kernel=3),
         ]
-    return nn.Sequential(ChannelsLast(), *layers, _GlobalMaxPool(), L2Normalise())
+    return nn.Sequential(ChannelsLast(), *layers, GlobalMaxPool(), *([L2Normalise()] if normalised else []))
 
 
-def _conv_norm(inputs: int, outputs: int, *, kernel: int, stride: int = 1) -> list[nn.Module]:
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-
-
-def _check(networks: str) -> None:
-    if networks not in NETWORKS:
-        raise ValueError(f"unknown networks {networks!r}, expected one of {', '.join(map(repr, NETWORKS))}")
+def image_network(networks: str) -> tuple[nn.Sequential, int]:
+    """The CNN's layers from images (B, 1, H, W) to features, and how many these are: the same for both `networks`."""
+    check_networks(networks)
+    return nn.Sequential(ChannelsLast(), *resnet(1, **RESNET_16)), RESNET_16["widths"][-1]

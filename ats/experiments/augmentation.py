@@ -1,0 +1,81 @@
+"""Random changes of training images: brightness and contrast, translation, turns and mirrors.
+
+They are made to the full-resolution bytes, before any view or patch is taken, so that all of a model sees the same
+image. What is drawn depends on the seed, the epoch and the image's index alone: neither on what else is in a batch nor
+on the rank that has it, and a run that is resumed draws what it would have drawn.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ats.experiments.data_config import ImageConfig
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happens to one image: value · scale + shift, moved by (down, right) pixels, mirrored, then turned."""
+
+    scale: float = 1.0
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of white: red, green, blue
+    down: int = 0
+    right: int = 0
+    mirror: bool = False
+    quarter_turns: int = 0
+
+
+def draw_change(data: ImageConfig, seed: int, epoch: int, index: int) -> Change:
+    """The change of image `index` in an epoch (paper, section 4.3 and 4.4; ranges from the authors' release)."""
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, index])))
+    # All are drawn whatever is used, so that one option does not change what another does.
+    colours, moves = random.random(2) < data.probability
+    contrast, brightness = random.uniform(-1, 1, 2)
+    down, right = random.integers(-data.translation, data.translation, 2, endpoint=True)
+    symmetry = int(random.integers(8))
+    shift = data.brightness * brightness + data.tint * random.uniform(-1, 1, 3)
+    return Change(
+        scale=1 + data.contrast * float(contrast) if colours else 1.0,
+        shift=(float(shift[0]), float(shift[1]), float(shift[2])) if colours else (0.0, 0.0, 0.0),
+        down=int(down) if moves else 0,
+        right=int(right) if moves else 0,
+        mirror=data.symmetries and symmetry >= 4,
+        quarter_turns=symmetry % 4 if data.symmetries else 0,
+    )
+
+
+def apply_change(image: Tensor, change: Change) -> Tensor:
+    """The changed image, (C, H, W) uint8: values are rounded, and kept between black and white; black moves in.
+
+    Raises:
+        ValueError: a quarter turn of an image that is not square.
+    """
+    height, width = image.shape[-2:]
+    if change.quarter_turns % 2 and height != width:
+        raise ValueError(f"an image of {height}×{width} cannot be turned by 90°; set data.symmetries=False")
+    if change.scale != 1 or any(change.shift):
+        # With a half: the cast to bytes cuts off.
+        shift = torch.tensor(change.shift, device=image.device).mul_(255).add_(0.5)
+        changed = image.float().mul_(change.scale).add_(shift.view(-1, 1, 1))
+        image = changed.clamp_(0, 255).to(torch.uint8)
+    if change.down or change.right:
+        image = _moved(image, change.down, change.right)
+    if change.mirror:
+        image = image.flip(-1)
+    if change.quarter_turns:
+        image = image.rot90(change.quarter_turns, (-2, -1))
+    return image
+
+
+def _moved(image: Tensor, down: int, right: int) -> Tensor:
+    height, width = image.shape[-2:]
+    moved = torch.zeros_like(image)
+    rows, columns = height - abs(down), width - abs(right)
+    if rows > 0 and columns > 0:
+        to_row, to_column = max(0, down), max(0, right)
+        from_row, from_column = max(0, -down), max(0, -right)
+        moved[..., to_row : to_row + rows, to_column : to_column + columns] = image[
+            ..., from_row : from_row + rows, from_column : from_column + columns
+        ]
+    return moved

@@ -1,0 +1,76 @@
+"""Colon cancer and speed limits for Lightning: photographs in memory, changed at random in training."""
+
+import torch
+from torch import Tensor
+
+from ats.datasets.colon_cancer import colon_cancer_folds, load_colon_cancer
+from ats.datasets.example import ImageDataset
+from ats.datasets.speed_limits import load_speed_limits
+from ats.experiments.augmentation import apply_change, draw_change
+from ats.experiments.config import ExperimentConfig
+from ats.experiments.data import ExperimentData, MegapixelMNISTData
+from ats.experiments.data_config import ColonCancerConfig, ImageConfig, SpeedLimitsConfig, data_folder
+
+
+class ImageData(ExperimentData):
+    """Labelled photographs, decoded once and kept as bytes in memory. There are none for validation."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        super().__init__(config)
+        self._sets: dict[str, ImageDataset] = {}
+
+    @property
+    def source(self) -> str:
+        return self.split("train").source
+
+    def split(self, name: str) -> ImageDataset:
+        """The images of a split."""
+        if not self._sets:
+            self._sets = _read_splits(self.config)
+        return self._sets[name]
+
+    def labels(self, name: str) -> Tensor:
+        return self.split(name).labels
+
+    def images(self, name: str, indices: Tensor, epoch: int | None = None) -> Tensor:
+        images, data = self.split(name), self.config.data
+        assert isinstance(data, ImageConfig)
+        made = []
+        for index in indices.tolist():
+            image = images.image(index).to(indices.device)
+            if epoch is not None:
+                image = apply_change(image, draw_change(data, self.config.seed, epoch, index))
+            made.append(image)
+        return torch.stack(made)
+
+
+def _read_splits(config: ExperimentConfig) -> dict[str, ImageDataset]:
+    data = config.data
+    folder = data_folder(data)
+    if isinstance(data, ColonCancerConfig):
+        images = load_colon_cancer(folder, cache=True)
+        partition, fold = divmod(config.seed, data.folds)
+        train, test = colon_cancer_folds(images.labels, data.folds, seed=partition)[fold]
+        splits = {"train": images.subset(train), "test": images.subset(test)}
+    else:
+        assert isinstance(data, SpeedLimitsConfig)
+        splits = {
+            name: load_speed_limits(
+                folder,
+                name,
+                source=data.source,
+                limits=data.limits or None,
+                other_signs_are_none=data.other_signs_are_none,
+                cache=True,
+            )
+            for name in ("train", "test")
+        }
+    classes = len(splits["train"].classes)
+    if classes != data.n_classes:
+        raise ValueError(f"{folder} has {classes} classes, but the model is configured for {data.n_classes}")
+    return splits | {"validation": splits["train"].subset([])}
+
+
+def experiment_data(config: ExperimentConfig) -> ExperimentData:
+    """The data that a configuration names."""
+    return ImageData(config) if isinstance(config.data, ImageConfig) else MegapixelMNISTData(config)

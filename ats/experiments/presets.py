@@ -1,0 +1,115 @@
+"""Named configurations: `paper` as published, `modern` our best, `quick` and `demo` for a few CPU cores.
+
+What is not printed in the paper is from the authors' release or, for the colon cancer batch, ours: docs/experiments.md
+says which.
+"""
+
+from dataclasses import replace
+
+from ats.experiments.config import ExperimentConfig, ModelConfig, OptimConfig, TrainerConfig
+from ats.experiments.data_config import ColonCancerConfig, MegapixelMNISTConfig, SpeedLimitsConfig
+
+_MNIST = OptimConfig(
+    batch_size=32, learning_rate=5e-3, weight_decay=0.05, warmup=0.03, schedule="cosine", entropy_weight=1e-3
+)
+_MEGAPIXEL_MNIST = {
+    "paper": ExperimentConfig(
+        preset="paper",
+        model=ModelConfig(networks="paper", feature_scale=1.0),
+    ),
+    "modern": ExperimentConfig(
+        preset="modern",
+        optim=replace(_MNIST, epochs=50),
+    ),
+    "quick": ExperimentConfig(
+        preset="quick",
+        data=MegapixelMNISTConfig(train_images=2000, test_images=200),
+        optim=replace(_MNIST, epochs=10),
+    ),
+    "demo": ExperimentConfig(
+        preset="demo",
+        data=MegapixelMNISTConfig(digits="bundled", image_size=500, n_noise=10, train_images=14_000, test_images=500),
+        optim=replace(_MNIST, epochs=3),
+    ),
+}
+
+# Epochs of a few seconds: their checkpoints would take as long as they do.
+_SHORT_EPOCHS = TrainerConfig(checkpoint_seconds=20.0)
+
+_COLON_MODEL = ModelConfig(n_patches=10, patch_size=27, view_scale=0.2, grid_step=10)
+_COLON = OptimConfig(
+    epochs=300,
+    batch_size=14,
+    learning_rate=2e-3,
+    weight_decay=0.05,
+    warmup=0.05,
+    schedule="cosine",
+    entropy_weight=0.01,
+    average=0.99,
+)
+_COLON_IMAGES = ColonCancerConfig(symmetries=True, translation=25, tint=0.05)
+_COLON_CANCER = {
+    "paper": ExperimentConfig(
+        preset="paper",
+        data=ColonCancerConfig(),
+        model=replace(_COLON_MODEL, networks="paper", feature_scale=1.0),
+        optim=OptimConfig(updates=30_000, batch_size=5, entropy_weight=0.01),
+        trainer=_SHORT_EPOCHS,
+    ),
+    "modern": ExperimentConfig(
+        preset="modern",
+        data=_COLON_IMAGES,
+        model=_COLON_MODEL,
+        optim=_COLON,
+        trainer=_SHORT_EPOCHS,
+    ),
+    "quick": ExperimentConfig(
+        preset="quick",
+        data=replace(_COLON_IMAGES, folds=5),
+        model=replace(_COLON_MODEL, grid_step=27),
+        optim=replace(_COLON, epochs=120),
+        trainer=_SHORT_EPOCHS,
+    ),
+}
+
+_SPEED_MODEL = ModelConfig(n_patches=5, patch_size=100, view_scale=0.3, grid_step=80)
+_SPEED = OptimConfig(
+    epochs=300,
+    batch_size=8,
+    learning_rate=2e-3,
+    weight_decay=0.05,
+    warmup=0.05,
+    schedule="cosine",
+    entropy_weight=5e-4,
+    class_weights=True,
+    average=0.99,
+)
+_SPEED_LIMITS = {
+    "paper": ExperimentConfig(
+        preset="paper",
+        data=SpeedLimitsConfig(),
+        model=replace(_SPEED_MODEL, networks="paper", feature_scale=1.0),
+        optim=OptimConfig(updates=300_000, batch_size=32, entropy_weight=0.05, class_weights=True),
+        trainer=_SHORT_EPOCHS,
+    ),
+    "modern": ExperimentConfig(
+        preset="modern",
+        data=SpeedLimitsConfig(),
+        model=_SPEED_MODEL,
+        optim=_SPEED,
+        trainer=_SHORT_EPOCHS,
+    ),
+    "quick": ExperimentConfig(
+        preset="quick",
+        data=SpeedLimitsConfig(),
+        model=replace(_SPEED_MODEL, grid_step=100),
+        optim=replace(_SPEED, epochs=100),
+        trainer=_SHORT_EPOCHS,
+    ),
+}
+
+PRESETS: dict[str, dict[str, ExperimentConfig]] = {
+    "megapixel-mnist": _MEGAPIXEL_MNIST,
+    "colon-cancer": _COLON_CANCER,
+    "speed-limits": _SPEED_LIMITS,
+}

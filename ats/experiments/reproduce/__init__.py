@@ -1,0 +1,1 @@
+"""The paper's tables, run and reported: what to run, running it, reporting it."""

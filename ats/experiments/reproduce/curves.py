@@ -1,0 +1,65 @@
+"""Loss and test error over a training, from the snapshots that it kept."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ats.experiments.config import ExperimentConfig
+from ats.experiments.evaluation import evaluate, load_task
+from ats.experiments.reproduce.runs import read_json
+from ats.experiments.training import write_json
+
+IMAGES = 200
+"""Test images that a point of a curve is an error on, at most."""
+
+
+def curve_of(config: ExperimentConfig) -> list[dict[str, Any]]:
+    """Points (step, seconds, train_loss, test_error) of a complete run, in order; computed once, into curve.json.
+
+    Seconds are those of training alone. The loss is of the epoch before the point. Nothing is chosen by any of it.
+    """
+    folder = config.run_folder
+    if (known := read_json(folder / "curve.json")) is not None:
+        return known["points"]
+    losses = _losses(folder)
+    points = []
+    images = min(IMAGES, json.loads((folder / "training.json").read_text())["test_images"])
+    for path in sorted((folder / "checkpoints").glob("step-*.ckpt")):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        step = int(content["global_step"])
+        task = load_task(path).to("cuda" if torch.cuda.is_available() else "cpu")
+        error = evaluate(task, images=images, folder=config.data.folder, seed=config.seed).error
+        points.append(
+            {
+                "step": step,
+                "seconds": content["callbacks"]["Timer"]["time_elapsed"]["train"],
+                "train_loss": losses[max(known for known in losses if known <= step)],
+                "test_error": error,
+            }
+        )
+    write_json(folder / "curve.json", {"points": points})
+    return points
+
+
+def entropies(folder: Path) -> dict[int, float]:
+    """The attention's entropy by step, as a run logged it, in nats."""
+    return _logged(folder, "train/entropy")
+
+
+def _losses(folder: Path) -> dict[int, float]:
+    return _logged(folder, "train/loss")
+
+
+def _logged(folder: Path, name: str) -> dict[int, float]:
+    """A metric by step, from the logs of all starts of a run; where two have a step, the later start's counts."""
+    found = {}
+    logs = sorted((folder / "csv").glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:]))
+    for log in logs:
+        with log.open() as file:
+            for row in csv.DictReader(file):
+                if row.get(name):
+                    found[int(row["step"])] = float(row[name])
+    return found

@@ -1,0 +1,198 @@
+"""A table's results as rows, and the rows as JSON, CSV and Markdown."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ats._files import write_whole
+from ats.experiments.config import ExperimentConfig, differences
+from ats.experiments.data_config import ColonCancerConfig
+from ats.experiments.environment import describe
+from ats.experiments.presets import PRESETS
+from ats.experiments.reproduce.runs import DRAWS, REPEATS, Result
+from ats.experiments.reproduce.tables import Row, Table
+
+NOT_RUN = "not run"
+_MEASURED = ("train_loss", "test_error", "seconds_per_sample", "bytes_per_sample")
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """The mean and its standard error; None where there are too few values."""
+    if not values:
+        return None, None
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def row_values(
+    row: Row, preset: str, results: Mapping[int, Result], costs: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+    """One row of a table as plain values; None, and an entry in `not_run`, for what was not run.
+
+    Args:
+        row: which.
+        preset: of the runs.
+        results: of its complete runs, by seed.
+        costs: of the table, as `reproduce.costs` gives them.
+        source: of the data.
+    """
+    runs, cost = [results[seed] for seed in sorted(results)], costs["rows"].get(row.name)
+    loss, loss_sem = mean_and_error([run.training["metrics"]["train/loss"] for run in runs])
+    error, error_sem = mean_and_error([run.evaluation["error"] for run in runs])
+    seconds, _ = mean_and_error([run.training["seconds"] for run in runs])
+    values: dict[str, Any] = {
+        "method": row.name,
+        "scale": row.scale,
+        "train_loss": loss,
+        "train_loss_sem": loss_sem,
+        "test_error": error,
+        "test_error_sem": error_sem,
+        "seconds_per_sample": cost["seconds"]["median"] if cost else None,
+        "seconds_per_sample_quartiles": [cost["seconds"]["lower"], cost["seconds"]["upper"]] if cost else None,
+        "bytes_per_sample": cost["bytes"] if cost else None,
+        "attention": _attention([run.localisation for run in runs if run.localisation]),
+        "training_seconds": seconds,
+        "runs": len(runs),
+        "seeds": sorted(results),
+        "images_tested": sum(run.evaluation["images"] for run in runs),
+        "preset": preset,
+        "data": source,
+        "paper": None if row.published is None else dataclasses.asdict(row.published),
+        "hardware": costs["hardware"],
+        "versions": costs["versions"],
+        "trained_on": runs[0].training["hardware"] if runs else None,
+    }
+    return values | {"not_run": [name for name in _MEASURED if values[name] is None]}
+
+
+def _attention(found: list[dict[str, Any]]) -> dict[str, float] | None:
+    if not found:
+        return None
+    names = ("mass", "uniform_mass", "times_uniform", "hit_rate", "draws_on_target", "average_precision")
+    return {name: math.fsum(run[name] for run in found) / len(found) for name in names}
+
+
+def write_report(
+    table: Table, preset: str, config: ExperimentConfig, rows: Sequence[Mapping[str, Any]], folder: Path
+) -> tuple[Path, ...]:
+    """Write TABLE.json, TABLE.csv and TABLE.md; each whole or not at all."""
+    contents = {
+        "json": json.dumps(list(rows), indent=2) + "\n",
+        "csv": _csv(rows),
+        "md": markdown(table, preset, config, rows),
+    }
+    paths = tuple(folder / f"{table.name}.{ending}" for ending in contents)
+    for path, text in zip(paths, contents.values(), strict=True):
+        write_whole(path, text.encode())
+    return paths
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    plain = [name for name, value in rows[0].items() if not isinstance(value, (dict, list)) and name != "paper"]
+    plain = [name for name in plain if name != "attention"]
+    published = [f"paper_{name}" for name in ("train_loss", "test_error", "seconds_per_sample", "bytes_per_sample")]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*plain, *published])
+    for row in rows:
+        cells = [NOT_RUN if name in row["not_run"] else row[name] for name in plain]
+        paper = row["paper"] or {}
+        writer.writerow([*cells, *(paper.get(name.removeprefix("paper_")) for name in published)])
+    return file.getvalue()
+
+
+def markdown(table: Table, preset: str, config: ExperimentConfig, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table for people, with the published figures beside ours and what must be known to read it below."""
+    header = ["method", "scale", "train loss", "test error", "time/sample", "memory/sample", "runs"]
+    header += ["published: error", "time", "memory"]
+    with_attention = any(row["attention"] for row in rows)
+    if with_attention:
+        header += ["attention on target", "× uniform", "draws that hit", "average precision"]
+    lines = [f"## {table.title}", "", _line(header), _line(["---"] * len(header))]
+    for row in rows:
+        cells = [
+            row["method"],
+            row["scale"],
+            _plus_minus(row["train_loss"], row["train_loss_sem"]),
+            _plus_minus(row["test_error"], row["test_error_sem"]),
+            _milliseconds(row["seconds_per_sample"]),
+            _megabytes(row["bytes_per_sample"]),
+            str(row["runs"]),
+        ]
+        paper = row["paper"]
+        cells += (
+            [
+                _plus_minus(paper["test_error"], paper["test_error_sem"]),
+                _milliseconds(paper["seconds_per_sample"]),
+                _megabytes(paper["bytes_per_sample"]),
+            ]
+            if paper
+            else ["", "", ""]
+        )
+        if with_attention:
+            cells += _attention_cells(row["attention"])
+        lines.append(_line(cells))
+    return "\n".join([*lines, "", *_notes(table, preset, config, rows)]) + "\n"
+
+
+def _notes(table: Table, preset: str, config: ExperimentConfig, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    first = rows[0]
+    software = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    seeds = sorted({seed for row in rows for seed in row["seeds"]})
+    notes = [
+        f"- Data: {first['data']}. Preset `{preset}`; seeds {', '.join(map(str, seeds)) or 'none'}.",
+        "- Mean ± standard error over runs. Train loss: mean over the last epoch, augmentation included. Test error: "
+        f"of the last epoch's model, averaged over {REPEATS} draws of patches where it draws any. Nothing was chosen "
+        "on test images.",
+        "- Time (median) and memory (peak) of one sample, forward and backward, batch size 1, reading the patches from "
+        "main memory included, always at the published sizes and with the published networks.",
+        f"- Measured on {describe(first['hardware'])}; {software}. Published figures are from the authors' GPU.",
+    ]
+    if isinstance(config.data, ColonCancerConfig):
+        notes.append(
+            f"- The run with seed s tests on fold s of a stratified partition into {config.data.folds} "
+            f"and trains on the rest; {max(row['images_tested'] for row in rows)} images were tested on in all."
+        )
+    if any(row["attention"] for row in rows):
+        notes.append(
+            "- Attention on target: the share on cells whose patch shows the centre of a target (nucleus, sign), over "
+            f"test images that have one; draws that hit: the share of images in which one of {DRAWS} draws does."
+        )
+    shrunk = differences(PRESETS[table.experiment]["paper"], config)
+    shrunk = [line for line in shrunk if not line.startswith(("preset", "seed"))]
+    if shrunk and preset != "paper":
+        notes.append(f"- What `{preset}` trains otherwise than published: {'; '.join(shrunk)}.")
+    return notes
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _plus_minus(mean: float | None, error: float | None) -> str:
+    if mean is None:
+        return NOT_RUN
+    return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return NOT_RUN if seconds is None else f"{seconds * 1000:,.1f} ms"
+
+
+def _megabytes(size: float | None) -> str:
+    return NOT_RUN if size is None else f"{size / 1e6:,.0f} MB"
+
+
+def _attention_cells(attention: Mapping[str, float] | None) -> list[str]:
+    if attention is None:
+        return [""] * 4
+    names = ("mass", "times_uniform", "hit_rate", "average_precision")
+    return [f"{attention[name]:.1f}" if name == "times_uniform" else f"{attention[name]:.2f}" for name in names]

@@ -1,0 +1,177 @@
+"""Run what a table lacks. A run that is complete is left alone, one that was stopped goes on.
+
+Run as a program, with a configuration as JSON on its input, this module completes that one run.
+"""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ats.experiments.config import ExperimentConfig, differences, from_dict, to_dict
+from ats.experiments.evaluation import evaluate, load_task
+from ats.experiments.image_data import ImageData, experiment_data
+from ats.experiments.localisation import localise
+from ats.experiments.training import train, write_json
+
+REPEATS = 5
+"""Draws an image in testing: the error is the mean over them, that of one draw without its luck."""
+DRAWS = 10
+"""Patches that are drawn to see whether attention hits."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a table: its name for people, and its configuration."""
+
+    name: str
+    config: ExperimentConfig
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a complete run left: training.json, evaluation.json and, where the truth is known, localisation.json."""
+
+    training: dict[str, Any]
+    evaluation: dict[str, Any]
+    localisation: dict[str, Any] | None
+
+
+def complete(config: ExperimentConfig) -> None:
+    """Train, evaluate on the test split once training is over and, where the truth is known, compare attention with it.
+
+    Nothing is chosen on the test split: it is the last epoch that is evaluated.
+    """
+    checkpoint = train(config)
+    folder = config.run_folder
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not (folder / "evaluation.json").exists():
+        draws = config.model.method in ("ats", "uniform")
+        task = load_task(checkpoint).to(device)
+        result = evaluate(task, repeats=REPEATS if draws else 1, folder=config.data.folder, seed=config.seed)
+        write_json(folder / "evaluation.json", result.to_dict())
+    data = experiment_data(config)
+    known = isinstance(data, ImageData) and config.model.method in ("ats", "mil", "gated-mil")
+    if known and not (folder / "localisation.json").exists():
+        assert isinstance(data, ImageData)
+        found = localise(load_task(checkpoint).to(device), data, n_draws=DRAWS, seed=config.seed)
+        write_json(folder / "localisation.json", found.to_dict())
+
+
+def result_of(config: ExperimentConfig) -> Result | None:
+    """What a run left, or None where it is not complete.
+
+    Raises:
+        ValueError: its folder holds a run with other options.
+    """
+    folder = config.run_folder
+    contents = [read_json(folder / f"{name}.json") for name in ("config", "training", "evaluation", "localisation")]
+    recorded, training, evaluation, localisation = contents
+    if recorded is None or training is None or evaluation is None:
+        return None
+    if found := differences(from_dict(recorded), config):
+        raise ValueError(
+            f"{folder} holds a run with other options ({'; '.join(found)}); name another folder with --output, or "
+            "remove that one"
+        )
+    return Result(training, evaluation, localisation)
+
+
+def claim(folder: Path, source: Callable[[], str], *, look: bool) -> str:
+    """Note which data the runs of a folder are of, or check that they are the same: results must not be mixed.
+
+    Args:
+        folder: of a table's runs by one preset.
+        source: finds out which data there is now.
+        look: whether to; else the folder's note is believed, where it has one.
+
+    Returns:
+        The data's source.
+
+    Raises:
+        ValueError: the folder's runs are of other data.
+    """
+    recorded = read_json(folder / "data.json")
+    if recorded is not None and not look:
+        return recorded["source"]
+    found = source()
+    if recorded is None:
+        write_json(folder / "data.json", {"source": found})
+    elif recorded["source"] != found:
+        raise ValueError(
+            f"{folder} holds runs on {recorded['source']}, not on {found}; name another folder with --output"
+        )
+    return found
+
+
+def run_jobs(jobs: Sequence[Job], gpus: Sequence[int] = ()) -> None:
+    """Complete all jobs: one after the other or, on several GPUs, one on each at a time.
+
+    Raises:
+        InterruptedRunError: by the user; what was done stays done.
+        RuntimeError: a run on a GPU of its own failed.
+    """
+    console = Console()
+    missing = [job for job in jobs if result_of(job.config) is None]
+    console.print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them complete.")
+    if len(gpus) <= 1:
+        for number, job in enumerate(missing, 1):
+            console.print(f"Run {number} of {len(missing)}: {job.name}")
+            complete(job.config)
+        return
+    free: queue.Queue[int] = queue.Queue()
+    for gpu in gpus:
+        free.put(gpu)
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        futures = {pool.submit(_complete_on_a_gpu, job, free): job for job in missing}
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                future.result()
+                console.print(f"Done, {number} of {len(missing)}: {futures[future].name}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _complete_on_a_gpu(job: Job, free: "queue.Queue[int]") -> None:
+    gpu = free.get()
+    try:
+        log = job.config.run_folder.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as output:
+            process = subprocess.run(
+                [sys.executable, "-m", "ats.experiments.reproduce.runs"],
+                input=json.dumps(to_dict(job.config)),
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
+        if process.returncode:
+            raise RuntimeError(f"{job.name} on GPU {gpu} ended with status {process.returncode}; see {log}")
+    finally:
+        free.put(gpu)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None where there is no file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); remove it to have it made again") from error
+
+
+if __name__ == "__main__":
+    complete(from_dict(json.load(sys.stdin)))

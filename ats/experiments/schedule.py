@@ -1,0 +1,24 @@
+"""How the learning rate and the entropy weight change over a training."""
+
+import math
+
+from ats.experiments.config import OptimConfig
+
+
+def entropy_weight(step: int, total: int, optim: OptimConfig) -> float:
+    """λ at a step of `total`: as configured while there is little to go by, less once there is much."""
+    return optim.entropy_weight * _fall(step / total, optim)
+
+
+def learning_rate_factor(step: int, total: int, optim: OptimConfig) -> float:
+    """What the learning rate is multiplied with at a step of `total`."""
+    warmup = round(optim.warmup * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    return _fall((step - warmup) / max(1, total - warmup), optim)
+
+
+def _fall(progress: float, optim: OptimConfig) -> float:
+    if optim.schedule == "constant":
+        return 1.0
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

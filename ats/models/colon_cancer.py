@@ -1,0 +1,83 @@
+"""The networks of the colon cancer experiment: as published, and our recipe (``modern``).
+
+Published features are those of Ilse et al. 2018, which the paper shares with Deep MIL. What ``modern`` changes and why
+stands in docs/experiments.md.
+"""
+
+from torch import nn
+
+from ats.models.classifier import (
+    ChannelsLast,
+    GlobalMaxPool,
+    L2Normalise,
+    Normalisation,
+    SoftBound,
+    check_networks,
+    conv_norm,
+)
+from ats.models.resnet import RESNET_8, resnet
+
+N_FEATURES = {"paper": 512, "modern": 96}
+ATTENTION_STRIDE = {"paper": 1, "modern": 2}  # view pixels a cell
+ATTENTION_LOSS = {"paper": 0, "modern": 0}  # view pixels lost at the borders
+NORMALISATION: dict[str, Normalisation] = {"paper": (None, None), "modern": ([0.76, 0.6, 0.75], [0.15, 0.2, 0.15])}
+
+
+def attention_network(networks: str) -> nn.Sequential:
+    """View (B, 3, h, w) -> logits (B, 1, h // stride, w // stride)."""
+    check_networks(networks)
+    if networks == "paper":
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(8, 1, 3, padding=1),
+        )
+    return nn.Sequential(
+        ChannelsLast(),
+        *conv_norm(3, 16, kernel=3),
+        *conv_norm(16, 16, kernel=3),
+        nn.MaxPool2d(2),
+        *conv_norm(16, 16, kernel=3),
+        nn.Conv2d(16, 1, 3, padding=1),
+        SoftBound(5.0),
+    )
+
+
+def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
+    """Patches (M, 3, 27, 27) -> features (M, N_FEATURES), of length 1 if `normalised`."""
+    check_networks(networks)
+    layers: list[nn.Module]
+    if networks == "paper":
+        layers = [
+            nn.Conv2d(3, 36, 4),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(36, 48, 3),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(48 * 5 * 5, 512),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.Linear(512, 512),
+            nn.ReLU(),
+            nn.Dropout(),
+        ]
+    else:
+        layers = [
+            *conv_norm(3, 32, kernel=3),
+            nn.MaxPool2d(2),
+            *conv_norm(32, 48, kernel=3),
+            *conv_norm(48, 64, kernel=3, stride=2),
+            *conv_norm(64, 96, kernel=3),
+            GlobalMaxPool(),
+        ]
+    return nn.Sequential(ChannelsLast(), *layers, *([L2Normalise()] if normalised else []))
+
+
+def image_network(networks: str) -> tuple[nn.Sequential, int]:
+    """The CNN's layers from images (B, 3, H, W) to features, and how many these are: the same for both `networks`."""
+    check_networks(networks)
+    return nn.Sequential(ChannelsLast(), *resnet(3, **RESNET_8)), RESNET_8["widths"][-1]

@@ -1,0 +1,90 @@
+"""The networks of the speed limits experiment: as published, and our recipe (``modern``).
+
+What ``modern`` changes and why stands in docs/experiments.md.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ats.models.classifier import (
+    ChannelsLast,
+    GlobalMaxPool,
+    L2Normalise,
+    Normalisation,
+    SoftBound,
+    check_networks,
+    conv_norm,
+)
+from ats.models.resnet import RESNET_8, RESNET_16, resnet
+
+N_FEATURES = {"paper": 32, "modern": 96}
+ATTENTION_STRIDE = {"paper": 8, "modern": 8}  # view pixels a cell
+ATTENTION_LOSS = {"paper": 8, "modern": 0}  # view pixels lost by the unpadded convolutions
+_MEAN, _STD = 0.4, 0.25
+NORMALISATION: dict[str, Normalisation] = {"paper": (None, None), "modern": ([_MEAN] * 3, [_STD] * 3)}
+
+
+class _FromRedness(nn.Sequential):
+    """Layers whose logits add to how red the view is, so that attention starts where a sign's rim may be.
+
+    It may go anywhere from there: redness has a weight of its own, which is learned with the rest.
+    """
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.weight = nn.Parameter(torch.tensor(25.0))
+
+    def forward(self, view: Tensor) -> Tensor:
+        """Normalised view (B, 3, h, w) -> logits (B, 1, h // 8, w // 8), of mean 0."""
+        red, green, blue = (view * _STD + _MEAN).split(1, dim=1)
+        others = torch.maximum(green, blue)
+        redness = (red - others) / (torch.maximum(red, others) + 0.1)  # of the colour, be it bright or dark
+        logits = super().forward(view) + self.weight * F.max_pool2d(redness, ATTENTION_STRIDE["modern"])
+        return logits - logits.mean((1, 2, 3), keepdim=True)  # in the middle of the bound that follows
+
+
+def attention_network(networks: str) -> nn.Sequential:
+    """View (B, 3, h, w) -> logits (B, 1, (h − lost) // 8, (w − lost) // 8), see ATTENTION_LOSS."""
+    check_networks(networks)
+    if networks == "paper":
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, 8, 3),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3),
+            nn.ReLU(),
+        ]
+        return nn.Sequential(ChannelsLast(), *layers, nn.Conv2d(32, 1, 3), nn.MaxPool2d(8))
+    layers = [
+        ChannelsLast(),
+        *conv_norm(3, 16, kernel=4, stride=2, padding=1),
+        *conv_norm(16, 32, kernel=4, stride=2, padding=1),
+        *conv_norm(32, 32, kernel=4, stride=2, padding=1),
+        *conv_norm(32, 32, kernel=3),
+        nn.Conv2d(32, 1, 1),
+    ]
+    return nn.Sequential(_FromRedness(*layers), SoftBound(10.0))
+
+
+def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
+    """Patches (M, 3, ph, pw) -> features (M, N_FEATURES), of length 1 if `normalised`."""
+    check_networks(networks)
+    if networks == "paper":
+        layers = resnet(3, **RESNET_8)
+    else:
+        layers = [
+            *conv_norm(3, 24, kernel=4, stride=2, padding=1),
+            *conv_norm(24, 48, kernel=3, stride=2),
+            *conv_norm(48, 64, kernel=3, stride=2),
+            *conv_norm(64, 96, kernel=3),
+            GlobalMaxPool(),
+        ]
+    return nn.Sequential(ChannelsLast(), *layers, *([L2Normalise()] if normalised else []))
+
+
+def image_network(networks: str) -> tuple[nn.Sequential, int]:
+    """The CNN's layers from images (B, 3, H, W) to features, and how many these are: the same for both `networks`."""
+    check_networks(networks)
+    return nn.Sequential(ChannelsLast(), *resnet(3, **RESNET_16)), RESNET_16["widths"][-1]

@@ -1,0 +1,274 @@
+"""Tables: what is missing is run, what is done is not, and reports say what was run, on what, and what was not."""
+
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from ats.datasets.synthetic import write_colon_cancer
+from ats.experiments import commands, cost
+from ats.experiments.config import ExperimentConfig, ModelConfig, OptimConfig
+from ats.experiments.data_config import ColonCancerConfig
+from ats.experiments.presets import PRESETS
+from ats.experiments.reproduce import costs, figures, report, runs
+from ats.experiments.reproduce.tables import TABLE_1, TABLES, Table
+from tests.test_image_experiments import CPU
+from tests.test_training import StopAt
+
+SMALL = (100, 100)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_colon_cancer(folder / "colon-cancer", 12, size=100)
+    return folder
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset "quick" and the published sizes, small enough for a test."""
+    paper = PRESETS["colon-cancer"]["paper"]
+    quick = dataclasses.replace(
+        paper,
+        preset="quick",
+        data=ColonCancerConfig(folds=3),
+        model=dataclasses.replace(paper.model, grid_step=50),
+        optim=OptimConfig(epochs=1, batch_size=4),
+        trainer=CPU,
+    )
+    monkeypatch.setitem(PRESETS["colon-cancer"], "quick", quick)
+    monkeypatch.setattr(costs, "measure_bytes", lambda config, device: round(1e6 * config.model.n_patches))
+    monkeypatch.setattr(
+        costs,
+        "measure_seconds",
+        lambda configs, device: cost.measure_seconds(configs, device, rounds=1, image_size=SMALL),
+    )
+
+
+def reproduce(line: str, output: Path, data: Path) -> list[dict]:
+    assert commands.run(["reproduce", "table1", "--output", str(output), "--data", str(data), *line.split()]) == 0
+    return json.loads((output / "table1.json").read_text())
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_table_from_nothing_then_again_then_with_another_seed(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "runs"
+    rows = reproduce("--seeds 1 --methods ATS-10 U-10", output, data)
+    assert [row["method"] for row in rows] == [row.name for row in TABLE_1.rows]
+    by_name = {row["method"]: row for row in rows}
+    ats, mil = by_name["ATS-10"], by_name["Deep MIL"]
+    assert (ats["runs"], ats["seeds"], ats["images_tested"], ats["not_run"]) == (1, [0], 4, [])
+    assert (ats["preset"], ats["data"]) == ("quick", "synthetic CRCHistoPhenotypes")
+    assert ats["test_error_sem"] is None  # of one run there is none
+    assert ats["bytes_per_sample"] == 10e6
+    assert ats["attention"]["times_uniform"] == pytest.approx(
+        ats["attention"]["mass"] / ats["attention"]["uniform_mass"]
+    )
+    assert by_name["U-10"]["attention"] is None
+    assert ats["paper"]["test_error"] == 0.093
+    assert (mil["runs"], mil["train_loss"], mil["test_error"]) == (0, None, None)
+    assert mil["not_run"] == ["train_loss", "test_error"]
+    assert mil["seconds_per_sample"] > 0  # costs are known without a run
+    assert ats["versions"]["torch"] == torch.__version__
+
+    folder = output / "table1" / "quick" / "ats-10-seed-0"
+    trained = json.loads((folder / "training.json").read_text())
+    evaluated = json.loads((folder / "evaluation.json").read_text())
+    assert ats["train_loss"] == trained["metrics"]["train/loss"]
+    assert ats["test_error"] == evaluated["error"]
+    assert evaluated["repeats"] == 5
+
+    text = (output / "table1.md").read_text()
+    assert "| Deep MIL | 1 | not run | not run |" in text
+    assert "Data: synthetic CRCHistoPhenotypes. Preset `quick`; seeds 0." in text
+    assert "data.folds: 10 -> 3" in text  # what was shrunk
+    assert "0.093 ± 0.014" in text  # as published
+    with (output / "table1.csv").open() as file:
+        table = {row["method"]: row for row in csv.DictReader(file)}
+    assert table["Deep MIL"]["test_error"] == "not run"
+    assert float(table["ATS-10"]["test_error"]) == ats["test_error"]
+    assert float(table["ATS-10"]["paper_seconds_per_sample"]) == pytest.approx(0.0018)
+
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    capsys.readouterr()
+    again = reproduce("--seeds 1 --methods ATS-10 U-10", output, data)
+    assert "2 runs, 2 of them complete" in capsys.readouterr().out
+    assert again == rows
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+    more = {row["method"]: row for row in reproduce("--seeds 2 --methods ATS-10", output, data)}
+    assert more["ATS-10"]["runs"] == 2
+    assert more["ATS-10"]["images_tested"] == 8  # another fold
+    assert more["U-10"]["runs"] == 1
+    assert more["ATS-10"]["test_error_sem"] is not None
+
+    only = reproduce("--seeds 2 --no-train --no-cost", output, data)  # reports what there is
+    assert {row["method"]: row["runs"] for row in only} == {name: row["runs"] for name, row in more.items()}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_was_stopped_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["reproduce", "table1", "--output", str(tmp_path), "--data", str(data), "--seeds", "1", "--no-cost"]
+    arguments += ["--methods", "U-10"]
+    stop = StopAt(step=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "train", lambda config: train_with(config, stop))
+        assert commands.run(arguments) == 130
+    folder = tmp_path / "table1" / "quick" / "u-10-seed-0"
+    assert (folder / "config.json").exists()
+    assert not (folder / "evaluation.json").exists()
+    assert commands.run(arguments) == 0
+    assert (folder / "evaluation.json").exists()
+
+
+def train_with(config: ExperimentConfig, callback: StopAt) -> Path:
+    from ats.experiments.training import train
+
+    return train(config, callbacks=(callback,))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_runs_on_other_data_or_with_other_options_are_not_mixed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "runs"
+    arguments = ["reproduce", "table1", "--output", str(output), "--data", str(data), "--seeds", "1", "--no-cost"]
+    arguments += ["--methods", "U-10"]
+    assert commands.run(arguments) == 0
+    note = output / "table1" / "quick" / "data.json"
+    note.write_text(json.dumps({"source": "CRCHistoPhenotypes"}))
+    assert commands.run(arguments) == 1
+    assert "holds runs on CRCHistoPhenotypes, not on synthetic" in capsys.readouterr().err
+    note.unlink()
+    quick = PRESETS["colon-cancer"]["quick"]
+    changed = dataclasses.replace(quick, optim=dataclasses.replace(quick.optim, learning_rate=0.5))
+    monkeypatch.setitem(PRESETS["colon-cancer"], "quick", changed)
+    assert commands.run(arguments) == 1
+    assert "optim.learning_rate: 0.001 -> 0.5" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("tiny")
+def test_every_gpu_gets_a_run_at_a_time(data: Path, tmp_path: Path) -> None:
+    """Processes of their own, each shown one GPU; here they find none, and train on the CPU. One cannot."""
+    good = TABLE_1.config(TABLE_1.rows[0], "quick", 0, tmp_path, data / "colon-cancer")
+    broken = TABLE_1.config(TABLE_1.rows[0], "quick", 1, tmp_path, tmp_path / "nothing")
+    with pytest.raises(RuntimeError, match=r"broken on GPU \d ended with status 1; see .*u-10-seed-1\.log"):
+        runs.run_jobs([runs.Job("good", good), runs.Job("broken", broken)], gpus=(0, 1))
+    assert runs.result_of(good) is not None
+    assert "nothing is not the colon cancer data" in broken.run_folder.with_suffix(".log").read_text()
+
+
+def test_standard_errors() -> None:
+    assert report.mean_and_error([]) == (None, None)
+    assert report.mean_and_error([0.25]) == (0.25, None)
+    mean, error = report.mean_and_error([1.0, 2.0, 6.0])
+    assert mean == 3
+    assert error == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_tables_name_methods_that_exist(table: Table) -> None:
+    assert table.experiment in PRESETS
+    names = [row.name for row in table.rows]
+    assert len({row.slug for row in table.rows}) == len(names)
+    assert set(table.few) <= set(names)
+    folders = {table.config(row, "quick", 0, Path("o"), None).run_folder for row in table.rows}
+    assert len(folders) == len(names)
+    with pytest.raises(ValueError, match=r"no method 'ATS-11', expected some of 'U-"):
+        table.chosen("quick", ("ATS-11",))
+
+
+def test_published_rows_are_those_of_the_paper() -> None:
+    """Spot checks against tables 1 and 2 of the paper."""
+    one = {row.name: row.published for row in TABLES["table1"].rows}
+    two = {row.name: row.published for row in TABLES["table2"].rows}
+    mil, ats, cnn = one["Deep MIL"], two["ATS-5"], two["CNN 0.5"]
+    assert mil is not None
+    assert ats is not None
+    assert cnn is not None
+    assert (mil.test_error, mil.seconds_per_sample, mil.bytes_per_sample) == (0.093, 0.0485, 644_000_000)
+    assert (ats.train_loss, ats.train_loss_sem, ats.test_error) == (0.162, 0.124, 0.089)
+    assert (cnn.test_error, cnn.test_error_sem, cnn.bytes_per_sample) == (0.295, 0.039, 239_000_000)
+    assert sum(published is None for published in (*one.values(), *two.values())) == 2  # the gated attention
+
+
+def test_costs_are_of_the_published_networks_and_sizes() -> None:
+    """Whatever a preset shrinks, the cost stays that of the paper's model."""
+    model = dataclasses.replace(PRESETS["colon-cancer"]["quick"].model, method="mil")
+    config = cost.published("colon-cancer", model)
+    assert (config.model.networks, config.model.grid_step, config.model.patch_size) == ("paper", 10, 27)
+    assert config.model.method == "mil"
+    assert cost.IMAGE_SIZES == {
+        "megapixel-mnist": (1500, 1500), "colon-cancer": (500, 500), "speed-limits": (960, 1280),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["ats", "mil", "cnn"])
+def test_steps_that_are_timed_reach_every_weight(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that skipped a network would look cheap."""
+    models = []
+    build = cost.build_model
+    monkeypatch.setattr(cost, "build_model", lambda config: models.append(build(config)) or models[-1])
+    config = cost.published("colon-cancer", ModelConfig(method=method))  # type: ignore[arg-type]
+    step = cost.training_step(config, image_size=SMALL)
+    torch.manual_seed(0)
+    step()
+    assert all(weight.grad is not None for weight in models[0].parameters())
+    timing = cost.measure_seconds({"one": config}, rounds=2, image_size=SMALL)["one"]
+    assert 0 < timing.lower <= timing.median <= timing.upper
+    assert timing.steps >= 2
+
+
+def test_memory_grows_with_what_is_kept() -> None:
+    """Deep MIL on four times the pixels keeps four times the activations; 2,500 patches' worth is tens of megabytes."""
+    config = cost.published("colon-cancer", ModelConfig(method="mil"))
+    small, large = (cost.measure_bytes(config, image_size=(side, side)) for side in (150, 300))
+    # Every 27×27 patch keeps at least the two convolutions' outputs: (36·24² + 48·10²) floats; 900 patches at 300.
+    kept = 900 * (36 * 24**2 + 48 * 10**2) * 4
+    assert kept < large < 6 * kept
+    assert 2.5 < large / small < 6
+
+
+def test_memory_that_cannot_be_measured_says_why() -> None:
+    config = cost.published("colon-cancer", ModelConfig(n_patches=100_000))
+    with pytest.raises(RuntimeError, match=r"(?s)measuring ats-100000 ended with status 1.*cannot draw n=100000"):
+        cost.measure_bytes(config, image_size=SMALL)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_figures_of_the_complete_runs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Curves, maps over the training and over N, a comparison and the sweep; what was not run is named."""
+    quick = PRESETS["colon-cancer"]["quick"]
+    longer = dataclasses.replace(quick, optim=dataclasses.replace(quick.optim, epochs=3))
+    monkeypatch.setitem(PRESETS["colon-cancer"], "quick", longer)
+    monkeypatch.setattr(figures, "ENTROPY_WEIGHTS", (0.0, 0.1))
+    output = tmp_path / "runs"
+    reproduce("--seeds 1 --no-cost --methods ATS-10 ATS-50", output, data)
+    arguments = ["reproduce", "figures", "--seeds", "1", "--output", str(output), "--data", str(data)]
+    assert commands.run(arguments) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "table2-curves.png: not run" in printed
+    names = {path.name for path in (output / "figures").iterdir()}
+    assert names == {
+        "table1-curves.png", "table1-over-training.png", "table1-over-patches.png", "table1-comparison.png",
+        "entropy-curves.png", "entropy-maps.png",
+    }  # fmt: skip
+    curve = json.loads((output / "table1" / "quick" / "ats-10-seed-0" / "curve.json").read_text())["points"]
+    assert [point["step"] for point in curve] == [2, 4, 6]  # three epochs of two steps, each of them kept
+    seconds = [point["seconds"] for point in curve]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+    summary = json.loads((output / "table1" / "quick" / "ats-10-seed-0" / "training.json").read_text())
+    assert curve[-1]["train_loss"] == pytest.approx(summary["metrics"]["train/loss"])
+    swept = json.loads((output / "entropy" / "quick" / "weight-0.1" / "config.json").read_text())
+    assert swept["optim"]["entropy_weight"] == 0.1
+    assert commands.run(["reproduce", "figures", "--methods", "ATS-10"]) == 1
+    assert "methods are those of one table" in capsys.readouterr().err
