@@ -13,8 +13,7 @@ import ats
 from ats.datasets.megapixel_mnist import N_CLASSES, MegapixelMNIST
 from ats.datasets.mnist import load_digits
 from ats.experiments.study.methods import released_coefficients
-from ats.models import attention_network, feature_network
-from ats.models.megapixel_mnist import ATTENTION_STRIDE, N_FEATURES
+from ats.models.megapixel_mnist import ATTENTION_STRIDE, N_FEATURES, attention_network, feature_network
 
 FORMULAS = ("ordered", "released", "unordered", "unordered-centred")
 _NETWORKS = "modern"
