@@ -193,7 +193,7 @@ class AttentionSampling(nn.Module):
         return pooled, logits, sample
 
     def attention_logits(self, view: Tensor, image: Tensor) -> Tensor:
-        """View (B, C, h, w) of images (B, C, H, W) -> logits (B, gh, gw) or (B, 1, gh, gw), cells that cover the view."""
+        """View (B, C, h, w) and image (B, C, H, W) -> logits (B, gh, gw) or (B, 1, gh, gw), whose cells are checked."""
         # Before the attention network runs: on an image in the view's place it would take long, or fail obscurely.
         functional.check_view(view, image, self.sampler.receptive_field)
         logits = self.attention(view)
