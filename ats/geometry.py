@@ -93,8 +93,8 @@ def receptive_field(module: nn.Module, *, channels: int | None = None) -> int:
     Args:
         module: any network from views (B, C, h, w) to logits (B, gh, gw) or (B, 1, gh, gw) whose cells depend on a
             neighbourhood each: convolutions, pooling, upsampling, branches, modules of your own. It is copied and run
-            in float64 on the CPU, in evaluation mode. Softmax, group, instance and layer normalisation are left out:
-            they take statistics of the whole view, but move nothing.
+            in float64 on the CPU, in evaluation mode. Softmax, group, instance and layer normalisation, and means,
+            sums and maxima over whole maps, are left out: they take statistics of the view, but move nothing.
         channels: C of the views; where None, what the network's first convolution takes, or what works of 1 to 4.
 
     Raises:
@@ -124,11 +124,16 @@ def lost_and_step(module: nn.Module, *, channels: int | None = None) -> tuple[in
 
 
 class _Local(TorchFunctionMode):
-    """Leave out what takes statistics of the whole view."""
+    """Leave out what takes statistics of the whole view: those that are divided by or subtracted, and plain ones."""
 
     SKIPPED = frozenset({
         F.softmax, torch.softmax, Tensor.softmax, F.log_softmax, torch.log_softmax, Tensor.log_softmax,
         F.group_norm, torch.group_norm, F.instance_norm, F.layer_norm, torch.layer_norm,
+    })  # fmt: skip
+
+    STATISTICS = frozenset({
+        torch.mean, Tensor.mean, torch.sum, Tensor.sum, torch.amax, Tensor.amax, torch.amin, Tensor.amin,
+        torch.var, Tensor.var, torch.std, Tensor.std, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
     })  # fmt: skip
 
     def __torch_function__(
@@ -139,7 +144,13 @@ class _Local(TorchFunctionMode):
             return args[0] if args else kwargs["input"]
         if func is F.interpolate and kwargs.get("align_corners"):
             raise ValueError("upsampling with align_corners=True spreads the cells unevenly; use align_corners=False")
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in self.STATISTICS and args and args[0].ndim > 2:
+            maps = args[0]  # (B, …, h, w)
+            if 1 < maps.shape[-2] * maps.shape[-1] <= maps.numel() // max(1, result.numel()):
+                stand_in = torch.linspace(0, 1, maps[0].numel(), dtype=maps.dtype).view_as(maps[0])
+                return func(stand_in.expand_as(maps), *args[1:], **kwargs)  # of numbers that no view has a part in
+        return result
 
 
 class _Probe:
@@ -185,7 +196,7 @@ class _Probe:
             return int(lost), step
         raise ValueError(
             f"in views up to {_SIDES[-1]} pixels no cells of the attention network were found that depend on a part of "
-            "the view each and lie at equal steps: does it pool over the whole view, or give a grid of fixed size? "
+            "the view each and lie at equal steps: does it mix the whole view, or give a grid of fixed size? "
             f"Then {_ADVICE}"
         )
 

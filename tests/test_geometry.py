@@ -129,6 +129,20 @@ class UNet(nn.Module):
         return self.last(torch.cat([fine, coarse], 1))
 
 
+class Gated(nn.Module):
+    """Squeeze and excitation, in three ways, and logits of mean 0: positions stay what they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.first, self.last = nn.AdaptiveMaxPool2d(1), conv(3), conv(4, stride=4)
+
+    def forward(self, view):
+        maps = self.first(view)
+        maps = maps * maps.mean((2, 3), keepdim=True).sigmoid() * self.pool(maps)
+        logits = self.last(maps / maps.std((-2, -1), keepdim=True))
+        return logits - torch.mean(logits, dim=(1, 2, 3), keepdim=True)
+
+
 class Shifted(nn.Module):
     """A layer of one's own: each cell looks at its own pixel and at the one three to the left and above."""
 
@@ -154,6 +168,7 @@ NETWORKS = {
     "u-net": (lambda: [UNet()], 0, 1, 32),
     "own layer": (lambda: [conv(), Shifted()], 5, 1, 20),
     "group norm and softmax": (lambda: [conv(3, 2, 4), nn.GroupNorm(2, 4), conv(1, 4, 1), nn.Softmax2d()], 2, 1, 12),
+    "gates and other statistics": (lambda: [Gated()], 2, 4, 22),
     "nearest upsampling": (lambda: [nn.MaxPool2d(4), conv(padding=1), nn.Upsample(scale_factor=2)], 0, 2, 40),
     "bilinear upsampling": (lambda: [conv(), nn.Upsample(scale_factor=2, mode="bilinear")], 2, Fraction(1, 2), 20),
     "transposed": (lambda: [nn.AvgPool2d(4), nn.ConvTranspose2d(1, 1, 2, stride=2)], 0, 2, 24),
@@ -181,7 +196,7 @@ def pixels_seen(network, channels, side, axis):
     return [(int(cell.nonzero()[0]), int(cell.nonzero()[-1])) for cell in depends.t()]
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if "softmax" not in name])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_receptive_field_puts_cells_where_the_network_looks(name):
     """The centre of what changes a cell is rf/2 + (i + ½)·step; cells at a padded border see less and are left out.
 
@@ -195,6 +210,11 @@ def test_receptive_field_puts_cells_where_the_network_looks(name):
     channels = 3 if name == "residual" else 1
     assert lost_and_step(network) == (lost, step)
     assert ats.receptive_field(network) == lost
+    if (
+        "softmax" in name or "statistics" in name
+    ):  # a little of everything is in each cell, which no impulse tells apart
+        assert lost + network(torch.rand(1, 1, side, side, dtype=torch.float64)).shape[-1] * step == side
+        return
     for axis in (0, 1):
         seen = pixels_seen(network, channels, side, axis)
         assert lost + len(seen) * step == side
@@ -260,19 +280,13 @@ class SwallowsNaN(nn.Module):
         return view + F.avg_pool2d(view.nan_to_num(), 3, stride=1, padding=1)
 
 
-class Gated(nn.Module):
-    """Squeeze and excitation: every cell depends on the whole view."""
-
-    def forward(self, view):
-        return view * view.mean((2, 3), keepdim=True)
-
-
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (nn.Sequential(nn.AdaptiveMaxPool2d(4)), "does it pool over the whole view, or give a grid of fixed size"),
+        (nn.Sequential(nn.AdaptiveMaxPool2d(4)), "does it mix the whole view, or give a grid of fixed size"),
         (nn.AdaptiveMaxPool2d(8), "8 cells of 16 pixels, 8 of 24.*the grid's size is fixed"),
-        (Gated(), "does it pool over the whole view"),
+        (nn.Linear(16, 16), "does it mix the whole view"),
+        (nn.AdaptiveAvgPool2d(1), "do not depend on the view"),
         (SwallowsNaN(), "a layer replaces NaN by numbers"),
         (nn.Flatten(), r"must give a tensor \(B, gh, gw\)"),
         (conv(3, 7, 1).requires_grad_(False).apply(lambda layer: layer.weight.data.fill_(float("nan"))), "gives NaN"),
