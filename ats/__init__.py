@@ -4,7 +4,7 @@ A small network looks at a low-resolution view, a few patches are drawn from its
 read from the full-resolution image (Katharopoulos & Fleuret, ICML 2019).
 """
 
-from ats import nn
+from ats import diagnostics, nn
 from ats.functional import (
     PatchSample,
     area_downsample,
@@ -12,17 +12,26 @@ from ats.functional import (
     expectation,
     sample_patches,
 )
-from ats.geometry import cell_offsets, receptive_field
+from ats.geometry import cell_offsets, patch_positions, receptive_field
+from ats.inference import Prediction, anytime, predict
+from ats.variance import Estimate, estimate
 from ats.version import __version__
 
 __all__ = [
+    "Estimate",
     "PatchSample",
+    "Prediction",
     "__version__",
+    "anytime",
     "area_downsample",
     "cell_offsets",
+    "diagnostics",
+    "estimate",
     "estimator_weights",
     "expectation",
     "nn",
+    "patch_positions",
+    "predict",
     "receptive_field",
     "sample_patches",
 ]

@@ -1,6 +1,7 @@
 """The functions of `ats.functional` as modules, and the whole model with its attention and feature networks."""
 
 import inspect
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from ats import functional
 from ats.functional import PatchSample
-from ats.geometry import lost_and_step
+from ats.geometry import lost_and_step, patch_positions
 from ats_kernels._checks import Normalisation, check_choice, check_count, check_pair
 from ats_kernels.expectation import check_estimator
 from ats_kernels.extract_patches import PADDINGS
@@ -118,8 +119,10 @@ class AttentionSampling(nn.Module):
         patch_size: pixels, an int or (ph, pw).
         replace, method, padding, mean, std, dtype: as in `ats.sample_patches`.
         estimator, control_variate: as in `ats.expectation`.
-        receptive_field: view pixels that the attention network loses along an axis, or "auto" to work it out from
-            its layers (`ats.receptive_field`).
+        receptive_field: view pixels that the attention network loses along an axis, or "auto" to measure it
+            (`ats.receptive_field`).
+        positions: tell the feature network where patches lie: it is called as feature(patches, positions), with
+            positions (M, 2) the patches' centres (y, x) in [0, 1], see `ats.patch_positions` (paper, section 3.4).
 
     `sampler.n_patches`, `sampler.method` and `sampler.replace` may be changed at any time, e.g. for evaluation.
     """
@@ -136,6 +139,7 @@ class AttentionSampling(nn.Module):
         estimator: str = "ordered",
         control_variate: bool = False,
         receptive_field: int | str = 0,
+        positions: bool = False,
         padding: str = "zeros",
         mean: Normalisation = None,
         std: Normalisation = None,
@@ -143,7 +147,7 @@ class AttentionSampling(nn.Module):
     ) -> None:
         super().__init__()
         check_estimator(estimator, replace=replace)
-        self.grid_step: int | None = None  # view pixels, where known
+        self.grid_step: Fraction | None = None  # view pixels, where known
         if isinstance(receptive_field, str):
             if receptive_field != "auto":
                 raise ValueError(f"receptive_field must be an int or 'auto', got {receptive_field!r}")
@@ -163,25 +167,33 @@ class AttentionSampling(nn.Module):
         )
         self.estimator = estimator
         self.control_variate = control_variate
+        self.positions = positions
 
     def forward(
         self, view: Tensor, image: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, PatchSample]:
-        """View (B, C, h, w) and image (B, C, H, W) -> pooled features (B, …), logits, PatchSample."""
-        logits = self._logits(view, image)
+        """View (B, C, h, w) and image (B, C, H, W) -> pooled features (B, …), logits, PatchSample.
+
+        The most probable cells ("topk") are no random draw: they are pooled by their attention, scaled to sum to 1.
+        """
+        logits = self.attention_logits(view, image)
         sample = self.sampler(image, logits, view_size=tuple(view.shape[-2:]), generator=generator)
-        batch, n_patches = sample.indices.shape
-        features = self.feature(sample.patches.flatten(0, 1)).unflatten(0, (batch, n_patches))
-        pooled = functional.expectation(
-            features,
-            sample.log_attention,
-            replace=self.sampler.replace,
-            estimator=self.estimator,
-            control_variate=self.control_variate,
-        )
+        features = self.patch_features(sample.patches, sample.offsets, (image.shape[2], image.shape[3]))
+        if self.sampler.method == "topk":
+            weights = sample.log_attention.softmax(-1).to(features.dtype)
+            pooled = torch.einsum("bn,bn...->b...", weights, features)
+        else:
+            pooled = functional.expectation(
+                features,
+                sample.log_attention,
+                replace=self.sampler.replace,
+                estimator=self.estimator,
+                control_variate=self.control_variate,
+            )
         return pooled, logits, sample
 
-    def _logits(self, view: Tensor, image: Tensor) -> Tensor:
+    def attention_logits(self, view: Tensor, image: Tensor) -> Tensor:
+        """View (B, C, h, w) and image (B, C, H, W) -> logits (B, gh, gw) or (B, 1, gh, gw), whose cells are checked."""
         # Before the attention network runs: on an image in the view's place it would take long, or fail obscurely.
         functional.check_view(view, image, self.sampler.receptive_field)
         logits = self.attention(view)
@@ -196,23 +208,38 @@ class AttentionSampling(nn.Module):
                     )
         return logits
 
+    def patch_features(self, patches: Tensor, offsets: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Patches (B, M, C, ph, pw) at offsets (B, M, 2) of images of a size (H, W) -> features (B, M, …)."""
+        flat = patches.flatten(0, 1)
+        if self.positions:
+            positions = patch_positions(offsets, self.sampler.patch_size, image_size).flatten(0, 1)
+            features = self.feature(flat, positions.to(patches.dtype))
+        else:
+            features = self.feature(flat)
+        return features.unflatten(0, tuple(patches.shape[:2]))
+
+    def read_cells(
+        self, image: Tensor, indices: Tensor, grid_size: tuple[int, int], view_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """The patches (B, M, C, ph, pw) of cells (B, M) of a grid (gh, gw) on a view (h, w), and their offsets."""
+        return functional.extract_cells(image, indices, grid_size, view_size=view_size, **self.sampler.reading())
+
     def full(self, view: Tensor, image: Tensor, *, chunk_size: int = 1024) -> Tensor:
         """Φ = Σ_i a_i f_i (B, …) over all K cells, `chunk_size` patches at a time: the model without sampling.
 
         It reads K patches an image: for checks and small images. It works with gradients too, for which the
         features of all chunks are kept; evaluate under ``torch.no_grad()`` where none are wanted.
         """
-        logits = self._logits(view, image)
+        logits = self.attention_logits(view, image)
         grid = (logits.shape[-2], logits.shape[-1])
         log_attention = logits.flatten(1).log_softmax(-1)  # (B, K)
         cells = torch.arange(log_attention.shape[1], device=logits.device)
-        reading = self.sampler.reading() | {"view_size": tuple(view.shape[-2:])}
         batch = logits.shape[0]
         total: Tensor | None = None
         for some in cells.split(max(1, chunk_size // batch)):
             indices = some.expand(batch, -1)  # (B, M)
-            patches, _ = functional.extract_cells(image, indices, grid, **reading)
-            features = self.feature(patches.flatten(0, 1)).unflatten(0, (batch, len(some)))  # (B, M, …)
+            patches, offsets = self.read_cells(image, indices, grid, (view.shape[-2], view.shape[-1]))
+            features = self.patch_features(patches, offsets, (image.shape[2], image.shape[3]))  # (B, M, …)
             attention = log_attention[:, some].exp().to(features.dtype)
             part = torch.einsum("bm,bm...->b...", attention, features)
             total = part if total is None else total + part

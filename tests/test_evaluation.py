@@ -62,6 +62,26 @@ def test_topk_needs_no_seed_and_leaves_the_model_as_it_was(checkpoint: Path) -> 
         evaluate(task, method="topk", repeats=2)
 
 
+def test_anytime_reads_what_it_needs(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tolerance that is always met stops at the first look, one that never is spends the budget; a seed repeats."""
+    task = load_task(checkpoint)
+    loose, tight = (evaluate(task, method="anytime", budget=12, tolerance=t, repeats=2) for t in (1e6, 0.0))
+    assert (loose.n_patches, tight.n_patches) == (8, 12)
+    assert tight == evaluate(task, method="anytime", budget=12, tolerance=0.0, repeats=2)
+    result = tmp_path / "result.json"
+    line = f"evaluate {checkpoint} --method anytime --lead 2 --budget 14 --images 6 --output {result}"
+    assert commands.run(line.split()) == 0
+    assert "patches, anytime" in " ".join(capsys.readouterr().out.split())
+    assert 8 <= json.loads(result.read_text())["n_patches"] <= 14
+    for options, message in [
+        ({"method": "anytime"}, "needs a tolerance or a lead"),
+        ({"method": "anytime", "lead": 2.0, "n_patches": 5}, "give it a budget, not n_patches=5"),
+        ({"lead": 2.0}, "a tolerance or a lead is for method='anytime', got method='sample'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            evaluate(task, **options)  # type: ignore[arg-type]
+
+
 def test_topk_works_for_a_model_trained_with_replacement() -> None:
     config = tiny(Path("unused"))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, replace=True))

@@ -5,9 +5,14 @@ from fractions import Fraction
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import activation
 
 import ats
+from ats import models as ats_models
+from ats.geometry import lost_and_step
+from tests.helpers import seeded
 
 # One axis each: image, view, receptive field, grid, patch.
 MNIST = (1500, 180, 0, 180, 50)
@@ -82,49 +87,179 @@ def test_view_size_only_matters_with_a_receptive_field():
     assert not torch.equal(lossy, expected)
 
 
-def conv(kernel=3, **options):
-    return nn.Conv2d(1, 1, kernel, **options)
+@pytest.mark.parametrize(("image", "grid", "patch"), [(24, 8, 5), (7, 7, 4), (7, 14, 3), (100, 9, 50), (5, 40, 2)])
+def test_positions_are_centres_in_the_unit_square(image, grid, patch):
+    """Within half a pixel of the cell's own centre, and never outside, however fine the grid or large the patch."""
+    offsets = ats.cell_offsets(torch.arange(grid * grid), (grid, grid), (image, 2 * image), (patch, patch))
+    positions = ats.patch_positions(offsets, (patch, patch), (image, 2 * image))
+    centres = (torch.arange(grid) + 0.5) / grid
+    exact = torch.cartesian_prod(centres, centres)
+    assert ((positions - exact).abs() * torch.tensor([image, 2 * image]) < 0.5001).all()
+    assert positions.dtype == torch.float32
+    assert 0 <= positions.min() <= positions.max() <= 1
 
 
-STACKS = {
-    # name: (layers, lost view pixels, side of a view that the grid covers without remainder)
-    "same, by number": (lambda: [conv(padding=1), nn.Tanh(), conv(5, padding=2), nn.ReLU()], 0, 12),
-    "same, by name": (lambda: [conv(padding="same"), nn.BatchNorm2d(1), conv(1)], 0, 12),
-    "unpadded": (lambda: [conv(), nn.ReLU(), conv(5, padding="valid")], 6, 12),
-    "speed limits": (lambda: [*(conv() for _ in range(4)), nn.MaxPool2d(8)], 8, 40),
-    "dilated": (lambda: [conv(dilation=2), conv(dilation=(3, 3))], 10, 20),
-    "half padded": (lambda: [conv(5, padding=1)], 2, 12),
-    "kernel as large as its stride": (lambda: [conv(2, stride=2), nn.AvgPool2d(3)], 0, 24),
-    "wide kernel, stride 2": (lambda: [conv(4, stride=2), conv()], 6, 20),
-    "overlapping pool": (lambda: [nn.MaxPool2d(3, stride=1, dilation=2), nn.AvgPool2d(2)], 4, 20),
-    "nested": (lambda: [nn.Sequential(conv(), nn.Sequential(nn.ReLU(), conv())), nn.Dropout(), nn.MaxPool2d(2)], 4, 20),
-}
+def conv(kernel=3, inputs=1, outputs=1, **options):
+    return nn.Conv2d(inputs, outputs, kernel, **options)
 
 
-def pixels_seen(network, side):
-    """For each row of the grid, the first and last row of the view that it depends on, found with NaNs."""
-    seen = []
-    for row in range(side):
-        view = torch.zeros(1, 1, side, side, dtype=torch.float64)
-        view[:, :, row] = float("nan")
-        seen.append(network(view)[0, 0].isnan().any(-1))
-    depends = torch.stack(seen)  # (h, gh)
-    return [(int(rows.nonzero()[0]), int(rows.nonzero()[-1])) for rows in depends.t()]
+class Residual(nn.Module):
+    """Branches that are added and concatenated, by functions rather than layers; logits without a channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = conv(3, 3, 8, padding=1), conv(3, 8, 8, padding=1), conv(3, 16, 1)
+
+    def forward(self, view):
+        maps = self.first(view).relu()
+        maps = maps + self.second(maps)
+        return self.last(torch.cat([maps, F.max_pool2d(maps, 3, stride=1, padding=1)], 1)).squeeze(1)
 
 
-@pytest.mark.parametrize("name", STACKS)
+class UNet(nn.Module):
+    """Down by 4 and up again, beside a branch at full resolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine, self.coarse, self.last = conv(3, 1, 4, padding=1), conv(3, 4, 4, padding=1), conv(3, 8, 1, padding=1)
+
+    def forward(self, view):
+        fine = torch.tanh(self.fine(view))
+        coarse = F.interpolate(self.coarse(F.avg_pool2d(fine, 4)), scale_factor=4, mode="bilinear")
+        return self.last(torch.cat([fine, coarse], 1))
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation, in three ways, and logits of mean 0: positions stay what they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.first, self.last = nn.AdaptiveMaxPool2d(1), conv(3), conv(4, stride=4)
+
+    def forward(self, view):
+        maps = self.first(view)
+        maps = maps * maps.mean((2, 3), keepdim=True).sigmoid() * self.pool(maps)
+        logits = self.last(maps / maps.std((-2, -1), keepdim=True))
+        return logits - torch.mean(logits, dim=(1, 2, 3), keepdim=True)
+
+
+class Shifted(nn.Module):
+    """A layer of one's own: each cell looks at its own pixel and at the one three to the left and above."""
+
+    def forward(self, view):
+        return view[:, :, 3:, 3:] * view[:, :, :-3, :-3]
+
+
+NETWORKS = {
+    # name: (network, lost view pixels, step, side of a view that the grid covers without remainder)
+    "same, by number": (lambda: [conv(padding=1), nn.Tanh(), conv(5, padding=2), nn.ReLU()], 0, 1, 24),
+    "same, by name": (lambda: [conv(padding="same"), nn.BatchNorm2d(1), conv(1)], 0, 1, 12),
+    "unpadded": (lambda: [conv(), nn.ReLU(), conv(5, padding="valid")], 6, 1, 24),
+    "speed limits": (lambda: [*(conv() for _ in range(4)), nn.MaxPool2d(8)], 8, 8, 40),
+    "dilated": (lambda: [conv(dilation=2), conv(dilation=(3, 3))], 10, 1, 30),
+    "half padded": (lambda: [conv(5, padding=1)], 2, 1, 12),
+    "kernel as large as its stride": (lambda: [conv(2, stride=2), nn.AvgPool2d(3)], 0, 6, 24),
+    "wide kernel, stride 2": (lambda: [conv(4, stride=2), conv()], 6, 2, 20),
+    "overlapping pool": (lambda: [nn.MaxPool2d(3, stride=1, dilation=2), nn.AvgPool2d(2)], 4, 2, 20),
+    "nested": (
+        lambda: [nn.Sequential(conv(), nn.Sequential(nn.ReLU(), conv())), nn.Dropout(), nn.MaxPool2d(2)], 4, 2, 20
+    ),
+    "residual": (lambda: [Residual()], 2, 1, 24),
+    "u-net": (lambda: [UNet()], 0, 1, 32),
+    "own layer": (lambda: [conv(), Shifted()], 5, 1, 20),
+    "group norm and softmax": (lambda: [conv(3, 2, 4), nn.GroupNorm(2, 4), conv(1, 4, 1), nn.Softmax2d()], 2, 1, 12),
+    "gates and other statistics": (lambda: [Gated()], 2, 4, 22),
+    "nearest upsampling": (lambda: [nn.MaxPool2d(4), conv(padding=1), nn.Upsample(scale_factor=2)], 0, 2, 40),
+    "bilinear upsampling": (lambda: [conv(), nn.Upsample(scale_factor=2, mode="bilinear")], 2, Fraction(1, 2), 20),
+    "transposed": (lambda: [nn.AvgPool2d(4), nn.ConvTranspose2d(1, 1, 2, stride=2)], 0, 2, 24),
+    "rounded up": (lambda: [nn.MaxPool2d(2, ceil_mode=True)], 0, 2, 12),
+    "one side padded more, made up for by the stride": (lambda: [nn.ZeroPad2d((0, 1, 0, 1)), conv(stride=2)], 1, 2, 21),
+    "reflected": (lambda: [conv(5, padding=2, padding_mode="reflect")], 0, 1, 12),
+}  # fmt: skip
+
+
+def pixels_seen(network, channels, side, axis):
+    """For each cell along an axis, the first and last row of the view that change it: finite impulses, many times.
+
+    A ReLU or a maximum hides most impulses, so each row gets 12 of them, on views of their own.
+    """
+    changes = []
+    for number in range(12):
+        view = torch.randn(1, channels, side, side, dtype=torch.float64, generator=seeded(number))
+        views = view.repeat(side, 1, 1, 1)
+        rows = torch.arange(side)
+        views.movedim(2 + axis, 1)[rows, rows] += (-1) ** number * 10
+        with torch.no_grad():
+            changed = (network(views) - network(view)).reshape(side, -1, *network(view).shape[-2:]).abs().sum(1) > 1e-12
+        changes.append(changed.movedim(1 + axis, 1).any(-1))
+    depends = torch.stack(changes).any(0)  # (side, cells)
+    return [(int(cell.nonzero()[0]), int(cell.nonzero()[-1])) for cell in depends.t()]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_receptive_field_puts_cells_where_the_network_looks(name):
-    """The centre of what a cell sees is rf/2 + (i + ½)·step; cells at a padded border see less and are left out."""
-    layers, lost, side = STACKS[name]
+    """The centre of what changes a cell is rf/2 + (i + ½)·step; cells at a padded border see less and are left out.
+
+    Upsampled cells take turns at what they share, so their centres are right on average and within a source cell.
+    """
+    layers, lost, step, side = NETWORKS[name]
     torch.manual_seed(0)
     network = nn.Sequential(*layers()).double().eval()
+    for parameter in network.parameters():  # biases in reach of both sides of a ReLU
+        parameter.data.mul_(2)
+    channels = 3 if name == "residual" else 1
+    assert lost_and_step(network) == (lost, step)
     assert ats.receptive_field(network) == lost
-    seen = pixels_seen(network, side)
-    step = (side - lost) / len(seen)
-    inner = [cell for cell, (first, last) in enumerate(seen) if first > 0 and last < side - 1]
-    assert inner, "the view is too small to look at a cell away from its border"
-    for cell in inner:
-        assert sum(seen[cell]) / 2 + 0.5 == pytest.approx(lost / 2 + (cell + 0.5) * step)
+    if (
+        "softmax" in name or "statistics" in name
+    ):  # a little of everything is in each cell, which no impulse tells apart
+        assert lost + network(torch.rand(1, 1, side, side, dtype=torch.float64)).shape[-1] * step == side
+        return
+    for axis in (0, 1):
+        seen = pixels_seen(network, channels, side, axis)
+        assert lost + len(seen) * step == side
+        inner = [cell for cell, (first, last) in enumerate(seen) if first > 0 and last < side - 1]
+        assert inner, "the view is too small to look at a cell away from its border"
+        off = torch.tensor([float(sum(seen[cell]) / 2 + 0.5 - lost / 2 - (cell + 0.5) * step) for cell in inner])
+        if "upsampling" in name or name in ("transposed", "u-net"):
+            assert off.abs().max() <= 2
+            assert off[: len(off) // 4 * 4].mean().abs() < 1e-9 or name == "u-net"
+        else:
+            assert off.abs().max() < 1e-9
+
+
+def test_measuring_leaves_the_network_and_the_random_numbers_alone():
+    """It runs on a copy: batch norm keeps its statistics, parameters their gradients, the random stream its place."""
+    network = nn.Sequential(conv(), nn.BatchNorm2d(1), nn.Dropout(), conv())
+    network(torch.randn(2, 1, 12, 12)).sum().backward()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    gradient, state = network[0].weight.grad.clone(), torch.get_rng_state()
+    assert ats.receptive_field(network) == 4
+    assert network.training
+    assert network[0].weight.dtype == torch.float32
+    assert torch.equal(network[0].weight.grad, gradient)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_channels_are_found_out_or_given():
+    class Brightness(nn.Module):
+        def forward(self, view):
+            red, green, blue = view.unbind(1)
+            return F.avg_pool2d((red + green + blue).unsqueeze(1), 2)
+
+    assert lost_and_step(Brightness()) == (0, 2)
+    nine = nn.Sequential(nn.PixelShuffle(3), nn.AvgPool2d(3), conv())
+    assert ats.receptive_field(nine, channels=9) == 2
+
+
+@pytest.mark.parametrize("name", [n for n in activation.__all__ if n not in ("MultiheadAttention", "GLU")])
+def test_no_activation_hides_what_a_cell_depends_on(name):
+    """One that turned NaN into a number would make the receptive field too small."""
+    options = {"Threshold": (0.1, 20.0)}.get(name, ())
+    layer = getattr(nn, name)(*options)
+    assert ats.receptive_field(nn.Sequential(conv(3, 1, 2), layer, conv(3, 2, 1))) == 4
 
 
 def test_receptive_field_of_a_single_layer_and_of_none():
@@ -140,24 +275,30 @@ def test_receptive_field_counts_a_layer_as_often_as_it_is_used():
     assert ats.receptive_field(network) == 4
 
 
-class Unknown(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = conv()
+class SwallowsNaN(nn.Module):
+    def forward(self, view):
+        return view + F.avg_pool2d(view.nan_to_num(), 3, stride=1, padding=1)
 
 
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (nn.Sequential(conv(), nn.Sequential(nn.Upsample(2))), r"Upsample \(1.0\); pass receptive_field as a number"),
-        (nn.Sequential(nn.ConvTranspose2d(1, 1, 2)), r"ConvTranspose2d \(0\)"),
-        (nn.Sequential(nn.AdaptiveMaxPool2d(4)), r"AdaptiveMaxPool2d \(0\)"),
-        (Unknown(), r"Unknown \(the module itself\)"),
-        (conv((3, 5)), r"kernel_size=\(3, 5\), which differs along the axes"),
-        (nn.Sequential(conv(stride=(1, 2))), r"layer '0' has stride=\(1, 2\)"),
-        (nn.Sequential(nn.ReLU(), conv(padding=(1, 0))), r"layer '1' has padding=\(1, 0\)"),
-        (conv(dilation=(1, 2)), r"dilation=\(1, 2\)"),
-        (conv(2, padding="same"), "pads an even kernel on one side more"),
+        (nn.Sequential(nn.AdaptiveMaxPool2d(4)), "does it mix the whole view, or give a grid of fixed size"),
+        (nn.AdaptiveMaxPool2d(8), "8 cells of 16 pixels, 8 of 24.*the grid's size is fixed"),
+        (nn.Linear(16, 16), "does it mix the whole view"),
+        (nn.AdaptiveAvgPool2d(1), "do not depend on the view"),
+        (SwallowsNaN(), "a layer replaces NaN by numbers"),
+        (nn.Flatten(), r"must give a tensor \(B, gh, gw\)"),
+        (conv(3, 7, 1).requires_grad_(False).apply(lambda layer: layer.weight.data.fill_(float("nan"))), "gives NaN"),
+        (nn.Sequential(conv(3, 5, 1), conv(3, 2, 1)), "runs on no view from 16 to 512 pixels"),
+        (ats_models.UniformAttention(2), "do not depend on the view"),
+        (conv((3, 5)), "loses 2 view pixels at a step of 1, along x 4 at 1"),
+        (nn.Sequential(conv(stride=(1, 2))), "along x 1 at 2"),
+        (nn.Sequential(nn.ReLU(), conv(padding=(1, 0))), "loses 0 view pixels at a step of 1, along x 2"),
+        (conv(dilation=(1, 2)), "along x 4 at 1"),
+        (conv(2, padding="same"), "one side is padded more"),
+        (nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv(padding=1)), "one side is padded more"),
+        (nn.Sequential(conv(), nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)), "align_corners"),
         (
             nn.Sequential(conv(stride=2, padding=1)),
             "0.5 view pixels from the edge, less than half .* step of 2",
@@ -168,13 +309,3 @@ def test_receptive_field_errors(network, message):
     """A guess would read every patch beside its cell."""
     with pytest.raises(ValueError, match=message):
         ats.receptive_field(network)
-
-
-def test_a_layer_of_ones_own_can_say_that_it_mixes_no_positions() -> None:
-    class Halve(nn.Module):
-        pointwise = True
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x / 2
-
-    assert ats.receptive_field(nn.Sequential(nn.Conv2d(1, 4, 3), Halve(), nn.Conv2d(4, 1, 3))) == 4

@@ -140,7 +140,7 @@ def test_options_changed_for_evaluation(images):
 MODELS = {
     "same": ({}, 0),
     "auto": ({"padded": False, "receptive_field": "auto"}, 4),
-    "masked": ({"masked": True}, 0),
+    "masked": ({"masked": True, "receptive_field": "auto"}, 0),
 }
 
 
@@ -202,7 +202,6 @@ def test_state_is_that_of_the_two_networks():
     ("options", "error", "message"),
     [
         ({"receptive_field": "full"}, ValueError, "receptive_field must be an int or 'auto', got 'full'"),
-        ({"receptive_field": "auto", "masked": True}, ValueError, "receptive field of Masked"),
         ({"n_patches": 0}, ValueError, "n(_patches)? must be at least 1, got 0"),
         ({"n_patches": 81}, ValueError, "n=81 .* K=80"),
         ({"method": "best"}, ValueError, "unknown method 'best'"),
@@ -286,3 +285,59 @@ def test_options_are_checked_when_a_module_is_made() -> None:
     for options in ({"method": "best"}, {"padding": "reflect"}, {"n_patches": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             ats.nn.SamplePatches(**({"n_patches": 2, "patch_size": 4} | options))
+
+
+class Placed(nn.Module):
+    """Features of a patch's mean colour and, where it is told, of where the patch lies."""
+
+    def __init__(self, told: bool) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 8), UnitNorm())
+        self.told = told
+        self.calls: list[Tensor] = []
+
+    def forward(self, patches: Tensor, positions: Tensor | None = None) -> Tensor:
+        assert (positions is not None) == self.told
+        if positions is None:
+            positions = torch.zeros(len(patches), 2, dtype=patches.dtype)
+        self.calls.append(positions)
+        return self.layers(torch.cat([patches.mean((1, 2, 3)).unsqueeze(-1), positions], dim=-1))
+
+
+class FromView(nn.Module):
+    def forward(self, view: Tensor) -> Tensor:
+        return 5 * view
+
+
+def test_features_are_told_where_their_patches_lie(images):
+    """(y, x) of the patches' centres, for drawn cells and for all of them, in their order."""
+    view, image = images
+    model = ats.nn.AttentionSampling(FromView(), Placed(told=True).double(), 4, (5, 7), positions=True)
+    _, _, sample = model(view, image, generator=seeded())
+    centres = sample.offsets + torch.tensor([2.5, 3.5])
+    assert torch.equal(model.feature.calls[0].view(2, 4, 2), (centres / torch.tensor([24.0, 30.0])).double())
+    model.full(view, image)
+    every = model.feature.calls[1].view(2, 8, 10, 2)
+    assert (every[0, 1:, :, 0] > every[0, :-1, :, 0]).all()
+    assert (every[0, :, 1:, 1] > every[0, :, :-1, 1]).all()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_class_that_is_a_place_is_learned_only_by_features_that_know_it(told: bool) -> None:
+    """Each image has one bright cell; the class is the quarter that it lies in, which no patch shows."""
+    torch.manual_seed(0)
+    cells = torch.randint(64, (512,), generator=seeded())
+    label = 2 * (cells // 8 >= 4) + (cells % 8 >= 4)
+    view = nn.functional.one_hot(cells, 64).view(-1, 1, 8, 8).float()
+    image = view.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    model, head = ats.nn.AttentionSampling(FromView(), Placed(told), 3, 4, positions=told), nn.Linear(8, 4)
+    optimizer = torch.optim.Adam([*model.parameters(), *head.parameters()], lr=0.02)
+    for step in range(150):
+        chosen = torch.randint(384, (64,), generator=seeded(step))
+        pooled, _, _ = model(view[chosen], image[chosen], generator=seeded(step))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(head(8 * pooled), label[chosen]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        error = (head(8 * model.full(view[384:], image[384:])).argmax(-1) != label[384:]).float().mean()
+    assert error < 0.1 if told else error > 0.5

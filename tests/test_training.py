@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ats.experiments.config import (
+    DiagnosticsConfig,
     ExperimentConfig,
     OptimConfig,
     TrainerConfig,
@@ -106,6 +107,26 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(uninterrupted: Path, t
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert_same(weights(train(config)), weights(uninterrupted))
+
+
+def test_diagnostics_change_nothing_and_a_watched_run_goes_on_as_it_was(uninterrupted: Path, tmp_path: Path) -> None:
+    """Looked at on every other step, gradients included, stopped and resumed: the weights of a run nobody watched."""
+    config = tiny(tmp_path / "watched", diagnostics=DiagnosticsConfig(every=2, gradient_draws=2))
+    with pytest.raises(InterruptedRunError):
+        train(config, callbacks=(StopAt(step=3 * 2 + 1),))
+    assert_same(weights(train(config)), weights(uninterrupted))
+    logs = sorted((config.run_folder / "csv").glob("version_*/metrics.csv"))
+    assert len(logs) == 2
+    for log in logs:
+        header = log.read_text().splitlines()[0].split(",")
+        assert {"attention/covered_mass", "attention/gradient_snr", "attention/border_mass"} <= set(header)
+    assert differences(config, tiny(config.run_folder)) == []
+
+
+@pytest.mark.parametrize(("option", "value"), [("every", -1), ("gradient_draws", -1), ("gradient_draws", 1)])
+def test_diagnostics_that_mean_nothing_are_refused(option: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"diagnostics.{option} must be"):
+        DiagnosticsConfig(**{option: value})
 
 
 def test_a_seed_repeats_a_run_and_another_does_not(uninterrupted: Path, tmp_path: Path) -> None:

@@ -46,10 +46,16 @@ class EvaluateOptions:
 
     checkpoint: tyro.conf.Positional[Path]
     """A run's folder, or its checkpoints/last.ckpt, as `ats train` wrote it."""
-    method: Literal["sample", "topk"] = "sample"
-    """Draw the patches, or take the most probable ones."""
+    method: Literal["sample", "topk", "anytime"] = "sample"
+    """Draw the patches, take the most probable ones, or draw as many as each image needs (docs/inference.md)."""
     n_patches: int | None = None
-    """Patches an image; default: what the model was trained with."""
+    """sample, topk: patches an image; default: what the model was trained with."""
+    budget: int = 100
+    """anytime: patches an image at most."""
+    tolerance: float | None = None
+    """anytime: stop once the standard error of every class logit is at most this."""
+    lead: float | None = None
+    """anytime: stop once the best class leads every other by this many standard errors of their difference."""
     repeats: int = 1
     """Draws an image. Error and loss are averaged over them; the error of the averaged prediction is given too."""
     data: Path | None = None
@@ -151,12 +157,15 @@ def _evaluate(arguments: list[str]) -> None:
         task,
         method=options.method,
         n_patches=options.n_patches,
+        budget=options.budget,
+        tolerance=options.tolerance,
+        lead=options.lead,
         repeats=options.repeats,
         images=options.images,
         folder=options.data,
         seed=options.seed,
     )
-    patches = f"{result.n_patches} patches, " if result.n_patches else ""
+    patches = f"{result.n_patches:.4g} patches, " if result.n_patches else ""
     table = Table(title=f"{options.checkpoint}: {result.images} test images, {patches}{result.method}")
     for column in ("", "error", "loss"):
         table.add_column(column, justify="left" if not column else "right")

@@ -122,6 +122,23 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
+class DiagnosticsConfig:
+    """A look at the attention as training goes on, which changes nothing of it (docs/diagnostics.md)."""
+
+    every: int = 0
+    """Steps between looks: numbers for the logs, and warnings; 0: never."""
+    gradient_draws: int = 0
+    """Draws at each look that tell signal from noise in the attention's gradient, a forward and backward pass each; or
+    0."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        check_least(self, "diagnostics", 0, "every", "gradient_draws")
+        if self.gradient_draws == 1:
+            raise ValueError("diagnostics.gradient_draws must be 0 or at least 2: one draw has no spread")
+
+
+@dataclass(frozen=True)
 class ExperimentConfig:
     """One training run."""
 
@@ -135,6 +152,7 @@ class ExperimentConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
 
     def __post_init__(self) -> None:
         """Refuse values that no run can have."""
@@ -164,8 +182,9 @@ def from_dict(values: dict[str, Any]) -> ExperimentConfig:
     Raises:
         ValueError: values that are no configuration of this version.
     """
-    sections = {"model": ModelConfig, "optim": OptimConfig, "trainer": TrainerConfig}
+    sections = {"model": ModelConfig, "optim": OptimConfig, "trainer": TrainerConfig, "diagnostics": DiagnosticsConfig}
     try:
+        values = {"diagnostics": {}} | values  # which change no result: a run from before them is still the same
         sections["data"] = DATA_CONFIGS[values["experiment"]]
         parts: dict[str, Any] = {name: section(**_typed(values[name])) for name, section in sections.items()}
         rest = {name: value for name, value in values.items() if name not in sections and name != "experiment"}
@@ -182,13 +201,13 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(one: ExperimentConfig, other: ExperimentConfig) -> list[str]:
-    """Options in which two configurations differ, other than where they run, as "name: value -> value"."""
+    """Options in which two runs differ, as "name: value -> value": not where they run, nor what they watch."""
     left, right = to_dict(one), to_dict(other)
     if one.experiment != other.experiment:
         return [f"experiment: {one.experiment} -> {other.experiment}"]
     found = []
     for name in left:
-        if name in ("output", "trainer"):
+        if name in ("output", "trainer", "diagnostics"):
             continue
         parts = left[name].items() if isinstance(left[name], dict) else [(None, left[name])]
         for key, value in parts:

@@ -1,7 +1,7 @@
 """What a trained model is worth on images it has not seen."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from ats.experiments.data import ExperimentData
 from ats.experiments.data_config import MegapixelMNISTConfig
 from ats.experiments.image_data import experiment_data
 from ats.experiments.task import ClassificationTask
+from ats.inference import anytime
 from ats.models import ATSClassifier
 
 
@@ -51,11 +52,11 @@ class Evaluation:
     `error` and `loss` are those of one draw of patches an image, averaged over `repeats` draws, and `error_spread`
     is the standard deviation of the error from draw to draw. `averaged_error` and `averaged_loss` are those of the
     class probabilities averaged over the draws. Deep MIL and CNNs draw nothing: for them `method` is their name,
-    and `n_patches` 0.
+    and `n_patches` 0. With "anytime" `n_patches` is the mean over images and draws.
     """
 
     method: str
-    n_patches: int
+    n_patches: float
     images: int
     repeats: int
     error: float
@@ -73,8 +74,11 @@ class Evaluation:
 def evaluate(
     task: ClassificationTask,
     *,
-    method: Literal["sample", "topk"] = "sample",
+    method: Literal["sample", "topk", "anytime"] = "sample",
     n_patches: int | None = None,
+    budget: int = 100,
+    tolerance: float | None = None,
+    lead: float | None = None,
     repeats: int = 1,
     images: int | None = None,
     folder: Path | None = None,
@@ -85,8 +89,9 @@ def evaluate(
 
     Args:
         task: as `load_task` returns it.
-        method: "sample", or "topk": the most probable cells.
-        n_patches: patches an image; what it was trained with where None.
+        method: "sample"; "topk": the most probable cells; or "anytime": as many draws as each image needs.
+        n_patches: patches an image; what it was trained with where None. Not with "anytime".
+        budget, tolerance, lead: with "anytime", as in `ats.anytime`.
         repeats: draws an image; 1 is all that "topk" needs.
         images: how many of the test images; all where None.
         folder: of the data, where it is not the one that the run was trained with.
@@ -100,8 +105,16 @@ def evaluate(
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     if method == "topk" and repeats > 1:
         raise ValueError(f"method='topk' draws nothing at random: repeats={repeats} would give the same every time")
+    if method == "anytime" and n_patches is not None:
+        raise ValueError(f"method='anytime' reads what an image needs: give it a budget, not n_patches={n_patches}")
+    if method != "anytime" and (tolerance, lead) != (None, None):
+        raise ValueError(f"a tolerance or a lead is for method='anytime', got method={method!r}")
     data = _test_data(task, images, folder)
     if isinstance(task.model, ATSClassifier):
+        if method == "anytime":
+            classify = _Anytime(task.model, {"budget": budget, "tolerance": tolerance, "lead": lead})
+            logits, labels = _logits(task, data, images, repeats, batch_size or 50, seed, classify)
+            return _evaluation(logits, labels, method, float(torch.cat(classify.used).double().mean()))
         with _sampling(task.model, method, n_patches) as used:
             logits, labels = _logits(task, data, images, repeats, batch_size or 50, seed)
         return _evaluation(logits, labels, method, used)
@@ -126,6 +139,19 @@ def _test_data(task: ClassificationTask, images: int | None, folder: Path | None
     return data
 
 
+class _Anytime:
+    """Classify as `ats.anytime` does, and keep account of the patches used."""
+
+    def __init__(self, model: ATSClassifier, options: dict[str, Any]) -> None:
+        self.model, self.options = model, options
+        self.used: list[Tensor] = []
+
+    def __call__(self, view: Tensor, image: Tensor, generator: torch.Generator) -> Tensor:
+        prediction = anytime(self.model.sampling, self.model.classify, view, image, generator=generator, **self.options)
+        self.used.append(prediction.patches_used)
+        return prediction.logits
+
+
 @contextmanager
 def _sampling(model: ATSClassifier, method: str, n_patches: int | None) -> Iterator[int]:
     """Set how patches are chosen for a while; gives the number of patches."""
@@ -141,7 +167,7 @@ def _sampling(model: ATSClassifier, method: str, n_patches: int | None) -> Itera
         sampler.n_patches, sampler.method, sampler.replace = before
 
 
-def _evaluation(logits: Tensor, labels: Tensor, method: str, n_patches: int) -> Evaluation:
+def _evaluation(logits: Tensor, labels: Tensor, method: str, n_patches: float) -> Evaluation:
     """From class logits (R, M, classes) of R draws, and labels (M,)."""
     repeats = len(logits)
     wrong = (logits.argmax(-1) != labels).double().mean(1)  # (R,)
@@ -160,15 +186,22 @@ def _evaluation(logits: Tensor, labels: Tensor, method: str, n_patches: int) -> 
 
 
 def _logits(
-    task: ClassificationTask, data: ExperimentData, images: int | None, repeats: int, batch_size: int, seed: int
+    task: ClassificationTask,
+    data: ExperimentData,
+    images: int | None,
+    repeats: int,
+    batch_size: int,
+    seed: int,
+    classify: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Class logits (R, M, classes) in float64 of R draws for each of the M test images, and labels (M,)."""
+    classify = classify or (lambda view, image, generator: task.model(view, image, generator=generator)[0])
     generator = torch.Generator(task.device).manual_seed(seed)
     logits, labels = [], []
     batches = torch.arange(images or len(data.labels("test"))).split(batch_size)
     for indices in track(batches, description="evaluating", console=Console(stderr=True), transient=True):
         view, image, label = data.load("test", indices.to(task.device))
-        draws = [task.model(view, image, generator=generator)[0].double() for _ in range(repeats)]
+        draws = [classify(view, image, generator).double() for _ in range(repeats)]
         logits.append(torch.stack(draws))
         labels.append(label)
     return torch.cat(logits, dim=1), torch.cat(labels)

@@ -45,7 +45,7 @@ class ClassificationTask(L.LightningModule):
             weights: Tensor = self.trainer.datamodule.class_weights()  # type: ignore[attr-defined]
             self.class_weights = weights.to(self.device, torch.float32)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         view, image, label = batch
         generator = self.draw_generator(0, self.global_step)
         if self.has_dropout:  # it draws from the global stream only
@@ -57,10 +57,11 @@ class ClassificationTask(L.LightningModule):
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
         self.log("train/error", self.train_error, on_step=False, on_epoch=True, prog_bar=True)
         if sample is None:  # nothing was drawn
-            return loss
+            return {"loss": loss}
         entropy = sample.entropy.mean()
         self.log("train/entropy", entropy.detach(), on_step=False, on_epoch=True, sync_dist=True)
-        return loss - entropy_weight(self.global_step, self.total_steps(), self.config.optim) * entropy
+        bonus = entropy_weight(self.global_step, self.total_steps(), self.config.optim) * entropy
+        return {"loss": loss - bonus, "task_loss": loss.detach()}
 
     def loss(self, logits: Tensor, label: Tensor) -> Tensor:
         """Cross-entropy, weighted by class if so configured: the mean weight is 1 over the training images."""

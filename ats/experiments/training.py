@@ -24,7 +24,9 @@ from rich.console import Console
 from torch import Tensor
 
 from ats._files import write_whole
+from ats.experiments.callbacks import AttentionDiagnostics
 from ats.experiments.config import ExperimentConfig, differences, from_dict, to_dict
+from ats.experiments.data import Batch
 from ats.experiments.environment import hardware
 from ats.experiments.image_data import experiment_data
 from ats.experiments.task import ClassificationTask
@@ -53,7 +55,7 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
         return last
     L.seed_everything(config.seed, workers=True, verbose=False)
     timer = Timer()
-    trainer = _trainer(config, [timer, *callbacks])
+    trainer = _trainer(config, [timer, *_diagnostics(config), *callbacks])
     task, data = ClassificationTask(config), experiment_data(config)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
@@ -72,6 +74,22 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
         }
         write_json(folder / "training.json", summary)
     return last
+
+
+def _diagnostics(config: ExperimentConfig) -> list[Callback]:
+    options = config.diagnostics
+    if not options.every:
+        return []
+    # What guessing costs where classes are equal, by number or by weight; elsewhere it costs less.
+    chance = math.log(config.data.n_classes)
+    loss = _drawn_loss if options.gradient_draws else None
+    return [AttentionDiagnostics(options.every, chance=chance, loss=loss, gradient_draws=options.gradient_draws or 2)]
+
+
+def _drawn_loss(task: L.LightningModule, batch: Batch, generator: torch.Generator) -> Tensor:
+    assert isinstance(task, ClassificationTask)
+    view, image, label = batch
+    return task.loss(task.model(view, image, generator=generator)[0], label)
 
 
 def _trainer(config: ExperimentConfig, callbacks: list[Callback]) -> L.Trainer:

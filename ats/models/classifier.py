@@ -19,8 +19,6 @@ class L2Normalise(nn.Module):
 class ChannelsLast(nn.Module):
     """Bring (M, C, H, W) to channels-last memory, in which CPUs and GPUs convolve faster."""
 
-    pointwise = True
-
     def forward(self, images: Tensor) -> Tensor:
         """The same values."""
         return images.contiguous(memory_format=torch.channels_last)
@@ -40,8 +38,6 @@ class SoftBound(nn.Module):
     No cell can then outweigh another by more than exp(2·limit), so that attention spreads over all cells that are
     worth looking at in place of collapsing onto the first that helped.
     """
-
-    pointwise = True
 
     def __init__(self, limit: float) -> None:
         super().__init__()
@@ -116,7 +112,11 @@ class ATSClassifier(nn.Module):
     ) -> tuple[Tensor, PatchSample]:
         """View (B, C, h, w) and image (B, C, H, W) -> class logits (B, n_classes), PatchSample."""
         pooled, _, sample = self.sampling(view, image, generator=generator)
-        return self.head(self.feature_scale * pooled), sample
+        return self.classify(pooled), sample
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Pooled features (B, D) -> class logits (B, n_classes), linear."""
+        return self.head(self.feature_scale * pooled)
 
 
 class CNNClassifier(nn.Module):

@@ -1,0 +1,105 @@
+"""Numbers that tell how attention sampling fares in training. Plain functions of tensors; none is differentiable.
+
+`ats.experiments.callbacks` logs them and warns where they look wrong; docs/diagnostics.md says how to read them.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ats_kernels._checks import check_count, check_floating
+
+
+def effective_sample_size(weights: Tensor) -> Tensor:
+    """How many equally weighted patches the estimate is worth, 1/Σw²: (B, N) weights that sum to 1 -> (B,)."""
+    check_floating("weights", weights)
+    return weights.detach().square().sum(-1).reciprocal()
+
+
+def covered_mass(log_attention: Tensor, indices: Tensor) -> Tensor:
+    """The share of the attention on the drawn cells, each counted once.
+
+    Args:
+        log_attention: (B, N) of the drawn cells.
+        indices: (B, N) int64, which they are.
+
+    Returns:
+        (B,) in [0, 1].
+    """
+    check_floating("log_attention", log_attention)
+    order = indices.sort(dim=-1, stable=True)
+    fresh = torch.ones_like(indices, dtype=torch.bool)
+    fresh[:, 1:] = order.values[:, 1:] != order.values[:, :-1]  # a cell drawn again counts for nothing
+    return (log_attention.detach().exp().gather(-1, order.indices) * fresh).sum(-1)
+
+
+def relative_entropy(entropy: Tensor, cells: int) -> Tensor:
+    """The attention's entropy in nats against the largest that K cells allow, log K: 0 on one cell, 1 when uniform."""
+    if check_count("cells", cells) == 1:
+        return torch.ones_like(entropy.detach())
+    return entropy.detach() / torch.tensor(float(cells)).log().to(entropy)
+
+
+def border_mass(logits: Tensor) -> Tensor:
+    """The share of the attention on the outermost cells of the grid: logits (B, gh, gw) or (B, 1, gh, gw) -> (B,)."""
+    attention = _attention(logits)
+    return 1 - attention[:, 1:-1, 1:-1].flatten(1).sum(-1)
+
+
+def border_share(grid_size: tuple[int, int]) -> float:
+    """The share of a grid's cells that lie on its border: what `border_mass` is of uniform attention."""
+    height, width = grid_size
+    return 1 - max(height - 2, 0) * max(width - 2, 0) / (height * width)
+
+
+def peak_mass(logits: Tensor) -> Tensor:
+    """The share of the attention on its largest cell: logits (B, gh, gw) or (B, 1, gh, gw) -> (B,)."""
+    return _attention(logits).flatten(1).amax(-1)
+
+
+def signal_to_noise(repeated: Tensor) -> Tensor:
+    """The squared length of a vector's mean over its variance, from R independent copies of it.
+
+    Of a gradient: below 1 a step follows the luck of the draw more than the loss, and averaging n draws multiplies it
+    by n. The mean's own variance is taken off, so that pure noise gives 0 on average, sometimes less.
+
+    Args:
+        repeated: (R, …) floating point, R ≥ 2, e.g. `repeated_gradients`.
+
+    Returns:
+        A scalar: (‖mean‖² − variance / R) / variance, where the variance is that of all components together.
+    """
+    check_floating("repeated", repeated)
+    if repeated.ndim < 1 or len(repeated) < 2:
+        raise ValueError(f"signal and noise need at least 2 copies, got {tuple(repeated.shape)}")
+    copies = repeated.detach().flatten(1) if repeated.ndim > 1 else repeated.detach().unsqueeze(-1)  # (R, P)
+    variance = copies.var(0).sum()
+    return copies.mean(0).square().sum() / variance - 1 / len(copies)
+
+
+def repeated_gradients(loss: Callable[[], Tensor], parameters: Iterable[Tensor], repeats: int) -> Tensor:
+    """The gradient of a random loss to some parameters, over and over: (R, P). Their ``.grad`` is left as it is.
+
+    Args:
+        loss: () -> a scalar that draws anew whenever it is called.
+        parameters: P numbers in all; one that the loss does not depend on counts as 0.
+        repeats: R, at least 2.
+    """
+    if check_count("repeats", repeats) < 2:
+        raise ValueError(f"repeats must be at least 2 to tell noise from signal, got {repeats}")
+    parameters = list(parameters)
+    rows = []
+    with torch.enable_grad():
+        for _ in range(repeats):
+            gradients = torch.autograd.grad(loss(), parameters, materialize_grads=True, allow_unused=True)
+            rows.append(torch.cat([gradient.detach().flatten() for gradient in gradients]))
+    return torch.stack(rows)
+
+
+def _attention(logits: Tensor) -> Tensor:
+    check_floating("logits", logits)
+    if logits.ndim not in (3, 4) or (logits.ndim == 4 and logits.shape[1] != 1):
+        raise ValueError(f"logits must be (B, gh, gw) or (B, 1, gh, gw), got {tuple(logits.shape)}")
+    grid = logits.shape[-2:]
+    return logits.detach().flatten(1).double().softmax(-1).view(-1, *grid)  # (B, gh, gw)

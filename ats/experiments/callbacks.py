@@ -1,0 +1,200 @@
+"""Look at the attention as training goes on: log what `ats.diagnostics` measures, and warn where it looks wrong."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ats import diagnostics
+from ats.functional import PatchSample, estimator_weights
+from ats.nn import AttentionSampling
+from ats.variance import estimate
+
+_FEW_CELLS = 2.0  # attention on fewer, in effect, has collapsed
+_AT_CHANCE = 0.98  # of the loss at chance: a model has learned nothing until it is below
+_LEARNED = 0.5  # of the loss at chance: below, attention on a single cell may be all that the task needs
+
+CAUSES = {
+    "collapse": (
+        "attention has collapsed: it lies on {cells:.1f} cells in effect while the loss is not low, so nothing else is "
+        "seen any more. Raise the entropy weight, bound the logits (ats.models.SoftBound) or lower the learning rate"
+    ),
+    "edge": (
+        "{mass:.0%} of the attention lies on the border of the grid, which has {share:.0%} of its cells. Zero padding "
+        "in the attention network gives the border away: pad with padding_mode='replicate', or not at all, and look "
+        "for frames or empty margins in the images"
+    ),
+    "plateau": (
+        "the loss has been that of guessing ({loss:.3f}, chance {chance:.3f}) for {steps} steps. Start attention where "
+        "something is to be seen, draw more patches, try another learning rate or a smaller entropy weight, and check "
+        "that a model that is given the right patches learns"
+    ),
+}
+
+
+class AttentionWarning(UserWarning):
+    """Attention that is likely to keep the model from learning."""
+
+
+class AttentionDiagnostics(Callback):
+    """Every so many steps, log numbers of the batch at hand to the trainer's loggers, and warn once of each cause.
+
+    What is logged, as attention/NAME, means over the batch: effective_patches, covered_mass, relative_entropy,
+    peak_mass, border_mass, relative_error (of the pooled features, one standard error) and, where a loss is given,
+    gradient_snr of the attention network's parameters over repeated draws. docs/diagnostics.md says how to read them.
+
+    Training is not touched: no random number of its stream is used, batch normalisation keeps its statistics, and
+    between the steps looked at nothing runs but a sum of losses. Only rank 0 looks.
+
+    Args:
+        every: steps between looks.
+        chance: the loss, in nats, of giving each class its share of the training images, log(classes) if these are
+            equal; without it a plateau is not told, nor collapse from what the task may need.
+        loss: (module, batch, generator) -> the loss that is to have its gradient measured, drawn with the generator.
+        gradient_draws: draws for that measurement; each costs a forward and a backward pass in evaluation mode.
+        patience: looks in a row before attention is warned of.
+        plateau_steps: steps in a row before a plateau is.
+
+    A LightningModule whose training_step returns a dict may give the loss without regularisers as "task_loss".
+    """
+
+    def __init__(
+        self,
+        every: int,
+        *,
+        chance: float | None = None,
+        loss: Callable[[L.LightningModule, Any, torch.Generator], Tensor] | None = None,
+        gradient_draws: int = 4,
+        patience: int = 3,
+        plateau_steps: int = 500,
+    ) -> None:
+        least_values = ("every", every, 1), ("gradient_draws", gradient_draws, 2), ("patience", patience, 1)
+        for name, value, least in least_values:
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.every, self.chance, self.loss, self.gradient_draws = every, chance, loss, gradient_draws
+        self.patience, self.plateau_steps = patience, plateau_steps
+        self._streaks = dict.fromkeys(CAUSES, 0)  # looks in a row at which a cause was there
+        self._warned: list[str] = []
+        self._losses: list[Tensor] = []  # since the last look
+        self._handles: list[RemovableHandle] = []
+        self._seen: dict[str, Any] = {}
+        self._step = -1  # last looked at
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"streaks": dict(self._streaks), "warned": list(self._warned)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._streaks |= state_dict["streaks"]
+        self._warned = list(state_dict["warned"])
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        due = trainer.global_step % self.every == 0 and trainer.global_step != self._step
+        if not (due and trainer.is_global_zero):
+            return
+        sampling = next((layer for layer in pl_module.modules() if isinstance(layer, AttentionSampling)), None)
+        if sampling is None:
+            return
+        self._step, self._seen = trainer.global_step, {"sampling": sampling}
+        self._handles = [
+            sampling.register_forward_hook(lambda _, __, output: self._seen.update(output=output)),
+            sampling.feature.register_forward_hook(lambda _, __, output: self._seen.update(features=output.detach())),
+        ]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(outputs, dict) and "loss" in outputs and trainer.is_global_zero:
+            self._losses.append(outputs["task_loss" if "task_loss" in outputs else "loss"].detach())
+        while self._handles:
+            self._handles.pop().remove()
+        seen, self._seen = self._seen, {}
+        if "output" not in seen:
+            return
+        metrics = _measure(seen["sampling"], seen["output"], seen["features"])
+        parameters = [value for value in seen["sampling"].attention.parameters() if value.requires_grad]
+        if self.loss is not None and parameters:
+            metrics["gradient_snr"] = self._gradient_snr(trainer, pl_module, batch, parameters)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"attention/{name}": value for name, value in metrics.items()}, step=self._step)
+        loss = float(torch.stack(self._losses).mean()) if self._losses else math.nan
+        self._losses = []
+        self._judge(metrics, seen["output"][1], loss)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _gradient_snr(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, parameters: list[nn.Parameter]
+    ) -> float:
+        assert self.loss is not None
+        loss, generator = self.loss, torch.Generator(pl_module.device).manual_seed(self._step)
+        with _evaluating(pl_module), trainer.precision_plugin.forward_context():
+            gradients = diagnostics.repeated_gradients(
+                lambda: loss(pl_module, batch, generator), parameters, self.gradient_draws
+            )
+        return float(diagnostics.signal_to_noise(gradients.float()))
+
+    def _judge(self, metrics: dict[str, float], logits: Tensor, loss: float) -> None:
+        grid = (logits.shape[-2], logits.shape[-1])
+        share = diagnostics.border_share(grid)
+        cells = (grid[0] * grid[1]) ** metrics["relative_entropy"]
+        chance = math.nan if self.chance is None else self.chance
+        learned = loss < _LEARNED * chance  # never, where chance is not known
+        found = {
+            "collapse": cells < _FEW_CELLS and not learned,
+            "edge": share < 1 and metrics["border_mass"] > (1 + share) / 2,  # half way from its share to all
+            "plateau": loss > _AT_CHANCE * chance,
+        }
+        for cause, there in found.items():
+            self._streaks[cause] = self._streaks[cause] + 1 if there else 0
+            patience = math.ceil(self.plateau_steps / self.every) if cause == "plateau" else self.patience
+            if self._streaks[cause] >= patience and cause not in self._warned:
+                self._warned.append(cause)
+                steps = self._streaks[cause] * self.every
+                details = {"cells": cells, "mass": metrics["border_mass"], "share": share, "loss": loss}
+                text = CAUSES[cause].format(**details, chance=chance, steps=steps)
+                warnings.warn(f"step {self._step}: {text}", AttentionWarning, stacklevel=2)
+
+
+@torch.no_grad()
+def _measure(
+    sampling: AttentionSampling, output: tuple[Tensor, Tensor, PatchSample], features: Tensor
+) -> dict[str, float]:
+    _, logits, sample = output
+    replace, log_attention = sampling.sampler.replace, sample.log_attention.detach()
+    weights = estimator_weights(log_attention, replace=replace, estimator=sampling.estimator)
+    metrics = {
+        "effective_patches": diagnostics.effective_sample_size(weights),
+        "covered_mass": diagnostics.covered_mass(log_attention, sample.indices),
+        "relative_entropy": diagnostics.relative_entropy(sample.entropy, logits[0].numel()),
+        "peak_mass": diagnostics.peak_mass(logits),
+        "border_mass": diagnostics.border_mass(logits),
+    }
+    if log_attention.shape[1] > 1:
+        features = features.unflatten(0, tuple(log_attention.shape)).flatten(2)  # (B, N, D)
+        value, variance = estimate(features, log_attention, replace=replace, estimator=sampling.estimator)
+        metrics["relative_error"] = variance.sum(-1).sqrt() / value.norm(dim=-1)
+    return {name: float(values.mean()) for name, values in metrics.items()}
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, in which batch normalisation only reads its statistics."""
+    before = [(layer, layer.training) for layer in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer, training in before:
+            layer.training = training

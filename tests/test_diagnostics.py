@@ -1,0 +1,97 @@
+"""`ats.diagnostics`: every number against one worked out by hand or by a plain loop."""
+
+import math
+
+import pytest
+import torch
+
+import ats
+from ats import diagnostics
+from tests.helpers import assert_close, seeded
+
+
+def test_effective_sample_size() -> None:
+    weights = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0, 0, 0], [0.5, 0.5, 0, 0]])
+    assert_close(diagnostics.effective_sample_size(weights), torch.tensor([4.0, 1.0, 2.0]))
+
+
+def test_covered_mass_counts_a_cell_once() -> None:
+    attention = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]])
+    indices = torch.tensor([[2, 0, 2, 0], [0, 1, 2, 1]])
+    assert_close(diagnostics.covered_mass(attention.gather(1, indices).log(), indices), torch.tensor([0.7, 1.0]))
+
+
+def test_relative_entropy() -> None:
+    entropy = torch.tensor([0.0, math.log(5), math.log(10)])
+    assert_close(diagnostics.relative_entropy(entropy, 10), torch.tensor([0.0, math.log(5) / math.log(10), 1.0]))
+    assert diagnostics.relative_entropy(torch.zeros(2), 1).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 5), (3, 3), (4, 7)])
+def test_the_border_by_a_loop(grid: tuple[int, int]) -> None:
+    logits = torch.randn(3, *grid, dtype=torch.float64, generator=seeded())
+    attention = logits.flatten(1).softmax(-1).view(logits.shape)
+    mass, count = torch.zeros(3, dtype=torch.float64), 0
+    for y in range(grid[0]):
+        for x in range(grid[1]):
+            if y in (0, grid[0] - 1) or x in (0, grid[1] - 1):
+                mass, count = mass + attention[:, y, x], count + 1
+    assert_close(diagnostics.border_mass(logits), mass)
+    assert_close(diagnostics.border_mass(logits.unsqueeze(1)), mass)
+    assert diagnostics.border_share(grid) == pytest.approx(count / (grid[0] * grid[1]))
+    assert_close(diagnostics.peak_mass(logits), attention.flatten(1).max(-1).values)
+
+
+def test_signal_to_noise_of_a_known_signal() -> None:
+    """Mean μ with unit noise in P components: ‖μ‖² / P, over 4,000 sets of 5 copies within 5 standard errors."""
+    mean = torch.tensor([2.0, -1.0, 0.0, 0.0])
+    copies = mean + torch.randn(4000, 5, 4, generator=seeded())
+    rates = torch.stack([diagnostics.signal_to_noise(one) for one in copies])
+    # E[1 / s²] of 16 degrees of freedom is 16/14, which the ratio of an unbiased numerator carries.
+    expected = (5 / 4 + 1 / 5) * 16 / 14 - 1 / 5
+    assert abs(rates.mean() - expected) < 5 * rates.std() / 4000**0.5
+    noise = torch.stack([diagnostics.signal_to_noise(one - mean) for one in copies])
+    assert abs(noise.mean() - (16 / 14 - 1) / 5) < 5 * noise.std() / 4000**0.5
+
+
+def test_repeated_gradients_draw_anew_and_leave_grad_alone() -> None:
+    weight, unused = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    weight.grad = torch.full((3,), 7.0)
+    generator = seeded()
+    with torch.no_grad():
+        rows = diagnostics.repeated_gradients(
+            lambda: (weight * torch.rand(3, generator=generator)).sum(), [weight, unused], 4
+        )
+    assert_close(rows[:, :3], torch.rand(4, 3, generator=seeded()))
+    assert rows[:, 3:].tolist() == [[0, 0]] * 4
+    assert weight.grad.tolist() == [7, 7, 7]
+    assert unused.grad is None
+
+
+def test_nothing_is_differentiable() -> None:
+    """A diagnostic that kept the graph would keep the step's memory."""
+    logits = torch.randn(2, 4, 4, requires_grad=True)
+    sample = ats.sample_patches(torch.rand(2, 1, 16, 16), logits, 3, 4)
+    for value in (
+        diagnostics.covered_mass(sample.log_attention, sample.indices),
+        diagnostics.relative_entropy(sample.entropy, 16),
+        diagnostics.border_mass(logits),
+        diagnostics.peak_mass(logits),
+        diagnostics.effective_sample_size(sample.log_attention),
+        diagnostics.signal_to_noise(logits),
+        *ats.estimate(sample.patches, sample.log_attention),
+    ):
+        assert not value.requires_grad
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match=r"logits must be \(B, gh, gw\)"):
+        diagnostics.border_mass(torch.zeros(2, 9))
+    with pytest.raises(TypeError, match="logits must be floating point"):
+        diagnostics.peak_mass(torch.zeros(2, 3, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="at least 2 copies"):
+        diagnostics.signal_to_noise(torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="repeats must be at least 2"):
+        diagnostics.repeated_gradients(lambda: torch.zeros(()), [], 1)
+    with pytest.raises(ValueError, match="cells must be at least 1"):
+        diagnostics.relative_entropy(torch.zeros(2), 0)
