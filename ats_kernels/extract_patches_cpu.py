@@ -74,18 +74,19 @@ class _Windows:
             most += (channels - 1) * stride_c
         # Rows overlap in this view: that of element i begins at element i.
         self.runs = image.detach().as_strided((most + 1, *run), (1, *run_stride))
-        self.rows = rows  # (rows of a patch,), from the patch's first element
+        self.rows = torch.from_numpy(rows)  # (rows of a patch,), from the patch's first element
         images = np.arange(batch)[:, None] * stride_b
-        self.starts = (images + corners @ np.array((stride_h, stride_w))).reshape(-1, 1)  # (B·N, 1)
+        starts = images + corners @ np.array((stride_h, stride_w))
+        self.starts = torch.from_numpy(starts.reshape(-1, 1))  # (B·N, 1)
 
     def read(self, first: int, raw: Tensor) -> None:
         """Copy the windows from number `first` on to `raw` (windows, …), as many as it takes."""
         step = max(1, _INDICES // len(self.rows))
         for i in range(0, len(raw), step):
             part = raw[i : i + step]
-            index = (self.starts[first + i : first + i + len(part)] + self.rows).ravel()
+            index = (self.starts[first + i : first + i + len(part)] + self.rows).flatten()
             target = part.view(len(index), *self.runs.shape[1:])
-            torch.index_select(self.runs, 0, torch.from_numpy(index), out=target)
+            torch.index_select(self.runs, 0, index, out=target)
 
 
 def _read_narrower(windows: _Windows, patches: Tensor, raw_dtype: torch.dtype) -> None:

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ats_kernels import _philox
@@ -148,8 +147,7 @@ def _likely_blocks(
 
     n_blocks = below.shape[1]
     few = distinct + SPARE_BLOCKS < n_blocks
-    chosen = np.zeros_like(row) + np.arange(n_blocks)
-    log_e = None
+    chosen = log_e = None
     if key is not None:
         bits = _philox.paired_bits(key, np.arange((n_blocks + 1) // 2), row, _philox.BLOCKS)
         block_log_e = _philox.log_exponential_numpy(bits)[:, :n_blocks]
@@ -158,10 +156,12 @@ def _likely_blocks(
             if SPARE_BLOCKS and (times[:, distinct] > times[:, distinct - 1] + NEAR).all():
                 chosen = chosen[:, :distinct]
             block_log_e = block_log_e[row, chosen]
+        else:
+            chosen = np.zeros_like(row) + np.arange(n_blocks)
         pair = (chosen * (block // 2))[..., None] + np.arange(block // 2)  # (B, S, block/2)
         bits = _philox.paired_bits(key, pair, row[..., None], _philox.CELLS)
         log_e = block_log_e, _philox.log_exponential_numpy(bits)  # (B, S), (B, S, block)
-    elif few:
+    else:
         chosen = np.argsort(-block_peak, axis=-1, kind="stable")[:, :distinct]
         chosen.sort(axis=-1)  # ascending, so that ties go to the cell of the lowest index
 
@@ -216,7 +216,7 @@ def _block_statistics(logits: Tensor, block: int, *, wide: bool) -> Tensor:
         part = logits[r, b.start * block : b.stop * block].unflatten(-1, (-1, block))
         _reduce_blocks(part, buffers, statistics[:, r, b])
     if cells % block:
-        tail = F.pad(logits[:, whole * block :], (0, -cells % block), value=-torch.inf).unsqueeze(1)
+        tail = logits[:, whole * block :].unsqueeze(1)  # a narrower block
         _reduce_blocks(tail, torch.empty(2, tail.numel(), dtype=dtype), statistics[:, :, whole:])
     statistics[2] *= math.log(2)
     return statistics
