@@ -12,6 +12,7 @@ takes twice the time on some processors.
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -33,6 +34,8 @@ _SMALL = 2**12
 # NEAR, blocks beyond the n first are taken: one missing then would need that many others as near.
 NEAR = 1e-4
 SPARE_BLOCKS = 4
+
+_scratch = threading.local()
 
 _LOG2_E = 1 / math.log(2)
 _LOWEST = float(np.finfo(np.float64).min)
@@ -209,17 +212,27 @@ def _block_statistics(logits: Tensor, block: int, *, wide: bool) -> Tensor:
     """Of each block, (3, B, K/block): the largest logit m, Σ exp(z − m) and Σ (z − m) exp(z − m)."""
     rows, cells = logits.shape
     dtype = torch.float64 if wide else compute_dtype(logits.dtype)
-    statistics = torch.empty(3, rows, -(-cells // block), dtype=dtype)
-    buffers = torch.empty(2, min(rows * cells, max(_CHUNK, block)), dtype=dtype)  # chunks share it: no page is new
+    statistics = torch.empty(3, rows, -(-cells // block), dtype=dtype, device="cpu")
+    buffers = _kept_buffers(min(rows * cells, max(_CHUNK, block)), dtype)
     whole = cells // block
     for r, b in _chunks(rows, whole, block):
         part = logits[r, b.start * block : b.stop * block].unflatten(-1, (-1, block))
         _reduce_blocks(part, buffers, statistics[:, r, b])
     if cells % block:
         tail = logits[:, whole * block :].unsqueeze(1)  # a narrower block
-        _reduce_blocks(tail, torch.empty(2, tail.numel(), dtype=dtype), statistics[:, :, whole:])
+        _reduce_blocks(tail, tail.new_empty(2, tail.numel(), dtype=dtype), statistics[:, :, whole:])
     statistics[2] *= math.log(2)
     return statistics
+
+
+def _kept_buffers(length: int, dtype: torch.dtype) -> Tensor:
+    """(2, length) that all chunks and all calls of a thread share: fresh pages would cost as much as reading a map."""
+    size = 2 * length * dtype.itemsize
+    kept = getattr(_scratch, "bytes", None)
+    if kept is None or len(kept) < size:
+        with torch.inference_mode(False):  # or it could not be written to later, outside of that mode
+            kept = _scratch.bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
+    return kept[:size].view(dtype).view(2, length)
 
 
 def _reduce_blocks(x: Tensor, buffers: Tensor, statistics: Tensor) -> None:
@@ -265,8 +278,8 @@ def grad_cpu(logits: Tensor, indices: Tensor, statistics: Statistics, grads: tup
     constant, slope, peak = (
         value.to(dtype).unsqueeze(-1) for value in (constant * scale, grad_entropy * scale * -math.log(2), peak)
     )  # (B, 1)
-    grad = torch.empty(logits.shape, dtype=logits.dtype)
-    buffers = torch.empty(2, min(rows * cells, _CHUNK), dtype=dtype)
+    grad = logits.new_empty(logits.shape)
+    buffers = logits.new_empty(2, min(rows * cells, _CHUNK), dtype=dtype)
     for r, c in _chunks(rows, cells):
         x, out = logits[r, c], grad[r, c]
         below, mass = (buffer[: x.numel()].view(x.shape) for buffer in buffers)

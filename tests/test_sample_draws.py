@@ -1,5 +1,7 @@
 """`ats_kernels.sample`: the distribution of the draws, and that seed, row and logits alone decide them."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -127,6 +129,15 @@ def test_blocks_to_spare_change_nothing(monkeypatch):
         monkeypatch.setattr(sample_cpu, "NEAR", near)
         draws.append(sample(logits, 12, generator=seeded(9)).indices)
     assert torch.equal(*draws)
+
+
+def test_after_inference_mode(monkeypatch):
+    """What a thread keeps from a call in inference mode must be writable outside of it."""
+    monkeypatch.setattr(sample_cpu, "_scratch", threading.local())
+    logits = randn(2, 9_000)
+    with torch.inference_mode():
+        inside = sample(logits, 4, generator=seeded(2)).indices
+    assert torch.equal(sample(logits.requires_grad_(), 4, generator=seeded(2)).indices, inside)
 
 
 def test_a_row_draws_the_same_in_any_batch():
