@@ -7,6 +7,8 @@ A counter-based generator: the numbers are a function of a key (the seed) and a 
 so they are the same on every device and in whatever order or shape they are made. 32-bit words live in int64.
 """
 
+import sys
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ _ROUNDS = 10
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_LOW, _HIGH = (0, 1) if sys.byteorder == "little" else (1, 0)  # words of a 64-bit integer
 _LANE_MULTIPLIERS = np.array(_MULTIPLIERS, np.uint64)
 _KEY_SCHEDULE = np.arange(_ROUNDS, dtype=np.uint64)[:, None] * np.array(_KEY_STEPS[::-1], np.uint64)  # (rounds, 2)
 
@@ -41,41 +44,38 @@ def random_bits(seed: Tensor, index: Tensor, row: Tensor, stream: int | Tensor) 
     return torch.where(odd, words[2], words[0]) << 21 | torch.where(odd, words[3], words[1]) >> 11
 
 
-def paired_bits(seed: Tensor, pair: Tensor, row: Tensor, stream: int | Tensor) -> Tensor:
-    """`random_bits` of the numbers 2·pair and 2·pair + 1, beside each other on the last dim, for CPU tensors.
+def paired_bits(seed: int, pair: np.ndarray, row: np.ndarray, stream: int | np.ndarray) -> np.ndarray:
+    """`random_bits` of the numbers 2·pair and 2·pair + 1, beside each other on the last dim, as NumPy arrays.
 
-    One counter gives both. NumPy's small operations cost half of PyTorch's, and there are fifty of them.
+    One counter gives both. NumPy's small operations cost half of PyTorch's, and there are thirty of them.
     """
-    if torch.compiler.is_compiling():  # a compiler fuses the plain form, and cannot look into NumPy
-        index = torch.stack((2 * pair, 2 * pair + 1), -1).flatten(-2)
-        if isinstance(stream, Tensor):
-            stream = stream.repeat_interleave(2, -1)
-        return random_bits(seed, index, row, stream)
-    counter_0, counter_1 = pair.numpy(), row.numpy()
-    shape = np.broadcast(counter_0, counter_1).shape
+    shape = np.broadcast(pair, row).shape
     lane = (2,) + (1,) * len(shape)
-    word, half = np.uint64(_WORD), np.uint64(32)
-    key = int(seed)
-    keys = np.array((key >> 32 & _WORD, key & _WORD), np.uint64) + _KEY_SCHEDULE & word  # (rounds, 2)
+    keys = np.array((seed >> 32 & _WORD, seed & _WORD), np.uint64) + _KEY_SCHEDULE & np.uint64(_WORD)  # (rounds, 2)
     multipliers = _LANE_MULTIPLIERS.reshape(lane)
-    # The two products of a round are lanes of one array: the one of c0, then that of c2.
-    state = np.empty((2, *shape), np.uint64)  # (c0, c2)
-    state[0], state[1] = counter_0, stream.numpy() if isinstance(stream, Tensor) else stream
-    low = np.empty_like(state)  # (c3, c1), and above these words bits without meaning
-    low[0], low[1] = 0, counter_1
-    products = np.empty_like(state)
+    # The two products of a round are lanes of one array: the one of c0, then that of c2. The state's upper words stay
+    # 0, as the multiplication needs them: what is written to it has 32 bits.
+    state = np.zeros((2, *shape), np.uint64)  # (c0, c2)
+    state[0], state[1] = pair, stream
     crossed = state[::-1]  # what the product of c0 gives is the next c2
-    for round_key in keys.reshape(-1, *lane):
-        np.multiply(state, multipliers, out=products)
-        np.right_shift(products, half, out=crossed)
-        np.bitwise_xor(crossed, low, out=crossed)
+    crossed_low = _words(crossed, _LOW)
+    products = [np.empty_like(state) for _ in range(2)]  # of this round and the one before, in turn
+    low, high = ([_words(array, which) for array in products] for which in (_LOW, _HIGH))
+    products[1][0], products[1][1] = 0, row  # the lower words are (c3, c1)
+    for number, round_key in enumerate(keys.reshape(-1, *lane)):
+        this, last = number % 2, 1 - number % 2
+        np.multiply(state, multipliers, out=products[this])
+        np.bitwise_xor(high[this], low[last], out=crossed_low)
         np.bitwise_xor(crossed, round_key, out=crossed)
-        np.bitwise_and(crossed, word, out=crossed)
-        low, products = products, low
-    bits = np.empty((*shape, 2), np.uint64)
-    np.right_shift(low[::-1] & word, np.uint64(11), out=products)
-    np.bitwise_or(state << np.uint64(21), products, out=np.moveaxis(bits, -1, 0))
-    return torch.from_numpy(bits.reshape(*shape[:-1], -1).view(np.int64))  # (…, 2·pairs)
+    state_low = _words(state, _LOW)
+    np.left_shift(state, np.uint64(21), out=state)
+    np.bitwise_or(state_low, low[this][::-1] >> np.uint32(11), out=state_low)
+    return np.ascontiguousarray(np.moveaxis(state, 0, -1)).reshape(*shape[:-1], -1).view(np.int64)  # (…, 2·pairs)
+
+
+def _words(values: np.ndarray, which: int) -> np.ndarray:
+    """The lower or upper 32 bits of each of `values` (…) uint64, contiguous along the last dim, as a view."""
+    return values.view(np.uint32)[..., which::2]
 
 
 def uniform(bits: Tensor) -> Tensor:
@@ -86,3 +86,13 @@ def uniform(bits: Tensor) -> Tensor:
 def log_exponential(bits: Tensor) -> Tensor:
     """The logarithm of an exponential variable, log(−log(1 − uniform)), its relative precision kept as it nears 0."""
     return uniform(bits).neg_().log1p_().neg_().log_()
+
+
+def log_exponential_numpy(bits: np.ndarray) -> np.ndarray:
+    """`log_exponential` of a NumPy array."""
+    numbers = bits + 0.5
+    numbers *= -(2.0**-53)
+    np.maximum(numbers, 2.0**-53 - 1, out=numbers)
+    np.log1p(numbers, out=numbers)
+    np.negative(numbers, out=numbers)
+    return np.log(numbers, out=numbers)

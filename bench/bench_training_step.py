@@ -1,20 +1,73 @@
-"""A training step on Megapixel MNIST, batch 16, view given: what is spent outside the two networks, and the layout."""
+"""A training step on Megapixel MNIST, batch 16, view given: what is spent outside the two networks, and the layout.
 
+The networks' maps take hundreds of megabytes a step, which glibc returns to the system and fetches again, page by page.
+So on a CPU a process of its own measures the same with an allocator that keeps them; docs/kernels.md has more.
+"""
+
+import json
+import os
+import subprocess
+import sys
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import ats
+from ats.models import megapixel_mnist
+from ats.models.classifier import ChannelsLast
 from bench.measure import synchronise, timing
-from bench.networks import TrainingNetworks
 from bench.report import Group, Report
 
 BATCH, N_PATCHES, PATCH = 16, 10, 50
+CHUNK = 20  # patches at a time, whose maps stay in cache
 ROUNDS = 7
-LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 PARTS = "attention network", "feature network", "everything else"
+KEEPING = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}  # bytes
+
+Steps = dict[str, list[dict[str, float]]]  # of each variant and round, seconds by part
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the networks' maps lie in memory, and how many patches go through the feature network at a time."""
+
+    channels_last: bool = True  # as the library's networks have it by themselves
+    chunk: int = BATCH * N_PATCHES
+
+
+VARIANTS = {
+    "channels-last": Variant(),
+    "contiguous": Variant(channels_last=False),
+    f"channels-last, {CHUNK} patches at a time": Variant(chunk=CHUNK),
+}
+
+
+def contiguous(network: nn.Sequential) -> nn.Sequential:
+    """The same network without what makes it channels-last."""
+    network = nn.Sequential(*(layer for layer in network if not isinstance(layer, ChannelsLast)))
+    for parameter in network.parameters():
+        parameter.data = torch.empty(parameter.shape).copy_(parameter.data)
+    return network
+
+
+class Networks(nn.Module):
+    """The paper's two networks and the linear layer."""
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+        self.attention = megapixel_mnist.attention_network("paper")
+        self.feature = megapixel_mnist.feature_network("paper")
+        if not variant.channels_last:
+            self.attention, self.feature = contiguous(self.attention), contiguous(self.feature)
+        self.head = nn.Linear(megapixel_mnist.N_FEATURES["paper"], 10)
+        self.chunk = variant.chunk
+
+    def features(self, patches: Tensor) -> Tensor:
+        """Patches (M, 1, ph, pw) -> features (M, D)."""
+        return torch.cat([self.feature(part) for part in patches.split(self.chunk)])
 
 
 class Clock:
@@ -36,17 +89,17 @@ class Clock:
 
 
 def training_step(
-    networks: TrainingNetworks, optimiser: torch.optim.Optimizer, view: Tensor, image: Tensor, labels: Tensor
+    networks: Networks, optimiser: torch.optim.Optimizer, view: Tensor, image: Tensor, labels: Tensor
 ) -> dict[str, float]:
     """One step, cut at the networks' outputs so that their backward passes can be timed apart; seconds by part."""
     clock = Clock(view.device)
-    logits = networks.attention(view.contiguous(memory_format=networks.memory_format))
+    logits = networks.attention(view)
     clock.spent_on("attention network")
     logits_leaf = logits.detach().requires_grad_()
     sample = ats.sample_patches(image, logits_leaf, N_PATCHES, PATCH)
-    patches = sample.patches.flatten(0, 1).contiguous(memory_format=networks.memory_format)
+    patches = sample.patches.flatten(0, 1)
     clock.spent_on("everything else")
-    features = networks.feature(patches)
+    features = networks.features(patches)
     clock.spent_on("feature network")
     features_leaf = features.detach().requires_grad_()
     pooled = ats.expectation(features_leaf.unflatten(0, (BATCH, N_PATCHES)), sample.log_attention)
@@ -64,29 +117,52 @@ def training_step(
     return clock.seconds
 
 
-def bench_training_step(report: Report) -> None:
-    device = report.device
+def measure_steps(device: torch.device, rounds: int = ROUNDS) -> Steps:
+    """Steps of all variants in turn, after one of each that is not counted."""
     image = torch.randint(256, (BATCH, 1, 1500, 1500), dtype=torch.uint8, device=device)
     view = ats.area_downsample(image, 180)
     labels = torch.randint(10, (BATCH,), device=device)
     models = {}
-    for name, layout in LAYOUTS.items():
-        networks = TrainingNetworks(layout).to(device)
+    for name, variant in VARIANTS.items():
+        networks = Networks(variant).to(device)
         models[name] = networks, torch.optim.Adam(networks.parameters(), fused=True)
-    for networks, optimiser in models.values():
-        training_step(networks, optimiser, view, image, labels)
-    steps: dict[str, list[dict[str, float]]] = {name: [] for name in models}
-    for _ in range(ROUNDS):
+    steps: Steps = {name: [] for name in models}
+    for _ in range(rounds + 1):
         for name, (networks, optimiser) in models.items():
             steps[name].append(training_step(networks, optimiser, view, image, labels))
+    return {name: parts[1:] for name, parts in steps.items()}
 
-    group = Group(f"Training step on Megapixel MNIST: batch {BATCH}, view given")
-    for name, parts in steps.items():
-        group.timings[name] = timing([sum(seconds.values()) for seconds in parts])
+
+def add_group(report: Report, name: str, steps: Steps) -> Group:
+    """Put the times of whole steps and of their parts into the report."""
+    group = Group(name)
+    for variant, parts in steps.items():
+        group.timings[variant] = timing([sum(seconds.values()) for seconds in parts])
         for part in PARTS:
-            group.timings[f"{name}: {part}"] = timing([seconds[part] for seconds in parts])
+            group.timings[f"{variant}: {part}"] = timing([seconds[part] for seconds in parts])
     report.groups.append(group)
-    if device.type == "cpu":
+    return group
+
+
+def bench_training_step(report: Report) -> None:
+    name = f"Training step on Megapixel MNIST: batch {BATCH}, view given"
+    group = add_group(report, name, measure_steps(report.device))
+    if report.device.type == "cpu":
         share = group.ratio("channels-last: everything else", "channels-last") * 100
         group.at_most(3, share, "of the step is outside the two networks", "%")
         group.at_least(1.6, group.ratio("contiguous", "channels-last"), "faster channels-last than contiguous")
+
+
+def bench_training_step_with_memory_kept(report: Report) -> None:
+    if report.device.type != "cpu":
+        return
+    command = [sys.executable, "-m", "bench.bench_training_step", str(torch.get_num_threads())]
+    output = subprocess.run(command, env=os.environ | KEEPING, check=True, capture_output=True, text=True).stdout
+    group = add_group(report, f"The same step, {' '.join(KEEPING)} set", json.loads(output))
+    group.notes.append(f"{' '.join(f'{name}={value}' for name, value in KEEPING.items())}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[1]))
+    torch.manual_seed(0)
+    print(json.dumps(measure_steps(torch.device("cpu"))))

@@ -3,6 +3,7 @@
 import gc
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,8 @@ def graphed(method: Method, copies: int) -> Method:
 def scratch_bytes(method: Method, device: torch.device) -> tuple[int, int]:
     """Peak bytes that a call allocates beyond what it returns, and the bytes that it returns.
 
-    By torch's allocator; what libraries allocate past it is not seen.
+    By torch's allocator and NumPy's (their peaks added, though they need not be at once); what libraries allocate past
+    them is not seen.
     """
     method(0)  # what is kept for the next calls does not count
     if device.type == "cuda":
@@ -106,12 +108,18 @@ def scratch_bytes(method: Method, device: torch.device) -> tuple[int, int]:
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            result = method(1)
+            method(1)
+        tracemalloc.start()  # sees NumPy's arrays; a call of its own, for what the profiler allocates
+        before = tracemalloc.get_traced_memory()[0]
+        result = method(2)
+        numpy_peak = tracemalloc.get_traced_memory()[1] - before
+        tracemalloc.stop()
         events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
         peak = allocated = 0
         for event in sorted(events, key=lambda event: event.start_ns()):
             allocated += event.nbytes()
             peak = max(peak, allocated)
+        peak += numpy_peak
     returned = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(result))
     return max(0, peak - returned), returned
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ats_kernels import extract_patches, extract_patches_ref
+from bench.measure import scratch_bytes
 from tests.helpers import assert_close, seeded
 
 DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -222,12 +223,11 @@ def test_no_scratch(dtype, layout, normalised):
     image = values(2, 3, 400, 500, dtype=dtype).contiguous(memory_format=memory_format)
     offsets = torch.randint(0, 300, (2, 20, 2), generator=seeded())
     options = {"mean": MEAN, "std": STD} if normalised else {}
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        patches = extract_patches(image, offsets, 100, dtype=torch.float32, **options)
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    assert events, "the profiler saw no allocation"
-    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    assert held.max() <= 1.05 * patches.nbytes
+    scratch, returned = scratch_bytes(
+        lambda _: extract_patches(image, offsets, 100, dtype=torch.float32, **options), torch.device("cpu")
+    )
+    assert returned == 40 * 3 * 100 * 100 * 4
+    assert scratch <= 0.05 * returned
 
 
 def test_no_patches():

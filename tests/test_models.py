@@ -104,6 +104,21 @@ def test_views_of_a_cnn_and_of_deep_mil() -> None:
 
 
 @pytest.mark.parametrize("networks", NETWORKS)
+@pytest.mark.parametrize("make", [attention_network, feature_network])
+def test_grey_images_are_convolved_channels_last(make, networks: str) -> None:
+    """Both memory formats fit a grey image, so that asking for one may change nothing: the maps tell."""
+    layouts = []
+    for layer in (network := make(networks)).modules():
+        if isinstance(layer, nn.Conv2d) and layer.out_channels > 1:
+            layer.register_forward_hook(
+                lambda _, __, maps: layouts.append(maps.is_contiguous(memory_format=torch.channels_last))
+            )
+    network(torch.rand(2, 1, 51, 51))
+    assert len(layouts) >= 2
+    assert all(layouts)
+
+
+@pytest.mark.parametrize("networks", NETWORKS)
 def test_grids_start_at_the_views_edge_and_features_have_length_one(networks: str) -> None:
     view, patches = torch.rand(2, 1, 21, 34), torch.rand(3, 1, 50, 50)
     stride = ATTENTION_STRIDE[networks]

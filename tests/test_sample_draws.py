@@ -1,5 +1,8 @@
 """`ats_kernels.sample`: the distribution of the draws, and that seed, row and logits alone decide them."""
 
+import threading
+
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -118,6 +121,25 @@ def test_same_draws_as_the_reference(rows, cells, n, options, dtype, monkeypatch
         assert_close(got, want)
 
 
+def test_blocks_to_spare_change_nothing(monkeypatch):
+    """They are there in case float32 sums swap two blocks: with and without them, the same cells are drawn."""
+    logits = randn(30, 4_000, dtype=torch.float32) * 2
+    draws = []
+    for near in (-INF, INF):
+        monkeypatch.setattr(sample_cpu, "NEAR", near)
+        draws.append(sample(logits, 12, generator=seeded(9)).indices)
+    assert torch.equal(*draws)
+
+
+def test_after_inference_mode(monkeypatch):
+    """What a thread keeps from a call in inference mode must be writable outside of it."""
+    monkeypatch.setattr(sample_cpu, "_scratch", threading.local())
+    logits = randn(2, 9_000)
+    with torch.inference_mode():
+        inside = sample(logits, 4, generator=seeded(2)).indices
+    assert torch.equal(sample(logits.requires_grad_(), 4, generator=seeded(2)).indices, inside)
+
+
 def test_a_row_draws_the_same_in_any_batch():
     """A draw is a function of the seed, the row's number and its logits, not of what else is in the batch."""
     logits = randn(50, 200)
@@ -157,14 +179,13 @@ def test_masked_cells_are_never_drawn(dtype):
 def test_extreme_random_numbers(bits, small, monkeypatch):
     """The least and the largest uniform must neither draw a masked cell, nor a cell twice, nor one past the end."""
     monkeypatch.setattr(_philox, "random_bits", lambda _, index, row, __: index * 0 + row * 0 + bits)
-    monkeypatch.setattr(
-        _philox, "paired_bits", lambda _, pair, row, __: (pair * 0 + row * 0).repeat_interleave(2, -1) + bits
-    )
+    monkeypatch.setattr(_philox, "paired_bits", lambda _, pair, row, __: (pair * 0 + row * 0).repeat(2, -1) + bits)
     monkeypatch.setattr(sample_cpu, "_SMALL", small)
     logits = torch.tensor([[-INF, 0.0, 1.0, -INF, 0.5, -INF]])
     assert sample(logits, 3).indices[0].sort().values.tolist() == [1, 2, 4]
     assert set(sample(logits, 3, replace=True).indices[0].tolist()) <= {1, 2, 4}
     assert _philox.log_exponential(torch.tensor(bits)).isfinite()
+    assert np.isfinite(_philox.log_exponential_numpy(np.array([bits])))
 
 
 def test_same_seed_same_draw():

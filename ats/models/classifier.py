@@ -21,6 +21,9 @@ class ChannelsLast(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The same values."""
+        if images.shape[1] == 1:
+            # A grey image lies in memory either way; the stride of its one channel tells PyTorch which is meant.
+            return images.contiguous().squeeze(1).unsqueeze(-1).movedim(-1, 1)
         return images.contiguous(memory_format=torch.channels_last)
 
 

@@ -42,13 +42,16 @@ def attention_network(networks: str) -> nn.Sequential:
     """View (B, 1, h, w) -> logits (B, 1, h // stride, w // stride)."""
     check_networks(networks)
     if networks == "paper":
-        return nn.Sequential(
+        network = nn.Sequential(
             nn.Conv2d(1, 8, 3, padding=1),
             nn.Tanh(),
             nn.Conv2d(8, 8, 3, padding=1),
             nn.Tanh(),
             nn.Conv2d(8, 1, 3, padding=1),
         )
+        # Grey images are convolved as the parameters lie.
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network
     layers = [
         ChannelsLast(),
         *conv_norm(1, 16, kernel=3),
