@@ -10,6 +10,7 @@ from ats import functional
 from ats.functional import PatchSample
 from ats.geometry import lost_and_step
 from ats_kernels._checks import Normalisation, check_choice, check_count, check_pair
+from ats_kernels.expectation import check_estimator
 from ats_kernels.extract_patches import PADDINGS
 from ats_kernels.sample import METHODS
 
@@ -84,18 +85,26 @@ class SamplePatches(nn.Module):
 class Expectation(nn.Module):
     """`ats.expectation` as a module: forward(features, log_attention) -> pooled features (B, …)."""
 
-    def __init__(self, *, replace: bool = False, estimator: str = "ordered") -> None:
+    def __init__(self, *, replace: bool = False, estimator: str = "ordered", control_variate: bool = False) -> None:
         super().__init__()
+        check_estimator(estimator, replace=replace)
         self.replace = replace
         self.estimator = estimator
+        self.control_variate = control_variate
 
     def forward(self, features: Tensor, log_attention: Tensor) -> Tensor:
         """Features (B, N, …) and log_attention (B, N) -> (B, …)."""
-        return functional.expectation(features, log_attention, replace=self.replace, estimator=self.estimator)
+        return functional.expectation(
+            features,
+            log_attention,
+            replace=self.replace,
+            estimator=self.estimator,
+            control_variate=self.control_variate,
+        )
 
     def extra_repr(self) -> str:
         """The options."""
-        return f"replace={self.replace}, estimator={self.estimator!r}"
+        return f"replace={self.replace}, estimator={self.estimator!r}, control_variate={self.control_variate}"
 
 
 class AttentionSampling(nn.Module):
@@ -108,7 +117,7 @@ class AttentionSampling(nn.Module):
         n_patches: patches an image.
         patch_size: pixels, an int or (ph, pw).
         replace, method, padding, mean, std, dtype: as in `ats.sample_patches`.
-        estimator: as in `ats.expectation`.
+        estimator, control_variate: as in `ats.expectation`.
         receptive_field: view pixels that the attention network loses along an axis, or "auto" to work it out from
             its layers (`ats.receptive_field`).
 
@@ -125,6 +134,7 @@ class AttentionSampling(nn.Module):
         replace: bool = False,
         method: str = "sample",
         estimator: str = "ordered",
+        control_variate: bool = False,
         receptive_field: int | str = 0,
         padding: str = "zeros",
         mean: Normalisation = None,
@@ -132,6 +142,7 @@ class AttentionSampling(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_estimator(estimator, replace=replace)
         self.grid_step: int | None = None  # view pixels, where known
         if isinstance(receptive_field, str):
             if receptive_field != "auto":
@@ -151,6 +162,7 @@ class AttentionSampling(nn.Module):
             dtype=dtype,
         )
         self.estimator = estimator
+        self.control_variate = control_variate
 
     def forward(
         self, view: Tensor, image: Tensor, *, generator: torch.Generator | None = None
@@ -161,7 +173,11 @@ class AttentionSampling(nn.Module):
         batch, n_patches = sample.indices.shape
         features = self.feature(sample.patches.flatten(0, 1)).unflatten(0, (batch, n_patches))
         pooled = functional.expectation(
-            features, sample.log_attention, replace=self.sampler.replace, estimator=self.estimator
+            features,
+            sample.log_attention,
+            replace=self.sampler.replace,
+            estimator=self.estimator,
+            control_variate=self.control_variate,
         )
         return pooled, logits, sample
 

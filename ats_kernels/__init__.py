@@ -4,10 +4,10 @@ Each op lives in a file of its own, beside a reference in plain PyTorch (``<op>_
 implementation is tested against. Nothing here knows of modules, models or data sets.
 """
 
+from ats_kernels._weights import estimator_weights_ref
 from ats_kernels.area_downsample import area_downsample, area_downsample_ref
 from ats_kernels.expectation import (
     estimator_weights,
-    estimator_weights_ref,
     expectation,
     expectation_ref,
 )

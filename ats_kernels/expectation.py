@@ -23,27 +23,10 @@ from torch.autograd.function import once_differentiable
 
 from ats_kernels._backend import backend_for
 from ats_kernels._checks import check_choice, check_floating, compute_dtype
+from ats_kernels._weights import centred_coefficients, estimator_weights_lean, estimator_weights_ref
 
-ESTIMATORS = ("ordered",)
-
-
-def estimator_weights_ref(log_attention: Tensor, *, replace: bool = False) -> Tensor:
-    """The weights w (B, N) in float64 from log a (B, N) in draw order, without a gradient."""
-    log_a = log_attention.detach().double()
-    n = log_a.shape[1]
-    if replace:
-        return torch.full_like(log_a, 1 / n) + 0 * log_a  # a row of NaN stays one
-    attention = log_a.exp()
-    # 1 − Σ_{j<k} a_{q_j}, with the largest a_{q_p} taken off as −expm1(log a): a rounded 1 − a would lose a
-    # remainder below 1e-16, and the first draw of peaked attention leaves less than that.
-    largest = log_a.argmax(-1, keepdim=True)  # (B, 1)
-    others = attention.scatter(-1, largest, 0.0)
-    before = others.cumsum(-1) - others  # exclusive: of the cells before k, less the largest
-    drawn = torch.arange(n, device=log_a.device) > largest  # (B, N): whether the largest is among them
-    remaining = torch.where(drawn, -torch.expm1(log_a.gather(-1, largest)), 1.0) - before
-    remaining = torch.maximum(remaining, attention)  # the mass left holds at least the cell drawn next
-    later = torch.arange(n - 1, -1, -1, device=log_a.device)  # N − k
-    return (remaining + later * attention) / n
+ESTIMATORS = ("ordered", "unordered")
+_ROUNDING = 1e-6  # a log-probability may come out above 0 by so much
 
 
 def expectation_ref(features: Tensor, weights: Tensor) -> Tensor:
@@ -59,24 +42,6 @@ def _flat(features: Tensor) -> Tensor:
     return features.reshape(*features.shape[:2], math.prod(features.shape[2:]))  # (B, N, D)
 
 
-def _estimator_weights_cpu(log_attention: Tensor, *, replace: bool = False) -> Tensor:
-    """`estimator_weights_ref` in fewer and cheaper operators: at B = 16, N = 10 their number is what costs."""
-    log_a = log_attention.detach().double()
-    n = log_a.shape[1]
-    if replace:
-        return log_a * 0 + 1 / n  # a row of NaN stays one
-    attention = log_a.exp()
-    # Only a cell of more than half of the mass can leave so little that 1 − a loses it; there is at most one.
-    # Before it 1 − Σ a is left, after it 0 − Σ e, where e is a for the others and a − 1 for that one.
-    peak = attention > 0.5
-    taken = torch.where(peak, log_a.expm1(), attention)
-    whole = peak.cumsum(-1) <= peak  # (B, N): no peak before k
-    remaining = (taken - taken.cumsum(-1)).add_(whole)  # less the exclusive sum
-    remaining = torch.maximum(remaining, attention, out=remaining)  # it holds at least the cell drawn next
-    later = torch.arange(n - 1, -1, -1, dtype=torch.float64, device=log_a.device)  # N − k
-    return remaining.addcmul_(attention, later).div_(float(n))
-
-
 def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     """A batched product under autocast would round the weights to half precision."""
     kind = tensor.device.type
@@ -85,48 +50,102 @@ def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 class _Expectation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, log_attention: Tensor, replace: bool, backend: str) -> Tensor:
-        ctx.log_attention_dtype, ctx.backend = log_attention.dtype, backend
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        log_attention: Tensor,
+        replace: bool,
+        estimator: str,
+        control_variate: bool,
+        backend: str,
+    ) -> Tensor:
+        ctx.replace, ctx.estimator, ctx.control_variate, ctx.backend = replace, estimator, control_variate, backend
+        dtype = compute_dtype(features.dtype, log_attention.dtype)
         if backend == "triton":
             from ats_kernels.expectation_triton import expectation_triton
 
-            pooled, weights = expectation_triton(_flat(features), log_attention, replace=replace)
+            given = None  # the kernel weighs the draws, but for the unordered estimator
+            if estimator == "unordered":
+                given = _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend=backend)
+            pooled, weights = expectation_triton(_flat(features), log_attention, given, replace=replace)
             pooled = pooled.view(features.shape[:1] + features.shape[2:])
         else:
-            weigh = _estimator_weights_cpu if backend == "cpu" else estimator_weights_ref
-            weights = weigh(log_attention, replace=replace).to(compute_dtype(features.dtype, log_attention.dtype))
+            weights = _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend=backend)
             with _without_autocast(features):
                 pooled = expectation_ref(features, weights)
-        ctx.save_for_backward(features, weights)
+        ctx.save_for_backward(features, log_attention, weights)
         return pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        features, weights = ctx.saved_tensors
+        features, log_attention, weights = ctx.saved_tensors
         needs_features, needs_log_attention = ctx.needs_input_grad[:2]
-        grad_features = grad_log_attention = None
-        grad = _flat(grad_out.unsqueeze(1))  # (B, 1, D)
-        if ctx.backend == "triton":
-            from ats_kernels.expectation_triton import expectation_backward_triton
-
-            grad_features, grad_log_attention = expectation_backward_triton(
-                grad.squeeze(1),
-                _flat(features),
-                weights,
-                log_attention_dtype=ctx.log_attention_dtype,
-                needs_features=needs_features,
-                needs_log_attention=needs_log_attention,
+        grad = _flat(grad_out.unsqueeze(1)).squeeze(1)  # (B, D)
+        gradients = _gradients_triton if ctx.backend == "triton" else _gradients
+        centred = ctx.control_variate and needs_log_attention
+        grad_features, grad_log_attention = gradients(
+            grad,
+            features,
+            weights,
+            needs_features=needs_features,
+            needs_log_attention=needs_log_attention and not centred,
+        )
+        if centred:
+            ones = torch.ones_like(weights)  # for ⟨g, f_k⟩ itself
+            _, inner = gradients(grad, features, ones, needs_features=False, needs_log_attention=True)
+            assert inner is not None
+            grad_log_attention = centred_coefficients(
+                inner, weights, log_attention, replace=ctx.replace, estimator=ctx.estimator
             )
-            return None if grad_features is None else grad_features.view(features.shape), grad_log_attention, None, None
-        grad = grad.to(weights.dtype)
-        if needs_features:
-            grad_features = (weights.unsqueeze(-1) * grad).view(features.shape).to(features.dtype)
-        if needs_log_attention:
-            with _without_autocast(features):
-                inner = torch.bmm(_flat(features).to(weights.dtype), grad.transpose(1, 2)).squeeze(-1)  # (B, N)
-            grad_log_attention = (weights * inner).to(ctx.log_attention_dtype)
-        return grad_features, grad_log_attention, None, None
+        if grad_log_attention is not None:
+            grad_log_attention = grad_log_attention.to(log_attention.dtype)
+        return grad_features, grad_log_attention, None, None, None, None
+
+
+def _weigh(log_attention: Tensor, dtype: torch.dtype, *, replace: bool, estimator: str, backend: str) -> Tensor:
+    """The weights (B, N) of `dtype`."""
+    if backend == "reference":
+        weights = estimator_weights_ref(log_attention, replace=replace, estimator=estimator)
+    else:
+        weights = estimator_weights_lean(log_attention, dtype, replace=replace, estimator=estimator)
+    return weights.to(dtype)
+
+
+def _gradients(
+    grad: Tensor,  # (B, D)
+    features: Tensor,  # (B, N, …)
+    weights: Tensor,  # (B, N)
+    *,
+    needs_features: bool,
+    needs_log_attention: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """w_k g, as the features are, and w_k ⟨g, f_k⟩ (B, N), as the weights are; None for one that is not needed."""
+    grad_features = grad_log_attention = None
+    grad = grad.to(weights.dtype).unsqueeze(1)  # (B, 1, D)
+    if needs_features:
+        grad_features = (weights.unsqueeze(-1) * grad).view(features.shape).to(features.dtype)
+    if needs_log_attention:
+        with _without_autocast(features):
+            inner = torch.bmm(_flat(features).to(weights.dtype), grad.transpose(1, 2)).squeeze(-1)  # (B, N)
+        grad_log_attention = weights * inner
+    return grad_features, grad_log_attention
+
+
+def _gradients_triton(
+    grad: Tensor, features: Tensor, weights: Tensor, *, needs_features: bool, needs_log_attention: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """`_gradients` in one launch."""
+    from ats_kernels.expectation_triton import expectation_backward_triton
+
+    grad_features, grad_log_attention = expectation_backward_triton(
+        grad,
+        _flat(features),
+        weights,
+        needs_features=needs_features,
+        needs_log_attention=needs_log_attention,
+    )
+    return None if grad_features is None else grad_features.view(features.shape), grad_log_attention
 
 
 def estimator_weights(log_attention: Tensor, *, replace: bool = False, estimator: str = "ordered") -> Tensor:
@@ -135,25 +154,31 @@ def estimator_weights(log_attention: Tensor, *, replace: bool = False, estimator
     Args:
         log_attention: (B, N) log a of the drawn cells, in draw order, as `sample` returns it.
         replace: whether they were drawn with replacement.
-        estimator: "ordered", the paper's.
+        estimator: "ordered", the paper's, or "unordered", as in `expectation`.
 
     Returns:
         (B, N) of log_attention's dtype (float32 at least); each row sums to 1.
 
     Raises:
         TypeError: log_attention that is not floating point.
-        ValueError: log_attention that is not (B, N) with N ≥ 1; an unknown estimator.
+        ValueError: log_attention that is not (B, N) with N ≥ 1, or is above 0 (looked at on the CPU only); an
+            unknown estimator; "unordered" with `replace`.
 
-    Source: paper, eq. 4 and 13-17; without replacement also Des Raj, 1956.
+    Source: paper, eq. 4 and 13-17; without replacement also Des Raj, 1956, and unordered Murthy, 1957.
     """
+    check_estimator(estimator, replace=replace)
     _check_log_attention(log_attention)
-    check_choice("estimator", estimator, ESTIMATORS)
-    weigh = estimator_weights_ref if backend_for(log_attention) == "reference" else _estimator_weights_cpu
-    return weigh(log_attention, replace=replace).to(compute_dtype(log_attention.dtype))
+    dtype = compute_dtype(log_attention.dtype)
+    return _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend=backend_for(log_attention))
 
 
 def expectation(
-    features: Tensor, log_attention: Tensor, *, replace: bool = False, estimator: str = "ordered"
+    features: Tensor,
+    log_attention: Tensor,
+    *,
+    replace: bool = False,
+    estimator: str = "ordered",
+    control_variate: bool = False,
 ) -> Tensor:
     """Pool the features of drawn cells into an unbiased estimate of Σ_i a_i f_i over all cells.
 
@@ -161,7 +186,11 @@ def expectation(
         features: (B, N, …) floating point, of the drawn cells in draw order.
         log_attention: (B, N) log a of the same cells, as `sample` returns it.
         replace: whether they were drawn with replacement.
-        estimator: "ordered", the paper's.
+        estimator: "ordered", the paper's, or "unordered", its mean over all orders of the draw: never a larger
+            variance, and a much smaller one where the attention is sharp.
+        control_variate: take a baseline made of the other draws off the features in log_attention's gradient, which
+            stays unbiased. Its variance falls where features have much in common, as those of a network that ends in
+            a ReLU do, and rises where they have not. Nothing else changes.
 
     Returns:
         (B, …) of the features' dtype. Its gradient with respect to both arguments makes the gradient of the
@@ -170,13 +199,13 @@ def expectation(
     Raises:
         TypeError: arguments that are not floating point.
         ValueError: features that are not (B, N, …), a log_attention that does not match them in batch, draws
-            and device, an unknown estimator.
+            and device, or is above 0 (looked at on the CPU only); an unknown estimator; "unordered" with `replace`.
 
-    Source: paper, eq. 4, 12 and 13-17.
+    Source: paper, eq. 4, 12 and 13-17; the unordered estimator is Murthy's, 1957, its baseline Kool et al.'s, 2020.
     """
+    check_estimator(estimator, replace=replace)
     check_floating("features", features)
     _check_log_attention(log_attention)
-    check_choice("estimator", estimator, ESTIMATORS)
     if features.ndim < 2 or features.shape[:2] != log_attention.shape:
         raise ValueError(
             f"features must be (B, N, …) with (B, N) = {tuple(log_attention.shape)} as log_attention has, got "
@@ -187,10 +216,29 @@ def expectation(
         raise ValueError(
             f"features are on {features.device} but log_attention is on {log_attention.device}; move one to the other"
         )
-    return _Expectation.apply(features, log_attention, replace, backend_for(features))
+    return _Expectation.apply(features, log_attention, replace, estimator, control_variate, backend_for(features))
+
+
+def check_estimator(estimator: str, *, replace: bool) -> None:
+    """Raise unless `estimator` is known and goes with the way of drawing."""
+    check_choice("estimator", estimator, ESTIMATORS)
+    if replace and estimator == "unordered":
+        raise ValueError(
+            "estimator='unordered' is for cells drawn without replacement, got replace=True; draw with replace=False, "
+            "or leave the estimator out"
+        )
 
 
 def _check_log_attention(log_attention: Tensor) -> None:
     check_floating("log_attention", log_attention)
     if log_attention.ndim != 2 or log_attention.shape[1] == 0:
         raise ValueError(f"log_attention must be (B, N) with N ≥ 1, got {tuple(log_attention.shape)}")
+    # A GPU would have to be waited for, and a compiler cannot trace a decision by value.
+    if log_attention.device.type != "cpu" or torch.compiler.is_compiling() or log_attention.numel() == 0:
+        return
+    largest = log_attention.detach().amax().item()
+    if largest > _ROUNDING:
+        raise ValueError(
+            f"log_attention must be log-probabilities (≤ 0), got values up to {largest:.4g}; pass "
+            "`sample.log_attention`, not probabilities or logits"
+        )

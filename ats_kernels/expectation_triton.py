@@ -1,7 +1,8 @@
 """Triton kernels of `expectation`: weights and weighted sum in one launch, both gradients in another.
 
 The N weights of a row cost nothing beside its N·D features, so every program of the forward computes those it needs
-by itself, in float64, and one of them stores them for the backward.
+by itself, in float64, and one of them stores them for the backward. The unordered estimator's weights come as an
+argument: a quadrature over all draws of a row, which PyTorch's operators do (`_unordered.py`).
 """
 
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from ats_kernels._backend import device_guard
 from ats_kernels._checks import compute_dtype
-from ats_kernels._offline import OfflineCase
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _one_minus_exp(x):
 def _expectation_fwd_kernel(
     features_ptr,  # (B, N, D)
     log_attention_ptr,  # (B, N)
-    weights_ptr,  # (B, N), written
+    weights_ptr,  # (B, N), read if GIVEN, else written
     out_ptr,  # (B, D), written
     n_draws,
     n_features,
@@ -40,6 +40,7 @@ def _expectation_fwd_kernel(
     stride_log_attention_b,
     stride_log_attention_n,
     REPLACE: tl.constexpr,
+    GIVEN: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -51,35 +52,39 @@ def _expectation_fwd_kernel(
     features_ptr += row * stride_features_b
     log_attention_ptr += row * stride_log_attention_b
 
-    index = tl.arange(0, BLOCK_ROW)
-    log_row = tl.load(log_attention_ptr + index * stride_log_attention_n, mask=index < n_draws, other=-float("inf"))
-    log_row = log_row.to(tl.float64)
-    # Any NaN makes the whole row NaN; maxima would lose it.
-    poison = tl.where(tl.sum((log_row != log_row).to(tl.int32), axis=0) > 0, float("nan"), 0.0).to(tl.float64)
-    # 1 − Σ_{j<k} a_{q_j}, the largest a_{q_p} taken off as −expm1(log a): as 1 − a it would lose a small remainder.
-    largest = tl.max(log_row, axis=0)
-    position = tl.min(tl.where(log_row == largest, index, BLOCK_ROW), axis=0)
-    remainder = _one_minus_exp(largest)
+    if not GIVEN:
+        index = tl.arange(0, BLOCK_ROW)
+        log_row = tl.load(log_attention_ptr + index * stride_log_attention_n, mask=index < n_draws, other=-float("inf"))
+        log_row = log_row.to(tl.float64)
+        # Any NaN makes the whole row NaN; maxima would lose it.
+        poison = tl.where(tl.sum((log_row != log_row).to(tl.int32), axis=0) > 0, float("nan"), 0.0).to(tl.float64)
+        # 1 − Σ_{j<k} a_{q_j}, the largest a_{q_p} taken off as −expm1(log a): as 1 − a it would lose a small remainder.
+        largest = tl.max(log_row, axis=0)
+        position = tl.min(tl.where(log_row == largest, index, BLOCK_ROW), axis=0)
+        remainder = _one_minus_exp(largest)
 
     others_before = tl.zeros((), tl.float64)
     pooled = tl.zeros((BLOCK_D,), COMPUTE)
     for start in range(0, n_draws, BLOCK_N):
         draw = start + tl.arange(0, BLOCK_N)
         valid = draw < n_draws
-        if REPLACE:
-            weight = tl.where(valid, tl.full((), 1.0, tl.float64) / n_draws, 0.0)
+        if GIVEN:
+            weight = tl.load(weights_ptr + row * n_draws + draw, mask=valid, other=0.0)
         else:
-            log_a = tl.load(log_attention_ptr + draw * stride_log_attention_n, mask=valid, other=-float("inf"))
-            attention = tl.exp(log_a.to(tl.float64))
-            others = tl.where(draw == position, 0.0, attention)
-            before = others_before + (tl.cumsum(others, axis=0) - others)
-            others_before += tl.sum(others, axis=0)
-            mass_left = tl.where(draw > position, remainder, 1.0) - before
-            mass_left = tl.maximum(mass_left, attention)  # it holds at least the cell drawn next
-            weight = tl.where(valid, (mass_left + (n_draws - 1 - draw) * attention) / n_draws, 0.0)
-        weight = (weight + poison).to(COMPUTE)
-        if tl.program_id(1) == 0:
-            tl.store(weights_ptr + row * n_draws + draw, weight, mask=valid)
+            if REPLACE:
+                weight = tl.where(valid, tl.full((), 1.0, tl.float64) / n_draws, 0.0)
+            else:
+                log_a = tl.load(log_attention_ptr + draw * stride_log_attention_n, mask=valid, other=-float("inf"))
+                attention = tl.exp(log_a.to(tl.float64))
+                others = tl.where(draw == position, 0.0, attention)
+                before = others_before + (tl.cumsum(others, axis=0) - others)
+                others_before += tl.sum(others, axis=0)
+                mass_left = tl.where(draw > position, remainder, 1.0) - before
+                mass_left = tl.maximum(mass_left, attention)  # it holds at least the cell drawn next
+                weight = tl.where(valid, (mass_left + (n_draws - 1 - draw) * attention) / n_draws, 0.0)
+            weight = (weight + poison).to(COMPUTE)
+            if tl.program_id(1) == 0:
+                tl.store(weights_ptr + row * n_draws + draw, weight, mask=valid)
         feature_ptrs = (
             features_ptr
             + draw[:, None].to(tl.int64) * stride_features_n
@@ -141,14 +146,17 @@ def _expectation_bwd_kernel(
 def expectation_triton(
     features: Tensor,  # (B, N, D), any strides
     log_attention: Tensor,  # (B, N), any strides
+    weights: Tensor | None = None,  # (B, N), contiguous; computed if not given
     *,
-    replace: bool,
+    replace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Φ̂ (B, D) of the features' dtype and the weights (B, N) in float32, or float64 where an argument is."""
     batch, n_draws, n_features = features.shape
     compute = compute_dtype(features.dtype, log_attention.dtype)
     out = torch.empty(batch, n_features, dtype=features.dtype, device=features.device)
-    weights = torch.empty(batch, n_draws, dtype=compute, device=features.device)
+    given = weights is not None
+    if weights is None:
+        weights = torch.empty(batch, n_draws, dtype=compute, device=features.device)
     if batch == 0:
         return out, weights
     block_n, block_d = _fwd_blocks(n_draws, n_features)
@@ -164,6 +172,7 @@ def expectation_triton(
             *features.stride(),
             *log_attention.stride(),
             REPLACE=replace,
+            GIVEN=given,
             COMPUTE=_triton_dtype(compute),
             BLOCK_ROW=triton.next_power_of_2(n_draws),
             BLOCK_N=block_n,
@@ -178,17 +187,16 @@ def expectation_backward_triton(
     features: Tensor,  # (B, N, D), any strides
     weights: Tensor,  # (B, N), contiguous
     *,
-    log_attention_dtype: torch.dtype,
     needs_features: bool,
     needs_log_attention: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients to features (B, N, D), contiguous, and log a (B, N); None for one that is not needed."""
+    """w_k g, contiguous and as the features are, and w_k ⟨g, f_k⟩, as the weights are; None for one not needed."""
     batch, n_draws, n_features = features.shape
     grad_features = grad_log_attention = None
     if needs_features:
         grad_features = torch.empty(features.shape, dtype=features.dtype, device=features.device)
     if needs_log_attention:
-        grad_log_attention = torch.empty(batch, n_draws, dtype=log_attention_dtype, device=features.device)
+        grad_log_attention = torch.empty_like(weights)
     if batch == 0 or not (needs_features or needs_log_attention):
         return grad_features, grad_log_attention
     block_n, block_d = _bwd_blocks(n_features)
@@ -226,85 +234,3 @@ def _bwd_blocks(n_features: int) -> tuple[int, int]:
 
 def _triton_dtype(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def offline_cases() -> list[OfflineCase]:
-    """The launches at N = 256 draws of D = 512 features, the gigapixel workload, and N = 10 of 64."""
-    cases = []
-    names = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
-    for name, pointer in names.items():
-        for n_draws, n_features in ((256, 512), (10, 64)):
-            size = 4 if name == "fp32" else 2
-            block_n, block_d = _fwd_blocks(n_draws, n_features)
-            sizes = {"n_draws": "i32", "n_features": "i32"}
-            strides = {"stride_features_b": "i32", "stride_features_n": "i32"}
-            cases.append(
-                OfflineCase(
-                    name=f"fwd {name} N={n_draws} D={n_features}",
-                    kernel=_expectation_fwd_kernel,
-                    signature={
-                        "features_ptr": pointer,
-                        "log_attention_ptr": "*fp32",
-                        "weights_ptr": "*fp32",
-                        "out_ptr": pointer,
-                        **sizes,
-                        **strides,
-                        "stride_log_attention_b": "i32",
-                    },
-                    constexprs={
-                        "stride_features_d": 1,
-                        "stride_log_attention_n": 1,
-                        "REPLACE": False,
-                        "COMPUTE": tl.float32,
-                        "BLOCK_ROW": triton.next_power_of_2(n_draws),
-                        "BLOCK_N": block_n,
-                        "BLOCK_D": block_d,
-                    },
-                    divisible_by_16=("features_ptr", "weights_ptr", "out_ptr", "n_features", *strides),
-                    num_warps=4,
-                    elements=block_n * block_d,
-                    bytes_per_element=size,
-                    budget=45 if n_draws == 256 else 125,  # the weights' code, run once a step, spread over a tile
-                    needs=(r"ld\.global\S*\.v4",),
-                    workload=(f"128 x {n_draws} x {n_features}", 128 * n_draws * n_features),
-                )
-            )
-            block_n, block_d = _bwd_blocks(n_features)
-            cases.append(
-                OfflineCase(
-                    name=f"bwd {name} N={n_draws} D={n_features}",
-                    kernel=_expectation_bwd_kernel,
-                    signature={
-                        "grad_out_ptr": pointer,
-                        "features_ptr": pointer,
-                        "weights_ptr": "*fp32",
-                        "grad_features_ptr": pointer,
-                        "grad_log_attention_ptr": "*fp32",
-                        **sizes,
-                        "stride_grad_out_b": "i32",
-                        **strides,
-                    },
-                    constexprs={
-                        "stride_grad_out_d": 1,
-                        "stride_features_d": 1,
-                        "COMPUTE": tl.float32,
-                        "BLOCK_N": block_n,
-                        "BLOCK_D": block_d,
-                    },
-                    divisible_by_16=(
-                        "grad_out_ptr",
-                        "features_ptr",
-                        "grad_features_ptr",
-                        "n_features",
-                        "stride_grad_out_b",
-                        *strides,
-                    ),
-                    num_warps=4,
-                    elements=block_n * block_d,
-                    bytes_per_element=2 * size,
-                    budget=36,
-                    needs=(r"ld\.global\S*\.v4", r"st\.global\S*\.v4"),
-                    workload=(f"128 x {n_draws} x {n_features}", 128 * n_draws * n_features),
-                )
-            )
-    return cases

@@ -200,20 +200,20 @@ def test_weights_stay_weights_when_everything_is_drawn(sharpness):
     assert (weights.double().sum(-1) - 1).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize(("replace", "estimator"), WAYS)
 @pytest.mark.parametrize("trailing", [(), (4,), (2, 3, 2)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_values_and_gradients_against_the_surrogate(dtype, trailing, replace):
+def test_values_and_gradients_against_the_surrogate(dtype, trailing, replace, estimator):
     """Σ w·exp(log a − sg[log a])·f in float64 has the right value and, by autograd, the right gradients."""
     features = randn(3, 5, *trailing, dtype=dtype).requires_grad_()
     logits_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     log_attention = randn(3, 9).log_softmax(-1)[:, :5].to(logits_dtype).requires_grad_()
     grad_out = randn(3, *trailing, seed=3, dtype=dtype)
-    pooled = expectation(features, log_attention, replace=replace)
+    pooled = expectation(features, log_attention, replace=replace, estimator=estimator)
     pooled.backward(grad_out)
 
     f, log_a = (x.detach().double().requires_grad_() for x in (features, log_attention))
-    ratio = estimator_weights(log_a, replace=replace) * (log_a - log_a.detach()).exp()
+    ratio = estimator_weights(log_a, replace=replace, estimator=estimator) * (log_a - log_a.detach()).exp()
     expected = torch.einsum("bn,bn...->b...", ratio, f)
     expected.backward(grad_out.double())
     assert_close(pooled, expected)
@@ -294,6 +294,15 @@ def test_lean_weights_are_the_reference(kind):
         torch.testing.assert_close(estimator_weights(log_a), estimator_weights_ref(log_a), rtol=1e-12, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_log_probabilities_that_are_0_but_for_rounding_are_taken(dtype):
+    """What is refused is far above it: a probability, or a logit."""
+    certain = torch.tensor([[30.0, -5.0, -40.0]]).log_softmax(-1).to(dtype)
+    assert torch.equal(expectation(FEATURES[:1], certain), FEATURES[0, :1])
+    assert estimator_weights(certain + 1e-7)[0, 0] == pytest.approx(1, abs=1e-6)
+    estimator_weights(torch.empty(0, 3))  # an empty batch has no values to look at
+
+
 def test_weights_are_constants():
     """A gradient through the weights would be the wrong one of `through_the_weights`; nor is there a second one."""
     log_attention = randn(2, 4).log_softmax(-1).requires_grad_()
@@ -321,6 +330,7 @@ FEATURES, LOG_ATTENTION = torch.zeros(2, 3, 4), torch.zeros(2, 3)
         (torch.zeros(2), LOG_ATTENTION, {}, ValueError, r"\(2, 3\).*got \(2,\)"),
         (FEATURES.to("meta"), LOG_ATTENTION, {}, ValueError, "features are on meta but log_attention is on cpu"),
         (FEATURES, LOG_ATTENTION, {"estimator": "best"}, ValueError, "unknown estimator 'best', expected.*'ordered'"),
+        (FEATURES, LOG_ATTENTION + 0.25, {}, ValueError, r"log-probabilities \(≤ 0\), got values up to 0\.25; pass"),
     ],
 )
 def test_errors(features, log_attention, options, error, message):
@@ -334,6 +344,7 @@ def test_errors(features, log_attention, options, error, message):
         (LOG_ATTENTION.long(), {}, TypeError, "log_attention must be floating point, got torch.int64"),
         (FEATURES, {}, ValueError, r"log_attention must be \(B, N\).*got \(2, 3, 4\)"),
         (LOG_ATTENTION, {"estimator": "best"}, ValueError, "unknown estimator 'best'"),
+        (LOG_ATTENTION + 1e-3, {}, ValueError, "not probabilities or logits"),
     ],
 )
 def test_errors_of_the_weights(log_attention, options, error, message):

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from ats_kernels import estimator_weights, estimator_weights_ref, expectation, expectation_ref
-from ats_kernels.expectation import _estimator_weights_cpu
+from ats_kernels._weights import estimator_weights_lean
 from tests.helpers import assert_close, seeded
 
 pytestmark = pytest.mark.interpreter
+
+WAYS = [(True, "ordered"), (False, "ordered"), (False, "unordered")]  # (replace, estimator)
 
 triton_kernels = pytest.importorskip("ats_kernels.expectation_triton")
 
@@ -28,16 +30,16 @@ def problem(batch, n, trailing, dtype, device, *, sharpness=1.0, log_dtype=torch
     return features.to(device, dtype), log_attention.to(device, log_dtype)
 
 
-def run(features, log_attention, grad_out, replace):
+def run(features, log_attention, grad_out, replace, estimator="ordered"):
     """Φ̂ and the gradients to both arguments."""
     leaves = features.detach().requires_grad_(), log_attention.detach().requires_grad_()
-    pooled = expectation(*leaves, replace=replace)
+    pooled = expectation(*leaves, replace=replace, estimator=estimator)
     return pooled.detach(), *torch.autograd.grad(pooled, leaves, grad_out)
 
 
-def expected(features, log_attention, grad_out, replace):
+def expected(features, log_attention, grad_out, replace, estimator="ordered"):
     """The same from the formulas, in float64."""
-    weights = estimator_weights_ref(log_attention, replace=replace)
+    weights = estimator_weights_ref(log_attention, replace=replace, estimator=estimator)
     wide, grad = features.double(), grad_out.double().unsqueeze(1)
     pooled = expectation_ref(wide, weights)
     shaped = weights.view(*weights.shape, *[1] * (features.ndim - 2))
@@ -45,7 +47,7 @@ def expected(features, log_attention, grad_out, replace):
     return pooled, shaped * grad, weights * inner
 
 
-@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize(("replace", "estimator"), WAYS)
 @pytest.mark.parametrize(
     ("batch", "n", "trailing", "dtype", "log_dtype"),
     [
@@ -59,12 +61,12 @@ def expected(features, log_attention, grad_out, replace):
         (1, 300, (3,), torch.float32, torch.float32),
     ],
 )
-def test_against_the_formulas(batch, n, trailing, dtype, log_dtype, replace, device):
+def test_against_the_formulas(batch, n, trailing, dtype, log_dtype, replace, estimator, device):
     """Odd numbers of draws and features, one and many tiles of both, each dtype."""
     features, log_attention = problem(batch, n, trailing, dtype, device, log_dtype=log_dtype)
     grad_out = torch.randn(batch, *trailing, dtype=torch.float64, generator=seeded(2)).to(device, dtype)
-    got = run(features, log_attention, grad_out, replace)
-    for value, want in zip(got, expected(features, log_attention, grad_out, replace), strict=True):
+    got = run(features, log_attention, grad_out, replace, estimator)
+    for value, want in zip(got, expected(features, log_attention, grad_out, replace, estimator), strict=True):
         assert_close(value, want)
     assert [x.dtype for x in got] == [dtype, dtype, log_dtype]
 
@@ -106,16 +108,30 @@ def test_weights_to_double_precision(device):
     features = torch.zeros(3, 3, 1, dtype=torch.float64, device=device)
     _, weights = triton_kernels.expectation_triton(features, log_attention.to(device), replace=False)
     reference = estimator_weights_ref(log_attention)
-    for got in (weights.cpu(), _estimator_weights_cpu(log_attention)):
+    for got in (weights.cpu(), estimator_weights_lean(log_attention, torch.float64)):
         torch.testing.assert_close(got, reference, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("replace", [False, True])
-def test_poisoned_rows_stay_poisoned(replace, device):
+@pytest.mark.parametrize(("replace", "estimator"), WAYS)
+def test_control_variate(replace, estimator, device, monkeypatch):
+    """Takes its inner products from the kernel, and is otherwise the reference's."""
+    features, log_attention = (x.requires_grad_() for x in problem(3, 7, (5,), torch.float32, device))
+    grad_out = torch.randn(3, 5, generator=seeded(2)).to(device)
+    results = []
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("ATS_BACKEND", backend)
+        pooled = expectation(features, log_attention, replace=replace, estimator=estimator, control_variate=True)
+        results.append((pooled, *torch.autograd.grad(pooled, (features, log_attention), grad_out)))
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize(("replace", "estimator"), WAYS)
+def test_poisoned_rows_stay_poisoned(replace, estimator, device):
     """What `sample` returns for a row that cannot be drawn from is NaN and must stay so; its neighbours must not."""
     features, log_attention = problem(3, 5, (4,), torch.float32, device)
     log_attention[1] = float("nan")
-    pooled, *gradients = run(features, log_attention, torch.ones(3, 4, device=device), replace)
+    pooled, *gradients = run(features, log_attention, torch.ones(3, 4, device=device), replace, estimator)
     for value in (pooled, *gradients):
         assert value[1].isnan().all()
         assert value[::2].isfinite().all()

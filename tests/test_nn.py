@@ -97,6 +97,31 @@ def test_modules_pass_their_options_on(images):
         assert torch.equal(pooled, ats.expectation(got.patches, got.log_attention, replace=replace))
 
 
+@pytest.mark.parametrize("estimator", ["ordered", "unordered"])
+@pytest.mark.parametrize("control_variate", [False, True])
+def test_estimator_and_control_variate_reach_the_gradient(estimator, control_variate, images):
+    """The weights in the pooled features, the baseline in the attention network's gradient."""
+    options = {"estimator": estimator, "control_variate": control_variate}
+    model = make_model(**options)
+    pooled, _, sample = model(*images, generator=seeded())
+    features = torch.stack([model.feature(patches) for patches in sample.patches])
+    expected = ats.nn.Expectation(**options)(features, sample.log_attention)
+    weights = ats.estimator_weights(sample.log_attention, estimator=estimator)
+    assert torch.equal(pooled, expected)
+    assert_close(pooled, (weights.unsqueeze(-1) * features).sum(1))
+    parameter = model.attention[-1].weight
+    got, want, other = (
+        torch.autograd.grad(value.square().sum(), parameter, retain_graph=True)[0]
+        for value in (
+            pooled,
+            ats.expectation(features, sample.log_attention, **options),
+            ats.expectation(features, sample.log_attention, **options | {"control_variate": not control_variate}),
+        )
+    )
+    assert_close(got, want)
+    assert not torch.allclose(got, other)
+
+
 def test_with_replacement_the_pool_knows(images):
     """Sampling with replacement and pooling without would be biased."""
     model = make_model(n_patches=9, replace=True)
@@ -182,6 +207,7 @@ def test_state_is_that_of_the_two_networks():
         ({"n_patches": 81}, ValueError, "n=81 .* K=80"),
         ({"method": "best"}, ValueError, "unknown method 'best'"),
         ({"estimator": "best"}, ValueError, "unknown estimator 'best'"),
+        ({"estimator": "unordered", "replace": True}, ValueError, "without replacement, got replace=True"),
         ({"padding": "mirror"}, ValueError, "unknown padding 'mirror'"),
         ({"mean": [0.1, 0.2]}, ValueError, "mean has 2 values but the image has 1 channels"),
         ({"receptive_field": 8}, ValueError, r"receptive_field=8 leaves nothing of a view of \(8, 10\)"),
