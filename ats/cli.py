@@ -1,4 +1,4 @@
-"""The command line: ``ats train``, ``ats evaluate``, ``ats demo``."""
+"""The command line: ``ats train``, ``ats evaluate``, ``ats demo``, ``ats study``."""
 
 import sys
 

@@ -18,6 +18,7 @@ from ats.experiments.demo import run_demo
 from ats.experiments.evaluation import evaluate, load_task
 from ats.experiments.presets import PRESETS
 from ats.experiments.reproduce.command import ReproduceOptions, reproduce
+from ats.experiments.study.commands import run_study
 from ats.experiments.synthesise import SynthesiseOptions, synthesise
 from ats.experiments.training import InterruptedRunError, train, write_json
 from ats.version import __version__
@@ -33,6 +34,7 @@ commands:
   reproduce TABLE       the paper's tables: table1, table2, mnist, figures or all; runs what is missing
   synthesise DATA TO    write a small synthetic data set, laid out as a real one is
   demo                  attention sampling beside uniform sampling, in minutes on a CPU
+  study STUDY           variance: of the estimators; training: what their gradients do to one
 
 `ats COMMAND --help` lists a command's options; `ats --version` prints the version.
 """
@@ -82,6 +84,7 @@ def run(arguments: Sequence[str]) -> int:
         "reproduce": _reproduce,
         "synthesise": _synthesise,
         "demo": _demo,
+        "study": run_study,
     }
     if command in ("-h", "--help"):
         print(_HELP, end="")
