@@ -14,7 +14,6 @@ from ats.experiments.study.variance import Row, VarianceOptions, measure, settin
 from ats.experiments.study.writing import STYLES, claim, markdown_table, png, write_study
 
 _OWN_POOLING = "replace", "ordered", "unordered"  # the others pool as one of these does
-_LEAST_NOISE = 1e-3  # of the plot
 
 
 def study_variance(options: VarianceOptions, folder: Path | None) -> list[Row]:
@@ -127,8 +126,8 @@ def _curves(axes: Axes, rows: Sequence[Row], kind: str, value: Callable[[Row], f
             **STYLES[name],
         )
     if kind == "bias":
-        axes.set_ylim(-0.05, 1.05)
+        axes.set_ylim(-0.05, 1.15)
     else:
         axes.set_yscale("log")
-        axes.set_ylim(bottom=_LEAST_NOISE)
+        axes.set_ylim(1e-3, 1 if kind == "pooled" else 50)
     axes.grid(alpha=0.3)

@@ -1,0 +1,60 @@
+"""What the unordered estimator and the control variate cost beside the ordered one, and of a training step."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import ats
+import ats_kernels
+from bench.bench_training_step import BATCH, N_PATCHES, training_step
+from bench.measure import Method
+from bench.networks import TrainingNetworks
+from bench.report import Report
+
+COPIES = 4  # of the inputs, used in turn
+FEATURES = 32
+WAYS = {
+    "ordered": {"estimator": "ordered"},
+    "unordered": {"estimator": "unordered"},
+    "unordered, control variate": {"estimator": "unordered", "control_variate": True},
+}
+
+
+def pooling(draws: list[Tensor], features: list[Tensor], options: dict) -> Method:
+    """Φ̂ and its gradients, forward and backward."""
+
+    def method(index: int) -> tuple[Tensor, ...]:
+        leaves = features[index % COPIES], draws[index % COPIES]
+        return torch.autograd.grad(ats.expectation(*leaves, **options).sum(), leaves)
+
+    return method
+
+
+def inputs(report: Report, batch: int, n: int) -> tuple[list[Tensor], list[Tensor]]:
+    logits = torch.randn(COPIES, batch, 32_400, device=report.device)
+    draws = [ats_kernels.sample(row, n).log_attention.requires_grad_() for row in logits]
+    features = [torch.randn(batch, n, FEATURES, device=report.device, requires_grad=True) for _ in range(COPIES)]
+    return draws, features
+
+
+@pytest.mark.parametrize(("batch", "n"), [(16, 10), (128, 10), (16, 100), (1, 256)])
+def bench_estimators(report: Report, batch: int, n: int) -> None:
+    draws, features = inputs(report, batch, n)
+    report.compare(
+        f"Estimators, forward and backward: B = {batch}, N = {n}, D = {FEATURES}",
+        {name: pooling(draws, features, options) for name, options in WAYS.items()},
+    )
+
+
+def bench_estimators_in_a_training_step(report: Report) -> None:
+    device = report.device
+    draws, features = inputs(report, BATCH, N_PATCHES)
+    image = torch.randint(256, (BATCH, 1, 1500, 1500), dtype=torch.uint8, device=device)
+    view, labels = ats.area_downsample(image, 180), torch.randint(10, (BATCH,), device=device)
+    networks = TrainingNetworks(torch.channels_last).to(device)
+    optimiser = torch.optim.Adam(networks.parameters(), fused=True)
+    methods: dict[str, Method] = {name: pooling(draws, features, options) for name, options in WAYS.items()}
+    methods["a training step"] = lambda index: training_step(networks, optimiser, view, image, labels)
+    group = report.compare(f"Estimators in a training step on Megapixel MNIST: batch {BATCH}, N = {N_PATCHES}", methods)
+    for name in ("unordered", "unordered, control variate"):
+        group.at_most(5, group.ratio(name, "a training step") * 100, f"of the step is the estimate, {name}", "%")
