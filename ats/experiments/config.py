@@ -28,6 +28,10 @@ class ModelConfig:
     """ats, uniform: size of the low-resolution view relative to the image."""
     replace: bool = False
     """ats, uniform: draw with replacement."""
+    estimator: Literal["ordered", "unordered"] = "ordered"
+    """ats, uniform: the paper's, or its mean over the draw's orders: less noise, without replacement only."""
+    control_variate: bool = False
+    """ats: take a baseline off the features in the attention's gradient (docs/estimators.md)."""
     feature_scale: float = 8.0
     """ats, uniform: factor on the pooled unit-length features; 1 is the paper's."""
     grid_step: int = 50
@@ -41,6 +45,10 @@ class ModelConfig:
         """Refuse values that no model can have."""
         check_least(self, "model", 1, "n_patches", "patch_size", "grid_step")
         check_least(self, "model", 0, "grid_chunk")
+        if self.replace and self.estimator == "unordered":
+            raise ValueError(
+                "model.estimator=unordered needs model.replace=False: it averages over the orders of a set"
+            )
         for name in ("view_scale", "cnn_scale"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"model.{name} must be in (0, 1], got {getattr(self, name)}")

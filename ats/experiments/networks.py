@@ -56,6 +56,8 @@ def build_model(config: ExperimentConfig) -> Classifier:
         model.n_patches,
         model.patch_size,
         replace=model.replace,
+        estimator=model.estimator,
+        control_variate=model.control_variate,
         receptive_field="auto" if learned else lost,
         mean=mean,
         std=std,
