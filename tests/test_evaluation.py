@@ -161,6 +161,11 @@ def test_training_and_evaluating_from_the_command_line(tmp_path: Path, capsys: p
         ("train megapixel-mnist --preset huge", 1, "unknown preset 'huge'"),
         ("train megapixel-mnist --preset demo --optim.epochs 0", 2, "optim.epochs must be at least 1, got 0"),
         ("train megapixel-mnist --preset demo --seed -1", 2, "seed must be at least 0, got -1"),
+        (
+            "train megapixel-mnist --preset demo --model.replace --model.estimator unordered",
+            2,
+            "unordered needs model.replace=False",
+        ),
         ("evaluate nowhere.ckpt", 1, "no checkpoint at nowhere.ckpt"),
     ],
 )

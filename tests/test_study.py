@@ -103,7 +103,7 @@ def test_variance_command_writes_and_replaces_only_its_own(tmp_path, capsys):
         (["bias"], 1, "unknown study 'bias', expected 'variance' or 'training'"),
         (["variance", "--seed", "-1"], 1, "seed must be at least 0, got -1"),
         (["training", "--formulas", "best"], 1, "unknown formula 'best', expected some of ordered, released"),
-        (["training", "--steps", "3"], 1, "steps at least 25, got 2 and 3"),
+        (["training", "--steps", "3"], 1, "steps at least 25, got 3 and 3"),
         (["training", "--n-patches", "65"], 1, "n_patches 65 is more than the attention's 64 cells"),
         ([], 0, ""),
     ],

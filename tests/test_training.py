@@ -26,7 +26,7 @@ from ats.experiments.config import (
     to_dict,
 )
 from ats.experiments.data_config import MegapixelMNISTConfig, data_folder
-from ats.experiments.networks import view_size
+from ats.experiments.networks import build_model, view_size
 from ats.experiments.presets import PRESETS
 from ats.experiments.schedule import learning_rate_factor
 from ats.experiments.task import ClassificationTask
@@ -213,6 +213,15 @@ def test_configurations_survive_json(config: ExperimentConfig) -> None:
     again = from_dict(json.loads(json.dumps(to_dict(config))))
     assert again == config
     assert differences(config, again) == []
+
+
+def test_estimator_and_control_variate_reach_the_model() -> None:
+    """Both change nothing but noise: a run that ignored them would look well."""
+    config = PRESETS["megapixel-mnist"]["demo"]
+    for estimator, control_variate in (("ordered", False), ("unordered", True)):
+        model = dataclasses.replace(config.model, estimator=estimator, control_variate=control_variate)
+        sampling = build_model(dataclasses.replace(config, model=model)).sampling
+        assert (sampling.estimator, sampling.control_variate) == (estimator, control_variate)
 
 
 def test_a_configuration_of_another_version_is_named_as_such() -> None:

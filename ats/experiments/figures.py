@@ -36,7 +36,9 @@ def draw_attention(
     """
     logits = model.sampling.attention(view)
     scores, sample = model(view, image, generator=generator)
-    weights = estimator_weights(sample.log_attention, replace=model.sampling.sampler.replace)
+    weights = estimator_weights(
+        sample.log_attention, replace=model.sampling.sampler.replace, estimator=model.sampling.estimator
+    )
     attention = logits.flatten(1).softmax(-1).view(len(view), *logits.shape[-2:])
     batch, n_patches = sample.indices.shape
     patch_rows = -(-n_patches // _PATCHES_PER_ROW)

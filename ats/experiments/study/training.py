@@ -26,11 +26,11 @@ CURVE_STEPS = 25  # steps that a point of the learning curve is the mean of
 class TrainingOptions:
     """What is trained: each formula with each number of patches, once a seed."""
 
-    formulas: tuple[str, ...] = ("ordered", "released", "unordered-centred")
+    formulas: tuple[str, ...] = FORMULAS
     """Of the gradient: ordered, released, unordered, unordered-centred (with the control variate)."""
     n_patches: tuple[int, ...] = (5, 25)
     """Patches drawn from an image."""
-    seeds: int = 2
+    seeds: int = 3
     """Trainings of each."""
     steps: int = 500
     """Batches, all of new images."""
