@@ -330,7 +330,7 @@ FEATURES, LOG_ATTENTION = torch.zeros(2, 3, 4), torch.zeros(2, 3)
         (torch.zeros(2), LOG_ATTENTION, {}, ValueError, r"\(2, 3\).*got \(2,\)"),
         (FEATURES.to("meta"), LOG_ATTENTION, {}, ValueError, "features are on meta but log_attention is on cpu"),
         (FEATURES, LOG_ATTENTION, {"estimator": "best"}, ValueError, "unknown estimator 'best', expected.*'ordered'"),
-        (FEATURES, LOG_ATTENTION + 0.25, {}, ValueError, r"log-probabilities \(≤ 0\), got values up to 0\.25; pass"),
+        (FEATURES, LOG_ATTENTION + 0.25, {}, ValueError, r"above 0, up to 0\.25"),
     ],
 )
 def test_errors(features, log_attention, options, error, message):
