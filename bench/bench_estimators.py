@@ -6,9 +6,8 @@ from torch import Tensor
 
 import ats
 import ats_kernels
-from bench.bench_training_step import BATCH, N_PATCHES, training_step
+from bench.bench_training_step import BATCH, N_PATCHES, Networks, Variant, training_step
 from bench.measure import Method
-from bench.networks import TrainingNetworks
 from bench.report import Report
 
 COPIES = 4  # of the inputs, used in turn
@@ -51,7 +50,7 @@ def bench_estimators_in_a_training_step(report: Report) -> None:
     draws, features = inputs(report, BATCH, N_PATCHES)
     image = torch.randint(256, (BATCH, 1, 1500, 1500), dtype=torch.uint8, device=device)
     view, labels = ats.area_downsample(image, 180), torch.randint(10, (BATCH,), device=device)
-    networks = TrainingNetworks(torch.channels_last).to(device)
+    networks = Networks(Variant()).to(device)
     optimiser = torch.optim.Adam(networks.parameters(), fused=True)
     methods: dict[str, Method] = {name: pooling(draws, features, options) for name, options in WAYS.items()}
     methods["a training step"] = lambda index: training_step(networks, optimiser, view, image, labels)
