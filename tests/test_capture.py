@@ -95,10 +95,46 @@ class HostReads(TorchDispatchMode):
 def test_nothing_would_wait_for_a_gpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATS_BACKEND", "triton")
     image, logits = make_image(device.type), make_logits(device.type)
+    features, log_attention = unordered_inputs(device.type)
     with HostReads() as reads:
         step(image, logits, validate=False)
         ats.area_downsample(image, 20)
+        unordered_step(features, log_attention)
     assert reads.found == []
+
+
+def unordered_inputs(device: str) -> tuple[Tensor, Tensor]:
+    """Features (2, 5, 3) and log a (2, 5), which both learn."""
+    torch.manual_seed(3)
+    log_attention = torch.randn(2, 9).log_softmax(-1)[:, :5].to(device)
+    return torch.rand(2, 5, 3).to(device).requires_grad_(), log_attention.requires_grad_()
+
+
+def unordered_step(features: Tensor, log_attention: Tensor) -> tuple[Tensor, ...]:
+    """Φ̂ by the unordered estimator with its control variate, and both gradients."""
+    pooled = ats.expectation(features, log_attention, estimator="unordered", control_variate=True)
+    return pooled, *torch.autograd.grad(pooled.square().sum(), (features, log_attention))
+
+
+@pytest.mark.gpu
+def test_the_unordered_estimator_in_a_cuda_graph() -> None:
+    """Its weights are PyTorch's operators: captured, replayed on new values, and what the CPU makes of them."""
+    arguments = unordered_inputs("cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        unordered_step(*arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = unordered_step(*arguments)
+    with torch.no_grad():
+        arguments[0].mul_(2)
+        arguments[1].sub_(0.5)
+    graph.replay()
+    on_cpu = [argument.detach().cpu().requires_grad_() for argument in arguments]
+    for got, want in zip(results, unordered_step(*on_cpu), strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-6)
 
 
 # CUDA graphs
