@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from ats_kernels._checks import check_floating
-from ats_kernels._unordered import _quadrature
-from ats_kernels._weights import _remaining
+from ats_kernels._unordered import quadrature
+from ats_kernels._weights import mass_before
 from ats_kernels.expectation import check_estimator
 
 
@@ -85,12 +85,12 @@ def estimate(features: Tensor, log_attention: Tensor, *, replace: bool = False, 
 def _ordered(values: Tensor, log_a: Tensor) -> Estimate:
     attention = log_a.exp()
     known = attention.unsqueeze(-1) * values  # (B, N, D)
-    each = known.cumsum(1) - known + _remaining(log_a, attention).unsqueeze(-1) * values  # E_k
+    each = known.cumsum(1) - known + mass_before(log_a, attention).unsqueeze(-1) * values  # E_k
     return Estimate(each.mean(1), each.var(1) / each.shape[1])
 
 
 def _unordered(values: Tensor, log_a: Tensor) -> Estimate:
-    attention, inverse, density = _quadrature(log_a, torch.float64)  # (B, N), (B, N, M), (B, 1, M)
+    attention, inverse, density = quadrature(log_a, torch.float64)  # (B, N), (B, N, M), (B, 1, M)
     omega = (attention.unsqueeze(-1) * inverse).transpose(1, 2)  # (B, M, N)
     weights = density @ omega  # (B, 1, N)
     weights = weights / weights.sum(-1, keepdim=True)  # 1 but for rounding

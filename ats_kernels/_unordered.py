@@ -35,7 +35,7 @@ _LEAST_MASS = 1e-250  # stands for a mass of 0: the weights are a then, and noth
 
 def unordered_weights(log_attention: Tensor, dtype: torch.dtype) -> Tensor:
     """The weights w (B, N) in float64, from log a (B, N) in any order, to the accuracy of `dtype`."""
-    attention, inverse, density = _quadrature(log_attention, dtype)
+    attention, inverse, density = quadrature(log_attention, dtype)
     weights = attention * inverse.mul_(density).sum(-1)
     return weights / weights.sum(-1, keepdim=True)  # 1 but for rounding
 
@@ -52,7 +52,7 @@ def leave_one_out(log_attention: Tensor, values: Tensor) -> Tensor:
 
     Source: Kool et al., 2020, section 4.
     """
-    attention, inverse, density = _quadrature(log_attention, values.dtype)
+    attention, inverse, density = quadrature(log_attention, values.dtype)
     own = attention * values.double()  # (B, N) a_s x_s
     shares = own.unsqueeze(-1) * inverse  # (B, N, M) a_s x_s / (1 − e^{−a_s u})
     others = shares.sum(1, keepdim=True) - shares
@@ -60,7 +60,7 @@ def leave_one_out(log_attention: Tensor, values: Tensor) -> Tensor:
     return own + (others * without).sum(-1) / without.sum(-1)
 
 
-def _quadrature(log_attention: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def quadrature(log_attention: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """a (B, N), 1 / (1 − e^{−a u}) (B, N, M) and π (B, 1, M), which sums to 1, at M nodes."""
     # A cell below e^−600 is weighted as if it were there, and nothing underflows.
     log_a = log_attention.detach().double().clamp(min=-600.0)

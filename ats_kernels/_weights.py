@@ -44,11 +44,11 @@ def estimator_weights_lean(
     if estimator == "unordered":
         return unordered_weights(log_a, dtype)
     attention = log_a.exp()
-    remaining = _remaining(log_a, attention)
+    remaining = mass_before(log_a, attention)
     return remaining.addcmul_(attention, _later(log_a)).div_(float(n))
 
 
-def _remaining(log_a: Tensor, attention: Tensor) -> Tensor:
+def mass_before(log_a: Tensor, attention: Tensor) -> Tensor:
     """m (B, N): the mass before each draw, 1 − Σ_{j<k} a_{q_j}."""
     # Only a cell of more than half of the mass can leave so little that 1 − a loses it; there is at most one.
     # Before it 1 − Σ a is left, after it 0 − Σ e, where e is a for the others and a − 1 for that one.
@@ -92,7 +92,7 @@ def centred_coefficients(
     if estimator == "unordered":
         return weights * (x - leave_one_out(log_a, inner))
     attention = log_a.exp()
-    mass = _remaining(log_a, attention)
+    mass = mass_before(log_a, attention)
     seen = attention * x
     estimates = seen.cumsum(-1) - seen + mass * x  # E_k
     counts = torch.arange(1, n, dtype=torch.float64, device=log_a.device)
