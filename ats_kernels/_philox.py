@@ -93,6 +93,4 @@ def log_exponential_numpy(bits: np.ndarray) -> np.ndarray:
     numbers = bits + 0.5
     numbers *= -(2.0**-53)
     np.maximum(numbers, 2.0**-53 - 1, out=numbers)
-    np.log1p(numbers, out=numbers)
-    np.negative(numbers, out=numbers)
-    return np.log(numbers, out=numbers)
+    return torch.from_numpy(numbers).log1p_().neg_().log_().numpy()  # NumPy's logarithms are not vectorised

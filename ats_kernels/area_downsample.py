@@ -21,7 +21,7 @@ from ats_kernels._checks import (
     normalise,
     output_dtype,
 )
-from ats_kernels.area_downsample_cpu import area_downsample_cpu
+from ats_kernels.area_downsample_cpu import area_downsample_cpu, channels_come_last
 
 
 def area_downsample_ref(
@@ -75,6 +75,26 @@ class _AreaDownsample(torch.autograd.Function):
         return grad_image, None, None, None, None
 
 
+@torch.library.custom_op(
+    "ats_kernels::area_downsample_cpu",
+    mutates_args=(),
+    schema="(Tensor image, int[] size, float[]? means, float[]? stds, ScalarType dtype) -> Tensor",
+)
+def _opaque_area_downsample(
+    image: Tensor, size: list[int], means: list[float] | None, stds: list[float] | None, dtype: torch.dtype
+) -> Tensor:
+    """The lean path as one operator to a compiler, whose own loops over the reference take longer."""
+    return area_downsample_cpu(image, (size[0], size[1]), means=means, stds=stds, dtype=dtype)
+
+
+@_opaque_area_downsample.register_fake
+def _(
+    image: Tensor, size: list[int], means: list[float] | None, stds: list[float] | None, dtype: torch.dtype
+) -> Tensor:
+    view = image.new_empty((*image.shape[:2], *size), dtype=dtype)
+    return view.contiguous(memory_format=torch.channels_last) if channels_come_last(image) else view
+
+
 def area_downsample(
     image: Tensor,
     size: int | tuple[int, int],
@@ -118,7 +138,8 @@ def area_downsample(
         if learns:
             return _AreaDownsample.apply(image, (height, width), means, stds, out_dtype)
         return _launch(image, (height, width), means, stds, out_dtype)
-    # A compiler fuses the reference, cast included, into two loops; autograd differentiates it.
-    lean = backend == "cpu" and not learns and not torch.compiler.is_compiling()
-    run = area_downsample_cpu if lean else area_downsample_ref
-    return run(image, (height, width), means=means, stds=stds, dtype=out_dtype)
+    if backend == "cpu" and not learns:
+        if torch.compiler.is_compiling():
+            return _opaque_area_downsample(image, [height, width], means, stds, out_dtype)
+        return area_downsample_cpu(image, (height, width), means=means, stds=stds, dtype=out_dtype)
+    return area_downsample_ref(image, (height, width), means=means, stds=stds, dtype=out_dtype)

@@ -1,6 +1,6 @@
-"""The CPU path of `extract_patches`: every row of a patch is one run of memory, copied by one `index_select`.
+"""The CPU path of `extract_patches`: one `index_select` from an overlapping view of all windows of the images.
 
-Nothing is allocated but the rows' places: bytes that become floats are first gathered into the end of the result
+Nothing is allocated but the windows' places: bytes that become floats are first gathered into the end of the result
 itself. Patches that cross the border are read from the nearest place inside and then shifted. Places are worked out by
 NumPy, whose small operations cost half of PyTorch's.
 """
@@ -12,7 +12,6 @@ from torch import Tensor
 from ats_kernels._checks import compute_dtype
 
 _SCRATCH = 1 << 18  # bytes where some is needed: small beside any batch of patches, and it stays in a core's cache
-_INDICES = 1 << 14  # rows gathered at once, 8 bytes each
 
 
 def extract_patches_cpu(
@@ -58,35 +57,23 @@ def extract_patches_cpu(
 
 
 class _Windows:
-    """Every row of every window of an image, as one view (starts, …) of its memory, to select from."""
+    """Every window of an image, from one border to the other, as one view (starts, …) of its memory, to select from."""
 
     def __init__(self, image: Tensor, corners: np.ndarray, size: tuple[int, int], channels_last: bool) -> None:
         batch, channels, height, width = image.shape
         stride_b, stride_c, stride_h, stride_w = image.stride()
-        rows = np.arange(size[0]) * stride_h
-        most = (batch - 1) * stride_b + (height - 1) * stride_h + (width - size[1]) * stride_w
-        run: tuple[int, ...] = (size[1],)
-        run_stride: tuple[int, ...] = (stride_w,)
+        window, strides = (channels, *size), (stride_c, stride_h, stride_w)
         if channels_last:
-            run, run_stride = (size[1], channels), (stride_w, stride_c)
-        else:
-            rows = (np.arange(channels)[:, None] * stride_c + rows).ravel()
-            most += (channels - 1) * stride_c
-        # Rows overlap in this view: that of element i begins at element i.
-        self.runs = image.detach().as_strided((most + 1, *run), (1, *run_stride))
-        self.rows = torch.from_numpy(rows)  # (rows of a patch,), from the patch's first element
-        images = np.arange(batch)[:, None] * stride_b
-        starts = images + corners @ np.array((stride_h, stride_w))
-        self.starts = torch.from_numpy(starts.reshape(-1, 1))  # (B·N, 1)
+            window, strides = (*size, channels), (stride_h, stride_w, stride_c)
+        most = (batch - 1) * stride_b + (height - size[0]) * stride_h + (width - size[1]) * stride_w
+        # Windows overlap in this view: element i of the image's memory is where window i begins.
+        self.windows = image.detach().as_strided((most + 1, *window), (1, *strides))
+        starts = np.arange(batch)[:, None] * stride_b + corners @ np.array((stride_h, stride_w))
+        self.starts = torch.from_numpy(starts.ravel())  # (B·N,)
 
     def read(self, first: int, raw: Tensor) -> None:
         """Copy the windows from number `first` on to `raw` (windows, …), as many as it takes."""
-        step = max(1, _INDICES // len(self.rows))
-        for i in range(0, len(raw), step):
-            part = raw[i : i + step]
-            index = (self.starts[first + i : first + i + len(part)] + self.rows).flatten()
-            target = part.view(len(index), *self.runs.shape[1:])
-            torch.index_select(self.runs, 0, index, out=target)
+        torch.index_select(self.windows, 0, self.starts[first : first + len(raw)], out=raw)
 
 
 def _read_narrower(windows: _Windows, patches: Tensor, raw_dtype: torch.dtype) -> None:

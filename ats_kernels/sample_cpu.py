@@ -1,10 +1,11 @@
 """The CPU path of `sample`: one read of the logits, few and coarse operations, no compiler needed.
 
 Same algorithm, random numbers and draws as the reference in `sample`. It reads the logits in chunks that stay in cache
-for each block's largest logit, sum of exponentials and part of the entropy, in the logits' precision (float32 at
-least; float64 with replacement, where the order of the draws rests on the total of all sums). Only what decides the
-draw and the precision of log a is computed again in float64: the blocks that may hold drawn cells, and the block of
-the largest logit.
+for each block's sum of exponentials and for the entropy, in the logits' precision (float32 at least; float64 with
+replacement, where the order of the draws rests on the total of all sums), relative to one of the row's largest logits.
+Where that loses what could decide a draw, and for the most probable cells, relative to each block's own. Only what
+decides the draw and the precision of log a is computed again in float64: the blocks that may hold drawn cells, and the
+block of most mass.
 
 All but the chunks is small and NumPy's: an operation costs it half of what it costs PyTorch, and wakes no threads. The
 chunks are raised to base 2, for which PyTorch has a vectorised loop of its own: the exponential to base e is MKL's, and
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ats_kernels import _philox
 from ats_kernels._checks import compute_dtype
-from ats_kernels.sample import Draw, Statistics, _repeats, block_size
+from ats_kernels.sample import Draw, Statistics, _repeats, block_size, ring_times
 
 # Logits a chunk: its arrays stay in cache, and the work outweighs what starting an operation and its threads costs.
 _CHUNK = 2**20
@@ -35,21 +36,34 @@ _SMALL = 2**12
 NEAR = 1e-4
 SPARE_BLOCKS = 4
 
+# Sums relative to one logit for the whole row: that of so many blocks, and what has lost nothing to underflow. A block
+# that rings first and sums to less, or one that sums to more than its inverse, has each block summed by itself.
+_SAMPLED_BLOCKS = 32
+_LEAST_SUM = 2.0**-90
+_LOWEST_PEAK = -1e38  # where all cells are masked; finite to base 2, too
+
 _scratch = threading.local()
 
 _LOG2_E = 1 / math.log(2)
-_LOWEST = float(np.finfo(np.float64).min)
 _NO_LOG = -1e300  # in place of log 0 where it is multiplied by 0
+
+
+class _Sums(NamedTuple):
+    """Sums over blocks, relative to a logit near the largest of each block (T is K/block) or of the row (T is 1)."""
+
+    reference: np.ndarray  # (B, T) that logit, float64 as all of these; −inf for a block that is masked whole
+    mass: np.ndarray  # (B, K/block) Σ exp(z − reference)
+    spread: np.ndarray  # (B, T) Σ (z − reference) exp(z − reference)
 
 
 class _Candidates(NamedTuple):
     """Statistics of whole rows, and the blocks that may hold drawn cells; all float64 but `chosen`."""
 
-    top: np.ndarray  # (B,) the largest logit
-    rest: np.ndarray  # (B,) Σ exp(z − top) over all cells but the one of the largest logit
+    top: np.ndarray  # (B,) the largest logit, or that of the block with most mass
+    rest: np.ndarray  # (B,) Σ exp(z − top) over all cells but that one
     spread: np.ndarray  # (B,) Σ (z − top) exp(z − top)
     chosen: np.ndarray  # (B, S) int64, numbers of blocks
-    log_mass: np.ndarray  # (B, S, block) their logits less the largest, −inf past the last cell
+    log_mass: np.ndarray  # (B, S, block) their logits less that one, −inf past the last cell
     log_e: tuple[np.ndarray, np.ndarray] | None  # log-exponentials (B, S) of blocks and (B, S, block) of cells
 
 
@@ -79,7 +93,8 @@ def _sample(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple
         if log_e is None:
             order = np.argsort(-flat, axis=-1, kind="stable")[:, :distinct]
         else:
-            _, order = _smallest(_ring_times(log_mass, *log_e).reshape(rows, -1), distinct)
+            times = ring_times(*(torch.from_numpy(values) for values in (log_mass, *log_e)))
+            _, order = _smallest(times.flatten(1), distinct)
     indices = chosen[row, order // block] * block + order % block  # (B, min(n, K))
     log_attention = flat[row, order] - log_total[:, None]
     bad = np.isnan(rest) | (log_attention[:, 0 if replace else -1] == -np.inf)
@@ -139,64 +154,69 @@ def _every_block(logits: Tensor, block: int, key: int | None, row: np.ndarray) -
 def _likely_blocks(
     logits: Tensor, block: int, distinct: int, replace: bool, key: int | None, row: np.ndarray
 ) -> _Candidates:
-    """The blocks that hold the first `distinct` cells, from the statistics of all blocks."""
-    block_peak, block_sum, block_spread = _block_statistics(logits, block, wide=replace).double().numpy()
-    top_block = block_peak.argmax(-1)[:, None]  # (B, 1)
-    top = block_peak[row, top_block]
-    below = block_peak - top  # (B, K/block) ≤ 0
-    scale = np.exp(below)
-    block_spread += block_sum * np.maximum(below, _NO_LOG)
-    spread = np.einsum("bs,bs->b", scale, block_spread)
-
-    n_blocks = below.shape[1]
-    few = distinct + SPARE_BLOCKS < n_blocks
-    chosen = log_e = None
+    """The blocks that hold the first `distinct` cells, from sums over all blocks."""
     if key is not None:
-        bits = _philox.paired_bits(key, np.arange((n_blocks + 1) // 2), row, _philox.BLOCKS)
-        block_log_e = _philox.log_exponential_numpy(bits)[:, :n_blocks]
+        found = _candidates(logits, _block_sums(logits, block, wide=replace, each=False), block, distinct, key, row)
+        if found is not None:
+            return found
+    found = _candidates(logits, _block_sums(logits, block, wide=replace, each=True), block, distinct, key, row)
+    assert found is not None
+    return found
+
+
+def _candidates(
+    logits: Tensor, sums: _Sums, block: int, distinct: int, key: int | None, row: np.ndarray
+) -> _Candidates | None:
+    """`_likely_blocks` from `sums`; None if these have lost too much to overflow or underflow."""
+    n_blocks = sums.mass.shape[1]
+    least, most = (0.0, np.inf) if sums.reference.shape == sums.mass.shape else (_LEAST_SUM, 1 / _LEAST_SUM)
+    if (sums.mass > most).any():
+        return None
+    log_mass = np.maximum(sums.mass, least)
+    torch.from_numpy(log_mass).log_()
+    log_mass += sums.reference  # (B, K/block)
+    top_block = log_mass.argmax(-1)[:, None]  # (B, 1)
+    few = distinct + SPARE_BLOCKS < n_blocks
+    chosen = np.zeros_like(row) + np.arange(n_blocks)
+    log_e = None
+    if key is not None:
+        bits = _philox.paired_bits(key, np.arange((n_blocks + 1) // 2), row, _philox.BLOCKS)[:, :n_blocks]
+        block_log_e = _philox.log_exponential_numpy(bits)
         if few:
-            times, chosen = _smallest(block_log_e - below - np.log(block_sum), distinct + SPARE_BLOCKS)
+            times, chosen = _smallest(torch.from_numpy(block_log_e - log_mass), distinct + SPARE_BLOCKS)
             if SPARE_BLOCKS and (times[:, distinct] > times[:, distinct - 1] + NEAR).all():
                 chosen = chosen[:, :distinct]
+            if (sums.mass[row, chosen] < least).any():
+                return None
             block_log_e = block_log_e[row, chosen]
-        else:
-            chosen = np.zeros_like(row) + np.arange(n_blocks)
         pair = (chosen * (block // 2))[..., None] + np.arange(block // 2)  # (B, S, block/2)
         bits = _philox.paired_bits(key, pair, row[..., None], _philox.CELLS)
         log_e = block_log_e, _philox.log_exponential_numpy(bits)  # (B, S), (B, S, block)
-    else:
-        chosen = np.argsort(-block_peak, axis=-1, kind="stable")[:, :distinct]
+    elif few:
+        chosen = np.argsort(-sums.reference, axis=-1, kind="stable")[:, :distinct]
         chosen.sort(axis=-1)  # ascending, so that ties go to the cell of the lowest index
 
-    # The block of the largest logit goes along, so that what is not the peak's can be summed to its full precision.
-    log_mass = _gather_blocks(logits, np.concatenate((chosen, top_block), -1), block)
-    log_mass -= top[..., None]
-    peak_mass = np.exp(log_mass[:, -1])  # (B, block)
-    peak_mass[row[:, 0], peak_mass.argmax(-1)] = 0
-    scale[row, top_block] = 0
-    rest = peak_mass.sum(-1) + np.einsum("bs,bs->b", scale, block_sum)
-    return _Candidates(top[:, 0], rest, spread, chosen, log_mass[:, :-1], log_e)
+    # The block of most mass goes along, so that what is not the peak's can be summed to its full precision. Where the
+    # row's largest logit lies elsewhere, this block's is as good: the rest is then not small.
+    cells = _gather_blocks(logits, np.concatenate((chosen, top_block), -1), block)
+    top = cells[:, -1].max(-1)
+    cells -= top[:, None, None]
+    top_mass = np.exp(cells[:, -1])  # (B, block)
+    top_mass[row[:, 0], top_mass.argmax(-1)] = 0
+    below = sums.reference - top[:, None]  # (B, T)
+    scale = np.exp(below)
+    mass = sums.mass * scale  # (B, K/block) Σ exp(z − top)
+    total = mass if sums.reference.shape == mass.shape else mass.sum(-1, keepdims=True)  # (B, T)
+    spread = (scale * sums.spread + total * np.maximum(below, _NO_LOG)).sum(-1)
+    mass[row, top_block] = 0
+    rest = top_mass.sum(-1) + mass.sum(-1)
+    return _Candidates(top, rest, spread, chosen, cells[:, :-1], log_e)
 
 
-def _smallest(keys: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _smallest(keys: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Each row's smallest keys (B, count), in ascending order, and their places."""
-    values, places = torch.from_numpy(keys).topk(count, largest=False)  # NumPy's selection takes three times as long
+    values, places = keys.topk(count, largest=False)  # NumPy's selection takes three times as long
     return values.numpy(), places.numpy()
-
-
-def _ring_times(log_mass: np.ndarray, log_e_block: np.ndarray, log_e_cell: np.ndarray) -> np.ndarray:
-    """`ring_times` of NumPy arrays."""
-    largest = np.maximum(log_mass.max(-1, keepdims=True), _LOWEST)  # (B, S, 1), finite also without mass
-    shifted = log_mass - largest
-    log_total = np.log(np.exp(shifted, out=shifted).sum(-1, keepdims=True)) + largest
-    alone = log_e_cell - log_mass  # as if the block were not known
-    first = np.minimum(alone.min(-1, keepdims=True), -_LOWEST)
-    # log(e^block_time + e^alone − e^first)
-    excess = np.exp(np.subtract(first, alone, out=shifted), out=shifted)
-    np.log1p(np.negative(excess, out=excess), out=excess)
-    excess += alone
-    block_time = torch.from_numpy(log_e_block[..., None] - log_total)
-    return torch.logaddexp(block_time, torch.from_numpy(excess)).numpy()  # NumPy's is not vectorised
 
 
 def _chunks(rows: int, columns: int, width: int = 1) -> Iterator[tuple[slice, slice]]:
@@ -208,21 +228,47 @@ def _chunks(rows: int, columns: int, width: int = 1) -> Iterator[tuple[slice, sl
             yield slice(first, min(first + height, rows)), slice(left, min(left + step, columns))
 
 
-def _block_statistics(logits: Tensor, block: int, *, wide: bool) -> Tensor:
-    """Of each block, (3, B, K/block): the largest logit m, Σ exp(z − m) and Σ (z − m) exp(z − m)."""
+def _parts(logits: Tensor, block: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor, slice, slice]]:
+    """Logits (R, S, block) chunk by chunk, two buffers of their shape and of `dtype`, their rows and their blocks."""
     rows, cells = logits.shape
-    dtype = torch.float64 if wide else compute_dtype(logits.dtype)
-    statistics = torch.empty(3, rows, -(-cells // block), dtype=dtype, device="cpu")
-    buffers = _kept_buffers(min(rows * cells, max(_CHUNK, block)), dtype)
     whole = cells // block
+    buffers = _kept_buffers(min(rows * cells, max(_CHUNK, block)), dtype)
     for r, b in _chunks(rows, whole, block):
-        part = logits[r, b.start * block : b.stop * block].unflatten(-1, (-1, block))
-        _reduce_blocks(part, buffers, statistics[:, r, b])
+        x = logits[r, b.start * block : b.stop * block].unflatten(-1, (-1, block))
+        below, mass = (buffer[: x.numel()].view(x.shape) for buffer in buffers)
+        yield x, below, mass, r, b
     if cells % block:
         tail = logits[:, whole * block :].unsqueeze(1)  # a narrower block
-        _reduce_blocks(tail, tail.new_empty(2, tail.numel(), dtype=dtype), statistics[:, :, whole:])
-    statistics[2] *= math.log(2)
-    return statistics
+        below, mass = tail.new_empty(2, *tail.shape, dtype=dtype)
+        yield tail, below, mass, slice(None), slice(whole, whole + 1)
+
+
+def _block_sums(logits: Tensor, block: int, *, wide: bool, each: bool) -> _Sums:
+    """Sums over blocks, relative to the largest logit of `each` block or to one of the largest of the row."""
+    n_blocks = -(-logits.shape[1] // block)
+    dtype = torch.float64 if wide else compute_dtype(logits.dtype)
+    mass = torch.empty(logits.shape[0], n_blocks, dtype=dtype, device="cpu")
+    if each:
+        reference = torch.empty_like(mass)
+    else:
+        some = logits.unfold(-1, min(block, logits.shape[1]), block * max(1, n_blocks // _SAMPLED_BLOCKS))
+        shift = some.amax((-2, -1)).to(dtype).clamp_(min=_LOWEST_PEAK).mul_(-_LOG2_E).unsqueeze(-1)  # (B, 1)
+        reference = shift.double() / -float(torch.tensor(_LOG2_E, dtype=dtype))  # what the rounded numbers stand for
+    spread = torch.zeros(reference.shape, dtype=dtype, device="cpu")
+    for x, below, part, r, b in _parts(logits, block, dtype):
+        if x.dtype != dtype:
+            x = below.copy_(x)
+        if each:
+            torch.amax(x, -1, out=reference[r, b])
+            torch.sub(x, reference[r, b].clamp(min=_LOWEST_PEAK).unsqueeze(-1), out=below).mul_(_LOG2_E)
+        else:  # a multiplication and an addition that round once: logits far from 0 lose nothing
+            torch.add(shift[r].unsqueeze(-1), x, alpha=_LOG2_E, out=below)
+        torch.exp2(below, out=part)
+        torch.sum(part, -1, out=mass[r, b])
+        part.mul_(below)
+        # 0 · −inf at a masked cell is NaN, and means 0
+        spread[r, b if each else slice(None)] += torch.nansum(part if each else part.flatten(1).unsqueeze(1), -1)
+    return _Sums(*(value.double().numpy() for value in (reference, mass, spread * math.log(2))))
 
 
 def _kept_buffers(length: int, dtype: torch.dtype) -> Tensor:
@@ -233,20 +279,6 @@ def _kept_buffers(length: int, dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False):  # or it could not be written to later, outside of that mode
             kept = _scratch.bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
     return kept[:size].view(dtype).view(2, length)
-
-
-def _reduce_blocks(x: Tensor, buffers: Tensor, statistics: Tensor) -> None:
-    """`_block_statistics` (3, R, S) of blocks of logits x (R, S, block), the third divided by log 2."""
-    below, mass = (buffer[: x.numel()].view(x.shape) for buffer in buffers)
-    peak, total, spread = statistics
-    if x.dtype != below.dtype:
-        x = below.copy_(x)
-    torch.amax(x, -1, out=peak)
-    lowest = torch.finfo(peak.dtype).min
-    torch.sub(x, peak.clamp(min=lowest).unsqueeze(-1), out=below).mul_(_LOG2_E)
-    torch.exp2(below, out=mass)
-    torch.sum(mass, -1, out=total)
-    torch.nansum(mass.mul_(below), -1, out=spread)  # 0 · −inf at a masked cell is NaN, and means 0
 
 
 def _gather_blocks(logits: Tensor, chosen: np.ndarray, block: int) -> np.ndarray:

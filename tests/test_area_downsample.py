@@ -124,6 +124,20 @@ def test_compiles_whole(dtype):
         assert_close(*(torch.autograd.grad(x.square().sum(), image)[0] for x in (view, expected)))
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_what_a_compiler_is_told_of_the_lean_path(channels_last):
+    """Shapes, strides and dtype without running it, as `torch.library.opcheck` wants them."""
+    image = values(2, 3, 9, 10, dtype=torch.uint8)
+    if channels_last:
+        image = image.contiguous(memory_format=torch.channels_last)
+    arguments = image, [4, 7], [0.1, 0.2, 0.3], [0.5] * 3, torch.float32
+    torch.library.opcheck(torch.ops.ats_kernels.area_downsample_cpu.default, arguments)
+    assert_close(
+        torch.ops.ats_kernels.area_downsample_cpu(*arguments),
+        area_downsample(image, (4, 7), mean=[0.1, 0.2, 0.3], std=0.5),
+    )
+
+
 def test_autocast_changes_nothing():
     image = values(1, 3, 9, 10, dtype=torch.uint8)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
+from torch.testing import assert_close
 
 from ats_kernels import _philox
-from tests.helpers import assert_close
 
 
 def test_philox_known_answers():

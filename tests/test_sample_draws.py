@@ -121,6 +121,31 @@ def test_same_draws_as_the_reference(rows, cells, n, options, dtype, monkeypatch
         assert_close(got, want)
 
 
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize(
+    "case", ["sharp", "peak between the sampled blocks", "all sampled blocks masked", "far from 0"]
+)
+def test_sums_that_one_logit_cannot_serve(case, replace, monkeypatch):
+    """Sums relative to one logit of the row over- or underflow where blocks differ by more than float32 holds."""
+    monkeypatch.setattr(sample_cpu, "_SAMPLED_BLOCKS", 2)
+    logits = randn(2, 9_000, dtype=torch.float32)
+    if case == "sharp":  # after a few draws, what is left is e^-200 of all
+        logits -= 200
+        logits[:, 4_000:4_004] += 200
+    elif case == "peak between the sampled blocks":
+        logits[1, 1_000] = 500
+    elif case == "all sampled blocks masked":
+        logits[:, :8_000] = -INF
+        logits[1, 100] = 2
+    else:
+        logits += 60_000
+    draw = sample(logits, 12, replace=replace, generator=seeded(5))
+    expected = sample_ref(logits, 12, replace=replace, generator=seeded(5))
+    assert torch.equal(draw.indices, expected.indices)
+    for got, want in zip(draw[1:], expected[1:], strict=True):
+        assert_close(got, want.to(got.dtype))
+
+
 def test_blocks_to_spare_change_nothing(monkeypatch):
     """They are there in case float32 sums swap two blocks: with and without them, the same cells are drawn."""
     logits = randn(30, 4_000, dtype=torch.float32) * 2
@@ -152,6 +177,14 @@ def test_topk_takes_the_lower_index_among_ties(cells):
     logits = (randn(2, cells, dtype=torch.float32) * 2).round()
     expected = logits.sort(dim=-1, descending=True, stable=True).indices[:, :150]
     assert torch.equal(sample(logits, 150, method="topk").indices, expected)
+
+
+def test_topk_tells_blocks_apart_that_differ_by_one_rounding():
+    """The most probable cell, though the next lies in an earlier block and is less by a last digit."""
+    logits = torch.full((1, 9_000), -1.0)
+    logits[0, 5] = 1.0
+    logits[0, 8_000] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    assert sample(logits, 1, method="topk").indices.item() == 8_000
 
 
 def test_drawing_every_cell_gives_a_permutation():
