@@ -5,6 +5,8 @@ itself. Patches that cross the border are read from the nearest place inside and
 NumPy, whose small operations cost half of PyTorch's.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -111,14 +113,9 @@ class _Affine:
         if stds is None and is_byte:
             stds = [1.0] * image.shape[1]
         self.is_identity = means is None and stds is None
-        number = np.float64 if work == torch.float64 else np.float32
 
-        def row(values: list[float]) -> Tensor:  # (pw·C) or (C, 1, pw)
-            # Broadcasting a few channels along the innermost dimension is slow, whole rows are not.
-            channel = np.array(values, number)
-            return torch.from_numpy(np.tile(channel, width) if channels_last else channel.repeat(width)).view(
-                (-1,) if channels_last else (len(values), 1, width)
-            )
+        def row(values: list[float]) -> Tensor:
+            return _row(tuple(values), width, channels_last, np.float64 if work == torch.float64 else np.float32)
 
         self.center: Tensor | None = None
         self.scale: Tensor | None = None
@@ -141,6 +138,18 @@ class _Affine:
             rows.sub_(self.center)
         if self.scale is not None:
             rows.mul_(self.scale)
+
+
+@lru_cache
+def _row(values: tuple[float, ...], width: int, channels_last: bool, number: type) -> Tensor:
+    """One value a channel along a row of pixels, (pw·C) or (C, 1, pw): not written to.
+
+    Broadcasting a few channels along the innermost dimension is slow, whole rows are not.
+    """
+    channel = np.array(values, number)
+    if channels_last:
+        return torch.from_numpy(np.tile(channel, width))
+    return torch.from_numpy(channel.repeat(width)).view(len(values), 1, width)
 
 
 def _shift_crossing(out: Tensor, offsets: np.ndarray, inside: np.ndarray, image: Tensor, padding: str) -> None:
