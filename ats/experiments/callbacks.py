@@ -24,8 +24,8 @@ _LEARNED = 0.5  # of the loss at chance: below, attention on a single cell may b
 CAUSES = {
     "collapse": (
         "attention has collapsed: it lies on {cells:.1f} cells in effect while the loss is not low, so nothing else is "
-        "seen any more. Raise the entropy weight, bound the logits (ats.models.classifier.SoftBound) or lower the learning "
-        "rate"
+        "seen any more. Raise the entropy weight, bound the logits (ats.models.classifier.SoftBound) or lower the "
+        "learning rate"
     ),
     "edge": (
         "{mass:.0%} of the attention lies on the border of the grid, which has {share:.0%} of its cells. Zero padding "
