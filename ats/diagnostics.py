@@ -78,6 +78,24 @@ def signal_to_noise(repeated: Tensor) -> Tensor:
     return copies.mean(0).square().sum() / variance - 1 / len(copies)
 
 
+def repeated_error(pooled: Tensor) -> Tensor:
+    """The standard error of one draw's estimate over the length of what is estimated, from R draws for the same images.
+
+    `ats.estimate` tells it from a single draw of the library's estimators; this holds for whatever was pooled.
+
+    Args:
+        pooled: (R, B, …) floating point, R ≥ 2, features pooled from independent draws.
+
+    Returns:
+        (B,).
+    """
+    check_floating("pooled", pooled)
+    if pooled.ndim < 2 or len(pooled) < 2:
+        raise ValueError(f"an error needs at least 2 draws, (R, B, …), got {tuple(pooled.shape)}")
+    copies = pooled.detach().flatten(2) if pooled.ndim > 2 else pooled.detach().unsqueeze(-1)  # (R, B, D)
+    return copies.var(0).sum(-1).sqrt() / copies.mean(0).norm(dim=-1)
+
+
 def repeated_gradients(loss: Callable[[], Tensor], parameters: Iterable[Tensor], repeats: int) -> Tensor:
     """The gradient of a random loss to some parameters, over and over: (R, P). Their ``.grad`` is left as it is.
 

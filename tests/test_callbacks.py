@@ -36,9 +36,9 @@ class Attention(nn.Module):
 class Task(L.LightningModule):
     """Classes by brightness, which every patch shows; `luck` replaces what a patch shows by noise."""
 
-    def __init__(self, shape: Tensor, learns: bool = True) -> None:
+    def __init__(self, shape: Tensor, learns: bool = True, dropout: float = 0.1) -> None:
         super().__init__()
-        feature = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1))
+        feature = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout))
         self.sampling = ats.nn.AttentionSampling(Attention(shape), feature, 4, 4)
         self.head, self.learns = nn.Linear(16, CLASSES), learns
 
@@ -156,7 +156,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
     """A row of each number at every tenth step, of the values that the functions give."""
     fit(tmp_path, AttentionDiagnostics(10, loss=gradient_loss, gradient_draws=8), shape_of("flat"))
     header, *rows = [line.split(",") for line in next(tmp_path.rglob("metrics.csv")).read_text().splitlines()]
-    assert set(header) == {"step"} | {f"attention/{name}" for name in NAMES | {"gradient_snr"}}
+    assert set(header) == {"step"} | {f"attention/{name}" for name in NAMES | {"gradient_snr", "repeated_error"}}
     logged = [dict(zip(header, row, strict=True)) for row in rows]
     assert [int(row["step"]) for row in logged] == [0, 10, 20, 30]
     first = {name.removeprefix("attention/"): float(value) for name, value in logged[0].items()}
@@ -166,6 +166,17 @@ def test_what_is_logged(tmp_path: Path) -> None:
     assert 3.9 < first["effective_patches"] <= 4
     assert 0 < first["relative_error"] < 1
     assert first["gradient_snr"] > -1
+    assert 0 < first["repeated_error"] < 1
+
+
+def test_errors_told_from_one_draw_and_from_repeated_ones_agree(tmp_path: Path) -> None:
+    """At step 90, when batch normalisation's statistics are those of the batches, and without dropout's own noise."""
+    callback = AttentionDiagnostics(90, loss=gradient_loss, gradient_draws=20)
+    fit(tmp_path, callback, shape_of("flat"), steps=91, dropout=0.0)
+    header, *rows = [line.split(",") for line in next(tmp_path.rglob("metrics.csv")).read_text().splitlines()]
+    last = dict(zip(header, rows[-1], strict=True))
+    assert last["step"] == "90"
+    assert float(last["attention/repeated_error"]) == pytest.approx(float(last["attention/relative_error"]), rel=0.3)
 
 
 def test_models_without_attention_sampling_are_left_alone(tmp_path: Path) -> None:

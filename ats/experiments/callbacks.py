@@ -48,8 +48,9 @@ class AttentionDiagnostics(Callback):
     """Every so many steps, log numbers of the batch at hand to the trainer's loggers, and warn once of each cause.
 
     What is logged, as attention/NAME, means over the batch: effective_patches, covered_mass, relative_entropy,
-    peak_mass, border_mass, relative_error (of the pooled features, one standard error) and, where a loss is given,
-    gradient_snr of the attention network's parameters over repeated draws. docs/diagnostics.md says how to read them.
+    peak_mass, border_mass, relative_error (of the pooled features, one standard error) and, where a loss is given, over
+    repeated draws, repeated_error (the same) and gradient_snr of the attention network's parameters.
+    docs/diagnostics.md says how to read them.
 
     Training is not touched: no random number of its stream is used, batch normalisation keeps its statistics, and
     between the steps looked at nothing runs but a sum of losses. Only rank 0 looks.
@@ -124,7 +125,7 @@ class AttentionDiagnostics(Callback):
         metrics = _measure(seen["sampling"], seen["output"], seen["features"])
         parameters = [value for value in seen["sampling"].attention.parameters() if value.requires_grad]
         if self.loss is not None and parameters:
-            metrics["gradient_snr"] = self._gradient_snr(trainer, pl_module, batch, parameters)
+            metrics |= self._repeat(trainer, pl_module, batch, seen["sampling"], parameters)
         for logger in trainer.loggers:
             logger.log_metrics({f"attention/{name}": value for name, value in metrics.items()}, step=self._step)
         loss = float(torch.stack(self._losses).mean()) if self._losses else math.nan
@@ -135,16 +136,30 @@ class AttentionDiagnostics(Callback):
         while self._handles:
             self._handles.pop().remove()
 
-    def _gradient_snr(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, parameters: list[nn.Parameter]
-    ) -> float:
+    def _repeat(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        sampling: AttentionSampling,
+        parameters: list[nn.Parameter],
+    ) -> dict[str, float]:
+        """What repeated draws of the batch tell."""
         assert self.loss is not None
         loss, generator = self.loss, torch.Generator(pl_module.device).manual_seed(self._step)
-        with _evaluating(pl_module), trainer.precision_plugin.forward_context():
-            gradients = diagnostics.repeated_gradients(
-                lambda: loss(pl_module, batch, generator), parameters, self.gradient_draws
-            )
-        return float(diagnostics.signal_to_noise(gradients.float()))
+        pooled: list[Tensor] = []
+        handle = sampling.register_forward_hook(lambda _, __, output: pooled.append(output[0].detach().float()))
+        try:
+            with _evaluating(pl_module), trainer.precision_plugin.forward_context():
+                gradients = diagnostics.repeated_gradients(
+                    lambda: loss(pl_module, batch, generator), parameters, self.gradient_draws
+                )
+        finally:
+            handle.remove()
+        metrics = {"gradient_snr": float(diagnostics.signal_to_noise(gradients.float()))}
+        if len(pooled) == self.gradient_draws:  # one draw a loss, so that all are of the same images
+            metrics["repeated_error"] = float(diagnostics.repeated_error(torch.stack(pooled)).mean())
+        return metrics
 
     def _judge(self, metrics: dict[str, float], logits: Tensor, loss: float) -> None:
         grid = (logits.shape[-2], logits.shape[-1])
