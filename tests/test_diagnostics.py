@@ -109,6 +109,22 @@ def test_errors() -> None:
         diagnostics.signal_to_noise(torch.zeros(1, 4))
     with pytest.raises(ValueError, match=r"at least 2 draws, \(R, B, …\), got \(1, 4, 2\)"):
         diagnostics.repeated_error(torch.zeros(1, 4, 2))
+    with pytest.raises(ValueError, match=r"weights must be \(B, N\), got \(3,\)"):
+        diagnostics.effective_sample_size(torch.ones(3))
+    log_attention, indices = torch.full((2, 3), -1.0), torch.zeros(2, 3, dtype=torch.int64)
+    for wrong in (indices[:, :2], indices.float()):
+        with pytest.raises(ValueError, match="pass both of one PatchSample"):
+            diagnostics.covered_mass(log_attention, wrong)
+    with pytest.raises(ValueError, match=r"above 0, up to 0\.3679"):
+        diagnostics.covered_mass(log_attention.exp(), indices)
+    with pytest.raises(ValueError, match=r"grid_size\[0\] must be at least 1, got 0"):
+        diagnostics.border_share((0, 3))
+    weight = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"loss must give a scalar, got \(2,\)"):
+        diagnostics.repeated_gradients(lambda: 2 * weight, [weight], 2)
+    for parameters in ([], [weight, torch.ones(2)]):
+        with pytest.raises(ValueError, match="at least one tensor, all of which require gradients"):
+            diagnostics.repeated_gradients(lambda: weight.sum(), parameters, 2)
     with pytest.raises(ValueError, match="repeats must be at least 2"):
         diagnostics.repeated_gradients(lambda: torch.zeros(()), [], 1)
     with pytest.raises(ValueError, match="cells must be at least 1"):
