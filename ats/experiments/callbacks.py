@@ -16,6 +16,7 @@ from ats import diagnostics
 from ats.functional import PatchSample, estimator_weights
 from ats.nn import AttentionSampling
 from ats.variance import estimate
+from ats_kernels._checks import check_count
 
 _FEW_CELLS = 2.0  # attention on fewer, in effect, has collapsed
 _AT_CHANCE = 0.98  # of the loss at chance: a model has learned nothing until it is below
@@ -77,10 +78,13 @@ class AttentionDiagnostics(Callback):
         patience: int = 3,
         plateau_steps: int = 500,
     ) -> None:
-        least_values = ("every", every, 1), ("gradient_draws", gradient_draws, 2), ("patience", patience, 1)
-        for name, value, least in least_values:
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        counts = {"every": every, "patience": patience, "plateau_steps": plateau_steps}
+        for name, value in (*counts.items(), ("gradient_draws", gradient_draws)):
+            check_count(name, value)
+        if gradient_draws < 2:
+            raise ValueError("gradient_draws must be at least 2: one draw has no spread")
+        if chance is not None and not chance > 0:
+            raise ValueError(f"chance is a loss in nats, e.g. math.log(classes), and must be positive, got {chance}")
         self.every, self.chance, self.loss, self.gradient_draws = every, chance, loss, gradient_draws
         self.patience, self.plateau_steps = patience, plateau_steps
         self._streaks = dict.fromkeys(CAUSES, 0)  # looks in a row at which a cause was there
@@ -189,7 +193,10 @@ def _measure(
 ) -> dict[str, float]:
     _, logits, sample = output
     replace, log_attention = sampling.sampler.replace, sample.log_attention.detach()
-    weights = estimator_weights(log_attention, replace=replace, estimator=sampling.estimator)
+    random = sampling.sampler.method == "sample"  # the most probable cells are no draw, whose error could be told
+    weights = log_attention.softmax(-1)
+    if random:
+        weights = estimator_weights(log_attention, replace=replace, estimator=sampling.estimator)
     metrics = {
         "effective_patches": diagnostics.effective_sample_size(weights),
         "covered_mass": diagnostics.covered_mass(log_attention, sample.indices),
@@ -197,7 +204,7 @@ def _measure(
         "peak_mass": diagnostics.peak_mass(logits),
         "border_mass": diagnostics.border_mass(logits),
     }
-    if log_attention.shape[1] > 1:
+    if random and log_attention.shape[1] > 1:
         features = features.unflatten(0, tuple(log_attention.shape)).flatten(2)  # (B, N, D)
         value, variance = estimate(features, log_attention, replace=replace, estimator=sampling.estimator)
         metrics["relative_error"] = variance.sum(-1).sqrt() / value.norm(dim=-1)
