@@ -126,7 +126,7 @@ class AttentionDiagnostics(Callback):
         seen, self._seen = self._seen, {}
         if "output" not in seen:
             return
-        metrics = _measure(seen["sampling"], seen["output"], seen["features"])
+        metrics = measure_attention(seen["sampling"], seen["output"], seen["features"])
         parameters = [value for value in seen["sampling"].attention.parameters() if value.requires_grad]
         if self.loss is not None and parameters:
             metrics |= self._repeat(trainer, pl_module, batch, seen["sampling"], parameters)
@@ -188,9 +188,16 @@ class AttentionDiagnostics(Callback):
 
 
 @torch.no_grad()
-def _measure(
+def measure_attention(
     sampling: AttentionSampling, output: tuple[Tensor, Tensor, PatchSample], features: Tensor
 ) -> dict[str, float]:
+    """What one draw of a batch tells: the numbers that are logged at every look.
+
+    Args:
+        sampling: the model's.
+        output: what it returned.
+        features: (B·N, …) what its feature network returned.
+    """
     _, logits, sample = output
     replace, log_attention = sampling.sampler.replace, sample.log_attention.detach()
     random = sampling.sampler.method == "sample"  # the most probable cells are no draw, whose error could be told
