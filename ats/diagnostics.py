@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ats_kernels._checks import check_count, check_floating
+from ats_kernels._checks import check_count, check_floating, check_log_probabilities, check_pair, check_tensor
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
     """How many equally weighted patches the estimate is worth, 1/Σw²: (B, N) weights that sum to 1 -> (B,)."""
     check_floating("weights", weights)
+    if weights.ndim != 2:
+        raise ValueError(f"weights must be (B, N), got {tuple(weights.shape)}; a single image's need weights[None]")
     return weights.detach().square().sum(-1).reciprocal()
 
 
@@ -28,6 +30,13 @@ def covered_mass(log_attention: Tensor, indices: Tensor) -> Tensor:
         (B,) in [0, 1].
     """
     check_floating("log_attention", log_attention)
+    check_tensor("indices", indices)
+    if log_attention.ndim != 2 or indices.shape != log_attention.shape or indices.is_floating_point():
+        raise ValueError(
+            "log_attention must be (B, N) and indices the cells (B, N) that it is of, got "
+            f"{tuple(log_attention.shape)} and {tuple(indices.shape)} of {indices.dtype}; pass both of one PatchSample"
+        )
+    check_log_probabilities("log_attention", log_attention)
     order = indices.sort(dim=-1, stable=True)
     fresh = torch.ones_like(indices, dtype=torch.bool)
     fresh[:, 1:] = order.values[:, 1:] != order.values[:, :-1]  # a cell drawn again counts for nothing
@@ -49,7 +58,7 @@ def border_mass(logits: Tensor) -> Tensor:
 
 def border_share(grid_size: tuple[int, int]) -> float:
     """The share of a grid's cells that lie on its border: what `border_mass` is of uniform attention."""
-    height, width = grid_size
+    height, width = check_pair("grid_size", grid_size)
     return 1 - max(height - 2, 0) * max(width - 2, 0) / (height * width)
 
 
@@ -78,6 +87,24 @@ def signal_to_noise(repeated: Tensor) -> Tensor:
     return copies.mean(0).square().sum() / variance - 1 / len(copies)
 
 
+def repeated_error(pooled: Tensor) -> Tensor:
+    """The standard error of one draw's estimate over the length of what is estimated, from R draws for the same images.
+
+    `ats.estimate` tells it from a single draw of the library's estimators; this holds for whatever was pooled.
+
+    Args:
+        pooled: (R, B, …) floating point, R ≥ 2, features pooled from independent draws.
+
+    Returns:
+        (B,).
+    """
+    check_floating("pooled", pooled)
+    if pooled.ndim < 2 or len(pooled) < 2:
+        raise ValueError(f"an error needs at least 2 draws, (R, B, …), got {tuple(pooled.shape)}")
+    copies = pooled.detach().flatten(2) if pooled.ndim > 2 else pooled.detach().unsqueeze(-1)  # (R, B, D)
+    return copies.var(0).sum(-1).sqrt() / copies.mean(0).norm(dim=-1)
+
+
 def repeated_gradients(loss: Callable[[], Tensor], parameters: Iterable[Tensor], repeats: int) -> Tensor:
     """The gradient of a random loss to some parameters, over and over: (R, P). Their ``.grad`` is left as it is.
 
@@ -89,10 +116,18 @@ def repeated_gradients(loss: Callable[[], Tensor], parameters: Iterable[Tensor],
     if check_count("repeats", repeats) < 2:
         raise ValueError(f"repeats must be at least 2 to tell noise from signal, got {repeats}")
     parameters = list(parameters)
+    if not parameters or not all(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            "parameters must be at least one tensor, all of which require gradients; leave out what is frozen, e.g. "
+            "[p for p in network.parameters() if p.requires_grad]"
+        )
     rows = []
     with torch.enable_grad():
         for _ in range(repeats):
-            gradients = torch.autograd.grad(loss(), parameters, materialize_grads=True, allow_unused=True)
+            value = loss()
+            if value.numel() != 1:
+                raise ValueError(f"loss must give a scalar, got {tuple(value.shape)}; take its mean over the batch")
+            gradients = torch.autograd.grad(value, parameters, materialize_grads=True, allow_unused=True)
             rows.append(torch.cat([gradient.detach().flatten() for gradient in gradients]))
     return torch.stack(rows)
 

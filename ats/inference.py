@@ -90,9 +90,9 @@ def predict(
     repeats = check_count("repeats", repeats)
     if method == "topk" and repeats > 1:
         raise ValueError(f"method='topk' draws nothing at random: repeats={repeats} would give the same every time")
+    _check_evaluating(sampling)
     count = sampling.sampler.n_patches if n_patches is None else check_count("n_patches", n_patches)
     replace = sampling.sampler.replace and method == "sample"
-    _check_evaluating(sampling)
     logits = sampling.attention_logits(view, image)
     values, variances = [], []
     for _ in range(repeats):
@@ -232,10 +232,19 @@ def _scores(
 
 
 def _check_linear(head: Head, features: Tensor, scores: Tensor) -> None:
-    """Raise where the head of the mean is not the mean of the heads."""
-    together = head(features.mean(1)).double()
+    """Raise where the head of the mean is not the mean of the heads, or that of −8 times it what a line makes of it."""
+    if not scores.isfinite().all():
+        raise ValueError(
+            f"head gives NaN or infinite class logits for {int((~scores.isfinite()).any(-1).sum())} of "
+            f"{scores.shape[0] * scores.shape[1]} patches; look for a diverged feature network"
+        )
+    mean = features.mean(1)
+    together, far, none = (head(scale * mean).double() for scale in (1, -8, 0))
     precision = 1e-3 if features.dtype in (torch.float32, torch.float64) else 5e-2
-    if not torch.allclose(together, scores.mean(1), rtol=precision, atol=precision * float(scores.abs().max())):
+    pairs = (together, scores.mean(1)), (far, 9 * none - 8 * together)
+    if not all(
+        torch.allclose(got, want, rtol=precision, atol=precision * float(want.abs().max())) for got, want in pairs
+    ):
         raise ValueError(
             "head is not linear, so the estimate and its error do not pass through it; give the linear layer alone, "
             "and apply what follows to the logits"
@@ -243,6 +252,11 @@ def _check_linear(head: Head, features: Tensor, scores: Tensor) -> None:
 
 
 def _check_evaluating(sampling: AttentionSampling) -> None:
+    if not isinstance(sampling, AttentionSampling):
+        raise TypeError(
+            f"sampling must be an ats.nn.AttentionSampling, got {type(sampling).__name__}; pass the model's own, e.g. "
+            "model.sampling, or wrap its networks in one"
+        )
     if sampling.training:
         raise ValueError(
             "the model is in training mode, where batch normalisation and dropout make a patch's features depend on "

@@ -147,6 +147,8 @@ class AttentionSampling(nn.Module):
     ) -> None:
         super().__init__()
         check_estimator(estimator, replace=replace)
+        if positions:
+            _check_takes_positions(feature)
         self.grid_step: Fraction | None = None  # view pixels, where known
         if isinstance(receptive_field, str):
             if receptive_field != "auto":
@@ -245,3 +247,14 @@ class AttentionSampling(nn.Module):
             total = part if total is None else total + part
         assert total is not None  # a grid has at least one cell
         return total
+
+
+def _check_takes_positions(feature: nn.Module) -> None:
+    try:
+        inspect.signature(feature.forward).bind(None, None)
+    except TypeError:
+        raise TypeError(
+            "with positions=True the feature network is called as feature(patches, positions), which "
+            f"{type(feature).__name__} does not take; give its forward both, or wrap it in "
+            "ats.models.classifier.PlacedFeatures"
+        ) from None

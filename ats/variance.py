@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ats_kernels._checks import check_floating
+from ats_kernels._checks import check_floating, check_log_probabilities
 from ats_kernels._unordered import quadrature
 from ats_kernels._weights import mass_before
 from ats_kernels.expectation import check_estimator
@@ -55,7 +55,8 @@ def estimate(features: Tensor, log_attention: Tensor, *, replace: bool = False, 
 
     Raises:
         TypeError: arguments that are not floating point.
-        ValueError: shapes that do not match; N < 2, from which no variance can be told; an unknown estimator.
+        ValueError: shapes that do not match; N < 2, from which no variance can be told; an unknown estimator; a
+            log_attention above 0 (looked at on the CPU only).
 
     Source: paper, section 3; Des Raj, 1956; Murthy, 1957.
     """
@@ -67,6 +68,7 @@ def estimate(features: Tensor, log_attention: Tensor, *, replace: bool = False, 
             f"features must be (B, N, …) and log_attention (B, N) of the same cells, got {tuple(features.shape)} and "
             f"{tuple(log_attention.shape)}"
         )
+    check_log_probabilities("log_attention", log_attention)
     draws = log_attention.shape[1]
     if draws < 2:
         raise ValueError(f"a variance needs at least 2 draws an image, got {draws}; draw more, or repeat the draw")

@@ -36,10 +36,10 @@ class Attention(nn.Module):
 class Task(L.LightningModule):
     """Classes by brightness, which every patch shows; `luck` replaces what a patch shows by noise."""
 
-    def __init__(self, shape: Tensor, learns: bool = True) -> None:
+    def __init__(self, shape: Tensor, learns: bool = True, dropout: float = 0.1, method: str = "sample") -> None:
         super().__init__()
-        feature = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1))
-        self.sampling = ats.nn.AttentionSampling(Attention(shape), feature, 4, 4)
+        feature = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout))
+        self.sampling = ats.nn.AttentionSampling(Attention(shape), feature, 4, 4, method=method)
         self.head, self.learns = nn.Linear(16, CLASSES), learns
 
     def scores(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
@@ -156,7 +156,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
     """A row of each number at every tenth step, of the values that the functions give."""
     fit(tmp_path, AttentionDiagnostics(10, loss=gradient_loss, gradient_draws=8), shape_of("flat"))
     header, *rows = [line.split(",") for line in next(tmp_path.rglob("metrics.csv")).read_text().splitlines()]
-    assert set(header) == {"step"} | {f"attention/{name}" for name in NAMES | {"gradient_snr"}}
+    assert set(header) == {"step"} | {f"attention/{name}" for name in NAMES | {"gradient_snr", "repeated_error"}}
     logged = [dict(zip(header, row, strict=True)) for row in rows]
     assert [int(row["step"]) for row in logged] == [0, 10, 20, 30]
     first = {name.removeprefix("attention/"): float(value) for name, value in logged[0].items()}
@@ -166,6 +166,17 @@ def test_what_is_logged(tmp_path: Path) -> None:
     assert 3.9 < first["effective_patches"] <= 4
     assert 0 < first["relative_error"] < 1
     assert first["gradient_snr"] > -1
+    assert 0 < first["repeated_error"] < 1
+
+
+def test_errors_told_from_one_draw_and_from_repeated_ones_agree(tmp_path: Path) -> None:
+    """At step 90, when batch normalisation's statistics are those of the batches, and without dropout's own noise."""
+    callback = AttentionDiagnostics(90, loss=gradient_loss, gradient_draws=20)
+    fit(tmp_path, callback, shape_of("flat"), steps=91, dropout=0.0)
+    header, *rows = [line.split(",") for line in next(tmp_path.rglob("metrics.csv")).read_text().splitlines()]
+    last = dict(zip(header, rows[-1], strict=True))
+    assert last["step"] == "90"
+    assert float(last["attention/repeated_error"]) == pytest.approx(float(last["attention/relative_error"]), rel=0.3)
 
 
 def test_models_without_attention_sampling_are_left_alone(tmp_path: Path) -> None:
@@ -176,7 +187,25 @@ def test_models_without_attention_sampling_are_left_alone(tmp_path: Path) -> Non
     callback.on_train_batch_end(trainer, task, {"loss": torch.ones(())}, None, 0)
 
 
-@pytest.mark.parametrize("option", ["every", "patience"])
+def test_most_probable_cells_have_no_error_to_tell(tmp_path: Path) -> None:
+    """Weighted by their attention, as they are pooled, and not as if they had been drawn."""
+    fit(tmp_path, AttentionDiagnostics(10), shape_of("border"), method="topk")
+    header, first, *_ = [line.split(",") for line in next(tmp_path.rglob("metrics.csv")).read_text().splitlines()]
+    assert set(header) == {"step"} | {f"attention/{name}" for name in NAMES - {"relative_error"}}
+    values = dict(zip(header, first, strict=True))
+    assert float(values["attention/effective_patches"]) == pytest.approx(4, abs=0.01)
+
+
+@pytest.mark.parametrize("option", ["every", "patience", "plateau_steps", "gradient_draws"])
 def test_impossible_options(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
         AttentionDiagnostics(**{"every": 1} | {option: 0})
+    with pytest.raises(TypeError, match=rf"{option} must be an int, got float: 2\.5"):
+        AttentionDiagnostics(**{"every": 1} | {option: 2.5})  # type: ignore[arg-type]
+
+
+def test_impossible_chance_and_one_draw() -> None:
+    with pytest.raises(ValueError, match="gradient_draws must be at least 2"):
+        AttentionDiagnostics(1, gradient_draws=1)
+    with pytest.raises(ValueError, match=r"math\.log\(classes\), and must be positive, got -1"):
+        AttentionDiagnostics(1, chance=-1.0)

@@ -54,6 +54,24 @@ def test_signal_to_noise_of_a_known_signal() -> None:
     assert abs(noise.mean() - (16 / 14 - 1) / 5) < 5 * noise.std() / 4000**0.5
 
 
+def test_repeated_error_by_hand_and_as_told_from_one_draw() -> None:
+    """(1, 0) and (3, 4): mean (2, 2), variance 2 + 8. And over 4,000 draws what `ats.estimate` expects.
+
+    The spread of 4,000 normal numbers is within 5% of the truth in all but 1e-5 of cases.
+    """
+    pooled = torch.tensor([[[1.0, 0.0], [5.0, 5.0]], [[3.0, 4.0], [5.0, 5.0]]])
+    assert_close(diagnostics.repeated_error(pooled), torch.tensor([10**0.5 / 8**0.5, 0.0]))
+    assert_close(diagnostics.repeated_error(torch.tensor([[1.0], [3.0]])), torch.tensor([2**0.5 / 2]))
+
+    logits = torch.randn(1, 5, 5, dtype=torch.float64, generator=seeded()).expand(4000, -1, -1)
+    cells = torch.rand(1, 1, 5, 5, dtype=torch.float64, generator=seeded(1)).expand(4000, -1, -1, -1)
+    sample = ats.sample_patches(cells, logits, 4, 1, generator=seeded(2))
+    features = sample.patches.flatten(2)  # (4000, 4, 1)
+    told = ats.estimate(features, sample.log_attention).variance.mean().sqrt()
+    pooled = ats.expectation(features, sample.log_attention).unsqueeze(1)
+    assert diagnostics.repeated_error(pooled).item() == pytest.approx(float(told / pooled.mean()), rel=0.05)
+
+
 def test_repeated_gradients_draw_anew_and_leave_grad_alone() -> None:
     weight, unused = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
     weight.grad = torch.full((3,), 7.0)
@@ -79,6 +97,7 @@ def test_nothing_is_differentiable() -> None:
         diagnostics.peak_mass(logits),
         diagnostics.effective_sample_size(sample.log_attention),
         diagnostics.signal_to_noise(logits),
+        diagnostics.repeated_error(logits),
         *ats.estimate(sample.patches, sample.log_attention),
     ):
         assert not value.requires_grad
@@ -91,6 +110,24 @@ def test_errors() -> None:
         diagnostics.peak_mass(torch.zeros(2, 3, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="at least 2 copies"):
         diagnostics.signal_to_noise(torch.zeros(1, 4))
+    with pytest.raises(ValueError, match=r"at least 2 draws, \(R, B, …\), got \(1, 4, 2\)"):
+        diagnostics.repeated_error(torch.zeros(1, 4, 2))
+    with pytest.raises(ValueError, match=r"weights must be \(B, N\), got \(3,\)"):
+        diagnostics.effective_sample_size(torch.ones(3))
+    log_attention, indices = torch.full((2, 3), -1.0), torch.zeros(2, 3, dtype=torch.int64)
+    for wrong in (indices[:, :2], indices.float()):
+        with pytest.raises(ValueError, match="pass both of one PatchSample"):
+            diagnostics.covered_mass(log_attention, wrong)
+    with pytest.raises(ValueError, match=r"above 0, up to 0\.3679"):
+        diagnostics.covered_mass(log_attention.exp(), indices)
+    with pytest.raises(ValueError, match=r"grid_size\[0\] must be at least 1, got 0"):
+        diagnostics.border_share((0, 3))
+    weight = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"loss must give a scalar, got \(2,\)"):
+        diagnostics.repeated_gradients(lambda: 2 * weight, [weight], 2)
+    for parameters in ([], [weight, torch.ones(2)]):
+        with pytest.raises(ValueError, match="at least one tensor, all of which require gradients"):
+            diagnostics.repeated_gradients(lambda: weight.sum(), parameters, 2)
     with pytest.raises(ValueError, match="repeats must be at least 2"):
         diagnostics.repeated_gradients(lambda: torch.zeros(()), [], 1)
     with pytest.raises(ValueError, match="cells must be at least 1"):

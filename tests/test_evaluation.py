@@ -19,6 +19,8 @@ from ats.experiments.networks import view_size
 from ats.experiments.presets import PRESETS
 from ats.experiments.task import ClassificationTask
 from ats.experiments.training import train
+from ats.models import ATSClassifier
+from ats.models.classifier import PlacedFeatures
 from tests.test_training import tiny
 
 
@@ -151,6 +153,22 @@ def test_training_and_evaluating_from_the_command_line(tmp_path: Path, capsys: p
     written = json.loads(result.read_text())
     assert written["images"] == 6
     assert 0 <= written["error"] <= 1
+
+
+def test_positions_from_the_command_line(tmp_path: Path) -> None:
+    """Trained, watched, resumed from its configuration, and evaluated in each way that reads patches."""
+    run = tmp_path / "run"
+    options = (
+        "train megapixel-mnist --preset demo --data.image-size 140 --data.n-noise 2 --data.train-images 16 "
+        f"--data.test-images 8 --optim.epochs 1 --optim.batch-size 8 --output {run} --model.positions "
+        "--diagnostics.every 1 --diagnostics.gradient-draws 2"
+    )
+    assert commands.run(options.split()) == 0
+    task = load_task(run)
+    assert isinstance(task.model, ATSClassifier)
+    assert isinstance(task.model.sampling.feature, PlacedFeatures)
+    for ways in ("--n-patches 5", "--method topk", "--method anytime --lead 2 --budget 9"):
+        assert commands.run(f"evaluate {run} {ways}".split()) == 0
 
 
 @pytest.mark.parametrize(

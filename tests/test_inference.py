@@ -1,5 +1,8 @@
 """`ats.inference`: predictions, what they read, and whether the errors they state hold."""
 
+import functools
+import math
+
 import pytest
 import scipy.stats
 import torch
@@ -204,6 +207,17 @@ def test_errors() -> None:
         ats.predict(sampling, head, view, image, method="topk", repeats=2)
     with pytest.raises(ValueError, match="head is not linear"):
         ats.predict(sampling, nn.Sequential(head, nn.ReLU()), view, image)
+    for bend in (nn.Softmax(-1), nn.Tanh(), nn.ReLU()):  # which small features hardly bend
+        small = nn.Linear(3, 4).double()
+        with torch.no_grad():
+            small.weight.mul_(0.1)
+        with pytest.raises(ValueError, match="head is not linear"):
+            ats.predict(sampling, nn.Sequential(small, bend), view, image)
+    with pytest.raises(ValueError, match="NaN or infinite class logits for 15 of 15 patches"):
+        ats.predict(sampling, lambda features: head(features) * math.nan, view, image)
+    for function in (ats.predict, functools.partial(ats.anytime, budget=9, lead=2.0)):
+        with pytest.raises(TypeError, match=r"must be an ats.nn.AttentionSampling, got Linear; .* model\.sampling"):
+            function(head, head, view, image)  # type: ignore[operator]
     with pytest.raises(ValueError, match=r"head must give class logits \(M, C\), got \(15,\)"):
         ats.predict(sampling, lambda features: head(features)[:, 0], view, image)
     with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ats
-from ats.experiments.networks import view_size
+from ats.experiments.networks import build_model, view_size
 from ats.experiments.presets import PRESETS
 from ats.models import ATSClassifier, UniformAttention, colon_cancer, megapixel_mnist, speed_limits
 from ats.models.classifier import NETWORKS, SoftBound
@@ -93,6 +93,24 @@ def test_views_and_grids_have_the_published_sizes(
     features = module.feature_network(networks)(torch.rand(2, 3, patch, patch))
     assert features.shape == (2, module.N_FEATURES[networks])
     torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize("networks", NETWORKS)
+@pytest.mark.parametrize(("experiment", "patch"), [("megapixel-mnist", 50), ("colon-cancer", 27), ("speed-limits", 64)])
+def test_features_that_know_their_place(experiment: str, patch: int, networks: str) -> None:
+    """The same patch in two places has two features, both of length 1, and the place's weights get a gradient."""
+    config = PRESETS[experiment]["paper"]
+    model = dataclasses.replace(config.model, networks=networks, positions=True, patch_size=patch)
+    sampling = build_model(dataclasses.replace(config, model=model)).sampling.eval()
+    assert sampling.positions
+    patch_alone = torch.rand(1, config.data.channels, patch, patch, generator=seeded())
+    places = torch.tensor([[0.1, 0.2], [0.1, 0.2], [0.9, 0.2], [0.1, 0.9]])
+    features = sampling.feature(patch_alone.expand(4, -1, -1, -1), places)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(features[0], features[1])
+    assert all((features[0] - other).norm() > 1e-3 for other in features[2:])
+    features[0, 0].backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in sampling.feature.place.parameters())
 
 
 def test_views_of_a_cnn_and_of_deep_mil() -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import ats
+from ats.models.classifier import PlacedFeatures
 from tests.helpers import assert_close, cut, seeded
 
 
@@ -216,6 +217,18 @@ def test_errors(options, error, message, images):
     """Raised when the model is built or, at the latest, when it is first used."""
     with pytest.raises(error, match=message):
         make_model(**options)(*images)
+
+
+def test_features_that_take_no_positions_are_refused_when_the_module_is_made():
+    feature = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    with pytest.raises(
+        TypeError, match=r"feature\(patches, positions\), which Sequential does not take; .*PlacedFeatures"
+    ):
+        ats.nn.AttentionSampling(FromView(), feature, 3, 4, positions=True)
+    placed = PlacedFeatures(feature, 3)
+    model = ats.nn.AttentionSampling(FromView(), placed, 3, 4, positions=True)
+    pooled, _, _ = model(torch.rand(2, 5, 6), torch.rand(2, 1, 20, 24))
+    assert pooled.shape == (2, 3)
 
 
 def test_patch_size_is_checked_when_the_module_is_made():

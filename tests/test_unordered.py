@@ -111,6 +111,32 @@ def test_weights_of_256_draws(counts, left, dtype):
     assert ((weights.double() / exact[which] - 1).abs() < ACCURACY[dtype]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("left", [1e-3, 1e-6, 1e-9, 1e-12])
+@pytest.mark.parametrize("n", [17, 256])
+def test_many_draws_around_a_peak_that_leave_little(n, left, dtype):
+    """One cell has all but `left` of the mass; what is left is shared by the n − 1 drawn beside it and as many more."""
+    small = left / (2 * (n - 1))
+    groups = torch.tensor([math.log1p(-left), math.log(small)], dtype=torch.float64).to(dtype)
+    with localcontext() as context:
+        context.prec = DIGITS
+        attention = [Decimal(value).exp() for value in groups.tolist()]
+    assert abs(float(1 - attention[0]) - left) < 1e-3 * left, "the case must be what it says it is"
+    exact = torch.tensor(group_weights(attention, (1, n - 1)), dtype=torch.float64)
+    which = torch.arange(n).clamp(max=1)  # (N,)
+    weights = estimator_weights(groups[which].unsqueeze(0), estimator="unordered")[0]
+    assert ((weights.double() / exact[which] - 1).abs() < ACCURACY[dtype]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cells", [257, 300, 30_000])
+def test_weights_of_256_draws_from_flat_attention(cells, dtype):
+    """All drawn cells are alike, so that each weighs 1/256."""
+    log_attention = torch.full((1, 256), -math.log(cells), dtype=torch.float64).to(dtype)
+    weights = estimator_weights(log_attention, estimator="unordered")
+    assert ((weights.double() * 256 - 1).abs() < ACCURACY[dtype]).all()
+
+
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0, 50.0])
 @pytest.mark.parametrize("n", [2, 10, 100, 256])
 def test_fewer_nodes_stay_within_their_bound(n, scale):

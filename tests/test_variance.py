@@ -86,6 +86,7 @@ def test_attention_on_almost_one_cell(peak: float) -> None:
         (torch.zeros(2, 3, 4), torch.zeros(2, 4), {}, ValueError, r"got \(2, 3, 4\) and \(2, 4\)"),
         (torch.zeros(2, 1, 4), torch.zeros(2, 1), {}, ValueError, "at least 2 draws an image, got 1"),
         (torch.zeros(2, 3, 4), torch.zeros(2, 3), {"estimator": "best"}, ValueError, "unknown estimator 'best'"),
+        (torch.zeros(2, 3), torch.ones(2, 3), {}, ValueError, "6 value.s. above 0, up to 1"),
         (torch.zeros(2, 3), torch.zeros(2, 3), {"replace": True, "estimator": "unordered"}, ValueError, "replace"),
         (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3), {}, TypeError, "features must be floating point"),
     ],

@@ -16,6 +16,7 @@ from ats import diagnostics
 from ats.functional import PatchSample, estimator_weights
 from ats.nn import AttentionSampling
 from ats.variance import estimate
+from ats_kernels._checks import check_count
 
 _FEW_CELLS = 2.0  # attention on fewer, in effect, has collapsed
 _AT_CHANCE = 0.98  # of the loss at chance: a model has learned nothing until it is below
@@ -24,7 +25,8 @@ _LEARNED = 0.5  # of the loss at chance: below, attention on a single cell may b
 CAUSES = {
     "collapse": (
         "attention has collapsed: it lies on {cells:.1f} cells in effect while the loss is not low, so nothing else is "
-        "seen any more. Raise the entropy weight, bound the logits (ats.models.SoftBound) or lower the learning rate"
+        "seen any more. Raise the entropy weight, bound the logits (ats.models.classifier.SoftBound) or lower the "
+        "learning rate"
     ),
     "edge": (
         "{mass:.0%} of the attention lies on the border of the grid, which has {share:.0%} of its cells. Zero padding "
@@ -47,8 +49,9 @@ class AttentionDiagnostics(Callback):
     """Every so many steps, log numbers of the batch at hand to the trainer's loggers, and warn once of each cause.
 
     What is logged, as attention/NAME, means over the batch: effective_patches, covered_mass, relative_entropy,
-    peak_mass, border_mass, relative_error (of the pooled features, one standard error) and, where a loss is given,
-    gradient_snr of the attention network's parameters over repeated draws. docs/diagnostics.md says how to read them.
+    peak_mass, border_mass, relative_error (of the pooled features, one standard error) and, where a loss is given, over
+    repeated draws, repeated_error (the same) and gradient_snr of the attention network's parameters.
+    docs/diagnostics.md says how to read them.
 
     Training is not touched: no random number of its stream is used, batch normalisation keeps its statistics, and
     between the steps looked at nothing runs but a sum of losses. Only rank 0 looks.
@@ -75,10 +78,13 @@ class AttentionDiagnostics(Callback):
         patience: int = 3,
         plateau_steps: int = 500,
     ) -> None:
-        least_values = ("every", every, 1), ("gradient_draws", gradient_draws, 2), ("patience", patience, 1)
-        for name, value, least in least_values:
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        counts = {"every": every, "patience": patience, "plateau_steps": plateau_steps}
+        for name, value in (*counts.items(), ("gradient_draws", gradient_draws)):
+            check_count(name, value)
+        if gradient_draws < 2:
+            raise ValueError("gradient_draws must be at least 2: one draw has no spread")
+        if chance is not None and not chance > 0:
+            raise ValueError(f"chance is a loss in nats, e.g. math.log(classes), and must be positive, got {chance}")
         self.every, self.chance, self.loss, self.gradient_draws = every, chance, loss, gradient_draws
         self.patience, self.plateau_steps = patience, plateau_steps
         self._streaks = dict.fromkeys(CAUSES, 0)  # looks in a row at which a cause was there
@@ -120,10 +126,10 @@ class AttentionDiagnostics(Callback):
         seen, self._seen = self._seen, {}
         if "output" not in seen:
             return
-        metrics = _measure(seen["sampling"], seen["output"], seen["features"])
+        metrics = measure_attention(seen["sampling"], seen["output"], seen["features"])
         parameters = [value for value in seen["sampling"].attention.parameters() if value.requires_grad]
         if self.loss is not None and parameters:
-            metrics["gradient_snr"] = self._gradient_snr(trainer, pl_module, batch, parameters)
+            metrics |= self._repeat(trainer, pl_module, batch, seen["sampling"], parameters)
         for logger in trainer.loggers:
             logger.log_metrics({f"attention/{name}": value for name, value in metrics.items()}, step=self._step)
         loss = float(torch.stack(self._losses).mean()) if self._losses else math.nan
@@ -134,16 +140,30 @@ class AttentionDiagnostics(Callback):
         while self._handles:
             self._handles.pop().remove()
 
-    def _gradient_snr(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, parameters: list[nn.Parameter]
-    ) -> float:
+    def _repeat(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        sampling: AttentionSampling,
+        parameters: list[nn.Parameter],
+    ) -> dict[str, float]:
+        """What repeated draws of the batch tell."""
         assert self.loss is not None
         loss, generator = self.loss, torch.Generator(pl_module.device).manual_seed(self._step)
-        with _evaluating(pl_module), trainer.precision_plugin.forward_context():
-            gradients = diagnostics.repeated_gradients(
-                lambda: loss(pl_module, batch, generator), parameters, self.gradient_draws
-            )
-        return float(diagnostics.signal_to_noise(gradients.float()))
+        pooled: list[Tensor] = []
+        handle = sampling.register_forward_hook(lambda _, __, output: pooled.append(output[0].detach().float()))
+        try:
+            with _evaluating(pl_module), trainer.precision_plugin.forward_context():
+                gradients = diagnostics.repeated_gradients(
+                    lambda: loss(pl_module, batch, generator), parameters, self.gradient_draws
+                )
+        finally:
+            handle.remove()
+        metrics = {"gradient_snr": float(diagnostics.signal_to_noise(gradients.float()))}
+        if len(pooled) == self.gradient_draws:  # one draw a loss, so that all are of the same images
+            metrics["repeated_error"] = float(diagnostics.repeated_error(torch.stack(pooled)).mean())
+        return metrics
 
     def _judge(self, metrics: dict[str, float], logits: Tensor, loss: float) -> None:
         grid = (logits.shape[-2], logits.shape[-1])
@@ -168,12 +188,22 @@ class AttentionDiagnostics(Callback):
 
 
 @torch.no_grad()
-def _measure(
+def measure_attention(
     sampling: AttentionSampling, output: tuple[Tensor, Tensor, PatchSample], features: Tensor
 ) -> dict[str, float]:
+    """What one draw of a batch tells: the numbers that are logged at every look.
+
+    Args:
+        sampling: the model's.
+        output: what it returned.
+        features: (B·N, …) what its feature network returned.
+    """
     _, logits, sample = output
     replace, log_attention = sampling.sampler.replace, sample.log_attention.detach()
-    weights = estimator_weights(log_attention, replace=replace, estimator=sampling.estimator)
+    random = sampling.sampler.method == "sample"  # the most probable cells are no draw, whose error could be told
+    weights = log_attention.softmax(-1)
+    if random:
+        weights = estimator_weights(log_attention, replace=replace, estimator=sampling.estimator)
     metrics = {
         "effective_patches": diagnostics.effective_sample_size(weights),
         "covered_mass": diagnostics.covered_mass(log_attention, sample.indices),
@@ -181,7 +211,7 @@ def _measure(
         "peak_mass": diagnostics.peak_mass(logits),
         "border_mass": diagnostics.border_mass(logits),
     }
-    if log_attention.shape[1] > 1:
+    if random and log_attention.shape[1] > 1:
         features = features.unflatten(0, tuple(log_attention.shape)).flatten(2)  # (B, N, D)
         value, variance = estimate(features, log_attention, replace=replace, estimator=sampling.estimator)
         metrics["relative_error"] = variance.sum(-1).sqrt() / value.norm(dim=-1)

@@ -34,7 +34,7 @@ commands:
   reproduce TABLE       the paper's tables: table1, table2, mnist, figures or all; runs what is missing
   synthesise DATA TO    write a small synthetic data set, laid out as a real one is
   demo                  attention sampling beside uniform sampling, in minutes on a CPU
-  study STUDY           variance: of the estimators; training: what their gradients do to one
+  study STUDY           variance: of the estimators; training: by their gradients; inference: with trained models
 
 `ats COMMAND --help` lists a command's options; `ats --version` prints the version.
 """

@@ -32,6 +32,8 @@ class ModelConfig:
     """ats, uniform: the paper's, or its mean over all orders of the draw, which has less noise (docs/estimators.md)."""
     control_variate: bool = False
     """ats: take a baseline off the features in the attention's gradient (docs/estimators.md)."""
+    positions: bool = False
+    """ats, uniform: tell the feature network where in the image a patch lies."""
     feature_scale: float = 8.0
     """ats, uniform: factor on the pooled unit-length features; 1 is the paper's."""
     grid_step: int = 50
@@ -50,7 +52,8 @@ class ModelConfig:
                 raise ValueError(f"model.{name} must be in (0, 1], got {getattr(self, name)}")
         if self.replace and self.estimator == "unordered":
             raise ValueError(
-                "model.estimator=unordered needs model.replace=False: it averages over the orders of a set"
+                "model.estimator=unordered needs model.replace=False: it averages over the orders of a set; to draw "
+                "with replacement, choose model.estimator=ordered"
             )
 
     @property

@@ -109,7 +109,7 @@ def evaluate(
         raise ValueError(f"method='anytime' reads what an image needs: give it a budget, not n_patches={n_patches}")
     if method != "anytime" and (tolerance, lead) != (None, None):
         raise ValueError(f"a tolerance or a lead is for method='anytime', got method={method!r}")
-    data = _test_data(task, images, folder)
+    data = held_out_data(task, images, folder)
     if isinstance(task.model, ATSClassifier):
         if method == "anytime":
             classify = _Anytime(task.model, {"budget": budget, "tolerance": tolerance, "lead": lead})
@@ -125,7 +125,8 @@ def evaluate(
     return _evaluation(logits, labels, name, 0)
 
 
-def _test_data(task: ClassificationTask, images: int | None, folder: Path | None) -> ExperimentData:
+def held_out_data(task: ClassificationTask, images: int | None, folder: Path | None) -> ExperimentData:
+    """The data that a task is tested on; `images` and `folder` as in `evaluate`."""
     config = task.config.data
     if folder is not None:
         config = dataclasses.replace(config, folder=folder)

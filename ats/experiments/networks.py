@@ -14,7 +14,7 @@ from ats.models import (
     megapixel_mnist,
     speed_limits,
 )
-from ats.models.classifier import Normalisation
+from ats.models.classifier import Normalisation, PlacedFeatures
 from ats.nn import AttentionSampling
 
 _NETWORKS: dict[str, ModuleType] = {
@@ -50,19 +50,24 @@ def build_model(config: ExperimentConfig) -> Classifier:
     attention: nn.Module = UniformAttention(stride, lost)
     if learned:
         attention = networks.attention_network(model.networks)
+    n_features = networks.N_FEATURES[model.networks]
+    feature: nn.Module = networks.feature_network(model.networks, normalised=not model.positions)
+    if model.positions:
+        feature = PlacedFeatures(feature, n_features)
     sampling = AttentionSampling(
         attention,
-        networks.feature_network(model.networks),
+        feature,
         model.n_patches,
         model.patch_size,
         replace=model.replace,
         estimator=model.estimator,
         control_variate=model.control_variate,
         receptive_field="auto" if learned else lost,
+        positions=model.positions,
         mean=mean,
         std=std,
     )
-    return ATSClassifier(sampling, networks.N_FEATURES[model.networks], n_classes, model.feature_scale)
+    return ATSClassifier(sampling, n_features, n_classes, model.feature_scale)
 
 
 def normalisation(config: ExperimentConfig) -> Normalisation:

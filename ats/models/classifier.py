@@ -27,6 +27,28 @@ class ChannelsLast(nn.Module):
         return images.contiguous(memory_format=torch.channels_last)
 
 
+class PlacedFeatures(nn.Module):
+    """Features that know where their patch lies, of length 1: those of the patch plus some of its place.
+
+    Args:
+        feature: from patches (M, C, ph, pw) to features (M, D).
+        n_features: D.
+        hidden: units between the place and what is added.
+
+    Source: paper, end of section 3.4.
+    """
+
+    def __init__(self, feature: nn.Module, n_features: int, hidden: int = 32) -> None:
+        super().__init__()
+        self.feature = feature
+        self.place = nn.Sequential(nn.Linear(2, hidden), nn.ReLU(), nn.Linear(hidden, n_features))
+        self.normalise = L2Normalise()
+
+    def forward(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """Patches (M, C, ph, pw) with centres (y, x) in [0, 1] (M, 2) -> (M, D)."""
+        return self.normalise(self.feature(patches) + self.place(2 * positions - 1))
+
+
 class GlobalMaxPool(nn.Module):
     """The largest value of each channel."""
 

@@ -1,4 +1,4 @@
-"""`ats study variance` and `ats study training`: their options."""
+"""`ats study variance`, `ats study training` and `ats study inference`: their options."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -7,15 +7,18 @@ from typing import Annotated
 
 import tyro
 
+from ats.experiments.study.inference import InferenceOptions
+from ats.experiments.study.inference_report import study_inference
 from ats.experiments.study.training import TrainingOptions
 from ats.experiments.study.training_report import study_training
 from ats.experiments.study.variance import QUICK, VarianceOptions
 from ats.experiments.study.variance_report import study_variance
 
-_HELP = """usage: ats study {variance,training} [OPTIONS]
+_HELP = """usage: ats study {variance,training,inference} [OPTIONS]
 
   variance   variance and bias of every estimator, of one draw
   training   small Megapixel MNIST trained with each formula of the gradient
+  inference  what each way to predict with trained models is worth, and what its stated errors cover
 
 `ats study STUDY --help` lists a study's options.
 """
@@ -42,6 +45,19 @@ class TrainingCommand:
     """Folder for results/training.json, results/training.md and training.png. By default the table is only shown."""
 
 
+@dataclass(frozen=True)
+class InferenceCommand:
+    """Error by patches read, and what the stated intervals cover, of trained models."""
+
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
+    """Runs' folders, or their checkpoints/last.ckpt, as `ats train` wrote them."""
+    options: Annotated[InferenceOptions, tyro.conf.arg(name="")] = field(default_factory=InferenceOptions)
+    data: Path | None = None
+    """Folder of the data, where it is not the one that the runs were trained with."""
+    output: Path | None = None
+    """Folder for results/inference.json and results/inference.md. By default the tables are only shown."""
+
+
 def run_study(arguments: list[str]) -> None:
     """Run the study that the first argument names."""
     study, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
@@ -56,5 +72,8 @@ def run_study(arguments: list[str]) -> None:
     elif study == "training":
         training = tyro.cli(TrainingCommand, prog="ats study training", args=rest)
         study_training(training.options, training.output)
+    elif study == "inference":
+        inference = tyro.cli(InferenceCommand, prog="ats study inference", args=rest)
+        study_inference(inference.checkpoints, inference.options, inference.data, inference.output)
     else:
-        raise ValueError(f"unknown study {study!r}, expected 'variance' or 'training'")
+        raise ValueError(f"unknown study {study!r}, expected 'variance', 'training' or 'inference'")

@@ -28,7 +28,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def study_files(folder: Path, study: str) -> tuple[Path, Path, Path]:
-    """Its JSON, Markdown and picture."""
+    """Its JSON, Markdown and, where it has one, picture."""
     return folder / "results" / f"{study}.json", folder / "results" / f"{study}.md", folder / f"{study}.png"
 
 
@@ -62,13 +62,14 @@ def claim(folder: Path, study: str, options: Any) -> list[dict[str, Any]]:
 
 
 def write_study(
-    folder: Path, study: str, options: Any, rows: Sequence[dict[str, Any]], text: str, picture: bytes
+    folder: Path, study: str, options: Any, rows: Sequence[dict[str, Any]], text: str, picture: bytes | None = None
 ) -> None:
-    """Write its three files."""
+    """Write its files."""
     record, tables, plot = study_files(folder, study)
     values = {"command": f"ats study {study}", "options": plain(options), "rows": rows}
     write_whole(tables, text.encode())
-    write_whole(plot, picture)
+    if picture is not None:
+        write_whole(plot, picture)
     write_whole(record, (json.dumps(values, indent=1) + "\n").encode())
 
 
