@@ -50,7 +50,9 @@ def bench_estimators(report: Report, batch: int, n: int) -> None:
 def bench_estimators_in_a_training_step(report: Report) -> None:
     draws, features = inputs(report, BATCH, N_PATCHES)
     config = published("megapixel-mnist")
-    step = cost.training_step(config, report.device, images=cost.random_images(config, batch=BATCH), view_given=True)
+    images = cost.random_images(config, batch=BATCH)
+    views = [cost.make_view(config, images[0], report.device)]
+    step = cost.training_step(config, report.device, images=images, views=views)
     methods: dict[str, Method] = {name: pooling(draws, features, options) for name, options in WAYS.items()}
     methods["a training step"] = lambda index: step()
     group = report.compare(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import ats
 from ats.experiments import cost
 from ats.experiments.config import ExperimentConfig, ModelConfig
-from ats.experiments.networks import build_model, view_size
+from ats.experiments.networks import build_model
 from ats.models.classifier import ATSClassifier, ChannelsLast
 from bench.measure import Rounds, synchronise
 from bench.report import Group, Report
@@ -28,7 +28,7 @@ from bench.report import Group, Report
 SECTION = "parts"
 BATCH, N_PATCHES = 16, 10
 CHUNK = 20  # patches at a time, whose maps stay in cache
-ROUNDS, LEAST_SECONDS = 5, 1.0
+ROUNDS, LEAST_SECONDS = 3, 0.5
 VIEW, ATTENTION, FEATURES = "the view", "attention network", "feature network"
 SAMPLING, REST = "sampling, gathering and pooling", "head, loss and optimiser"
 PARTS = VIEW, ATTENTION, FEATURES, SAMPLING, REST
@@ -159,9 +159,7 @@ class SplitStep:
 
     def make_view(self) -> Tensor:
         """(B, C, h, w) on the model's device."""
-        seen = view_size(self.config, (self.image.shape[2], self.image.shape[3]))
-        assert seen is not None
-        return ats.area_downsample(self.image, seen).to(self.model.head.weight.device, non_blocking=True)
+        return cost.make_view(self.config, self.image, self.model.head.weight.device)
 
 
 def split_steps(steps: dict[str, SplitStep], rounds: int) -> dict[str, Rounds]:

@@ -22,8 +22,8 @@ _LEAST_SECONDS = 2e-3  # of one measurement; quicker methods are called several 
 _SETTLED_SECONDS = 0.1  # the same for steps that settle
 _LEAST_ROUNDS, _LEAST_ROUNDS_OF_SLOW = 7, 3
 _MOST_ROUNDS = 200
-_SLOW = 1.0  # seconds: such a method needs no second warm-up, and no settling
-ONCE = 8.0  # seconds: on a CPU, a method whose first call takes longer is not called again
+_SLOW = 0.5  # seconds: such a method needs no second warm-up, and no settling
+ONCE = 5.0  # seconds: on a CPU, a method whose first call takes longer is not called again
 
 
 @dataclass(frozen=True)

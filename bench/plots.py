@@ -11,18 +11,18 @@ from ats.experiments.plots import look
 
 Groups = Sequence[Mapping[str, Any]]
 
-AXES = {"scaling": "side of the image, pixels", "sampling-space": "cells K", "patches": "patches N"}
+LINES = "scaling", "sampling-space", "patches"
 TABLES = "table1", "table2", "mnist"
 
 
 def draw(groups: Groups, stem: Path) -> dict[str, Path]:
     """Draw each section that has something to draw as <stem>-<section>.png; the files by section."""
     drawn = {}
-    for section in (*TABLES, *AXES):
+    for section in (*TABLES, *LINES):
         chosen = [group for group in groups if group["section"] == section]
         path = stem.with_name(f"{stem.name}-{section}.png")
-        if section in AXES and any(group["points"] for group in chosen):
-            _draw_lines([group for group in chosen if group["points"]], AXES[section], path)
+        if section in LINES and any(group["points"] for group in chosen):
+            _draw_lines([group for group in chosen if group["points"]], path)
             drawn[section] = path
         elif section in TABLES and chosen and chosen[0]["memory"]:
             _draw_ratios(chosen[0], path)
@@ -30,7 +30,7 @@ def draw(groups: Groups, stem: Path) -> dict[str, Path]:
     return drawn
 
 
-def _draw_lines(groups: Groups, x: str, path: Path) -> None:
+def _draw_lines(groups: Groups, path: Path) -> None:
     """Time, and memory where it was measured, against a size: a line for each name in `points`."""
     panels = [(group, "median") for group in groups] + [(group, "memory") for group in groups if group["memory"]]
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), layout="constrained", squeeze=False)
@@ -45,7 +45,9 @@ def _draw_lines(groups: Groups, x: str, path: Path) -> None:
         for line, values in lines.items():
             place.plot(list(values), list(values.values()), label=line, **look(names.index(line)))
         unit = "ms" if group["per"] == "call" else f"ms a {group['per']}"
-        place.set(xlabel=x, ylabel="MB beyond the image" if what == "memory" else unit, xscale="log", yscale="log")
+        place.set(
+            xlabel=group["axis"], ylabel="MB beyond the image" if what == "memory" else unit, xscale="log", yscale="log"
+        )
         place.set_title(group["name"], fontsize=10, wrap=True)
         place.grid(alpha=0.3)
         place.legend(fontsize=9)

@@ -15,8 +15,8 @@ SECTIONS = {
     "table2": "Speed limits: a training step by each method (the paper's table 2)",
     "mnist": "Megapixel MNIST: a training step by each method",
     "scaling": "The size of the image",
-    "sampling-space": "The number of cells",
-    "patches": "The number of patches",
+    "sampling-space": "The number of cells, and the size of the view",
+    "patches": "The number of patches, and their size",
     "parts": "Where a training step's time goes",
     "estimators": "Estimators",
     "ops": "Ops",
@@ -56,23 +56,62 @@ def markdown(record: Record, plots: dict[str, str] | None = None) -> str:
         for group in groups:
             if group["section"] == section:
                 lines += _group(group, record.get("bytes_per_second"))
-    return "\n".join(lines)
+    return "\n".join(lines + _checks(record.get("checks", [])))
+
+
+def _checks(checks: Sequence[Record]) -> list[str]:
+    """What `make gpu-check` found besides, with the output of what failed."""
+    if not checks:
+        return []
+    rows = [(check["name"], "yes" if check["passed"] else "**no**", check["summary"]) for check in checks]
+    lines = ["## Checks", "", *table(("check", "passed", "result"), rows), ""]
+    for check in checks:
+        if check["output"]:
+            lines += [f"### {check['name']}", "", "```", check["output"][-20_000:], "```", ""]
+    return lines
 
 
 def _group(group: Record, bytes_per_second: float | None) -> list[str]:
     lines = [f"### {group['name']}", ""]
     names = [*group["timings"], *(name for name in group["not_run"] if name not in group["timings"])]
-    if names:
+    if group["points"]:
+        lines += [*_by_size(group), ""]
+    elif names:
         columns = [*_times(group), *_bandwidth(group, bytes_per_second), *_memory(group), *_published(group)]
         rows = [(name, *(column[1].get(name, "") for column in columns)) for name in names]
         lines += [*table(("method", *(column[0] for column in columns)), rows), ""]
-    lines += [f"- Not run: {name}: {reason}" for name, reason in group["not_run"].items()]
-    lines += [""] * bool(group["not_run"])
     if group["targets"]:
         rows = [_target(target) for target in group["targets"]]
         lines += [*table(("target", "wanted", "measured", "met", "by the best rounds"), rows), ""]
     notes = [*group["notes"], *([_PUBLISHED] if group["published"] else [])]
     return lines + [line for note in notes for line in (note, "")]
+
+
+def _by_size(group: Record) -> list[str]:
+    """A row a size, a column a line: median, quartiles, and how many times the first line's median that is."""
+    timings, memory = group["timings"], group["memory"]
+    at = {(line, x): name for name, (line, x) in group["points"].items()}
+    lines = list(dict.fromkeys(line for line, _ in at))
+    with_memory = [line for line in lines if any(at[key] in memory for key in at if key[0] == line)]
+    rows = []
+    for size in sorted({x for _, x in at}):
+        first = timings.get(at.get((lines[0], size)))
+        row = [f"{size:,.0f}"]
+        for line in lines:
+            name = at.get((line, size))
+            time = timings.get(name)
+            if time is None:
+                row.append(f"not run: {group['not_run'][name]}" if name in group["not_run"] else "")
+                continue
+            ratio = f", {_times_sign(time['median'] / first['median'])}" if first and line != lines[0] else ""
+            row.append(f"{time['median']:.4g} ({time['low']:.4g} – {time['high']:.4g}){ratio}")
+        for line in with_memory:
+            peak = memory.get(at.get((line, size)))
+            row.append("" if peak is None else f"{peak / 1e6:,.1f}")
+        rows.append(tuple(row))
+    unit = "ms" if group["per"] == "call" else f"ms/{group['per']}"
+    header = (group["axis"], *(f"{line}: {unit}" for line in lines), *(f"{line}: MB" for line in with_memory))
+    return table(header, rows)
 
 
 Column = tuple[str, dict[str, str]]  # its header, and what stands in it by method
@@ -87,8 +126,8 @@ def _times(group: Record) -> list[Column]:
         ("best", {name: f"{time['best']:.4g}" for name, time in timings.items()}),
         ("rounds", {name: f"{time['rounds']}" for name, time in timings.items()}),
     ]
-    for name in group["not_run"]:
-        columns[0][1].setdefault(name, "not run")
+    for name, reason in group["not_run"].items():
+        columns[0][1].setdefault(name, f"not run: {reason}")
     if len(timings) > 1:
         ours = next(iter(timings.values()))["median"]
         columns.append(("× first", {name: _times_sign(time["median"] / ours) for name, time in timings.items()}))

@@ -60,7 +60,8 @@ class Group:
     floor_bytes: int | None = None  # that must move in a call, however it is done
     memory: dict[str, int] = field(default_factory=dict)  # peak bytes a sample
     published: dict[str, tuple[float, int]] = field(default_factory=dict)  # seconds and bytes a sample
-    points: dict[str, tuple[str, float]] = field(default_factory=dict)  # line and x of each method, for the plot
+    axis: str = ""  # what the methods' sizes are of
+    points: dict[str, tuple[str, float]] = field(default_factory=dict)  # line and size of each method
     not_run: dict[str, str] = field(default_factory=dict)  # and why
     targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

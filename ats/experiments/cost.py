@@ -4,20 +4,20 @@ Always at the published sizes and with the published networks, whatever a run wa
 memory as bytes; making the view, reading the patches and moving both to the device are part of the cost.
 
 Memory on a GPU is the peak of PyTorch's allocator. On a CPU it is how far the resident set of a fresh process rises
-above what it was before the image and the model were made; this module, run as a program, is that process.
+above what it was before the image and the model were made.
 """
 
 import ctypes
 import dataclasses
 import gc
 import itertools
-import json
+import multiprocessing
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats.experiments.config import ExperimentConfig, ModelConfig, from_dict, to_dict
+from ats.experiments.config import ExperimentConfig, ModelConfig
 from ats.experiments.networks import build_model, normalisation, view_size
 from ats.experiments.presets import PRESETS
 from ats.functional import area_downsample
@@ -34,6 +34,7 @@ IMAGE_SIZES = {"megapixel-mnist": (1500, 1500), "colon-cancer": (500, 500), "spe
 """Published, in pixels (height, width)."""
 
 _BLOCK = 2**24  # random bytes, repeated in images of more
+_SLOW = 1.0  # seconds
 
 Step = Callable[[], None]
 
@@ -86,7 +87,7 @@ def training_step(
     image_size: tuple[int, int] | None = None,
     *,
     images: Sequence[Tensor] | None = None,
-    view_given: bool = False,
+    views: Sequence[Tensor] | None = None,
 ) -> Step:
     """A function that runs one batch forward and backward, from images in main memory.
 
@@ -97,29 +98,21 @@ def training_step(
         device: of the model.
         image_size: pixels (H, W); as published where None.
         images: batches that are taken in turn; one random image where None.
-        view_given: make the view now instead of in every step.
+        views: of the batches, on the device; where None each step makes its own.
     """
     device = torch.device(device)
     if images is None:
         images = random_images(config, image_size)
-    size = (images[0].shape[2], images[0].shape[3])
     if device.type == "cuda":
         images = [batch if batch.is_pinned() else batch.pin_memory() for batch in images]
     label = torch.zeros(len(images[0]), dtype=torch.int64, device=device)
     model = _seeded_model(config).to(device).train()
-    seen = view_size(config, size)
-    mean, std = normalisation(config)
-
-    def look(image: Tensor) -> Tensor:
-        if seen is None:
-            return image
-        return area_downsample(image, seen, mean=mean, std=std).to(device, non_blocking=True)
-
-    turns = itertools.cycle([(image, look(image) if view_given else None) for image in images])
+    given: Sequence[Tensor | None] = [None] * len(images) if views is None else views
+    turns = itertools.cycle(zip(images, given, strict=True))
 
     def step() -> None:
         image, view = next(turns)
-        logits, sample = model(look(image) if view is None else view, image)
+        logits, sample = model(make_view(config, image, device) if view is None else view, image)
         loss = F.cross_entropy(logits, label)
         if sample is not None:
             loss = loss - config.optim.entropy_weight * sample.entropy.mean()
@@ -127,6 +120,15 @@ def training_step(
         loss.backward()
 
     return step
+
+
+def make_view(config: ExperimentConfig, image: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """What a model looks at of images (B, C, H, W): (B, C, h, w) on the device, or the images themselves."""
+    seen = view_size(config, (image.shape[2], image.shape[3]))
+    if seen is None:
+        return image
+    mean, std = normalisation(config)
+    return area_downsample(image, seen, mean=mean, std=std).to(device, non_blocking=True)
 
 
 def _seeded_model(config: ExperimentConfig) -> nn.Module:
@@ -177,8 +179,7 @@ def measure_bytes(
     *,
     image_size: tuple[int, int] | None = None,
     batch: int = 1,
-    view_given: bool = False,
-    with_images: bool = True,
+    given: bool = False,
 ) -> int:
     """The peak memory of a step, with the model, its gradients and, on a CPU, the images.
 
@@ -187,8 +188,7 @@ def measure_bytes(
         device: of the model.
         image_size: as in `training_step`.
         batch: images.
-        view_given: as in `training_step`.
-        with_images: count the images in main memory; on a GPU they never are.
+        given: leave the images, which on a GPU never count, and the making of their view out of it.
 
     Raises:
         RuntimeError: the process that measures failed, e.g. because memory ran out; says what it wrote.
@@ -196,27 +196,34 @@ def measure_bytes(
     device = torch.device(device)
     if device.type == "cuda":
         images = random_images(config, image_size, batch=batch)
+        views = [make_view(config, image, device) for image in images] if given else None
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        step = training_step(config, device, images=images, view_given=view_given)
+        step = training_step(config, device, images=images, views=views)
         step()
         step()  # the first one may try out algorithms
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    order = {
-        "config": to_dict(config),
-        "image_size": image_size or IMAGE_SIZES[config.experiment],
-        "batch": batch,
-        "view_given": view_given,
-        "with_images": with_images,
-    }
-    process = [sys.executable, "-m", "ats.experiments.cost"]
-    done = subprocess.run(process, input=json.dumps(order), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"measuring {config.model.label} ended with status {done.returncode}: {done.stderr[-500:]}")
-    return int(done.stdout.splitlines()[-1])
+    # Forked from a server that has imported all this and done nothing with it, where the system can fork.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    context.set_forkserver_preload([__name__])
+    receiver, sender = context.Pipe(duplex=False)
+    size = image_size or IMAGE_SIZES[config.experiment]
+    process = context.Process(target=_send_rise, args=(sender, config, size, batch, given))
+    process.start()
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError:
+        process.join()
+        answer = f"its process ended with status {process.exitcode}; -9 is what the system does where memory runs out"
+    process.join()
+    if isinstance(answer, str):
+        raise RuntimeError(f"measuring {config.model.label} failed: {answer}")
+    return int(answer)
 
 
 def _timed(step: Step, device: torch.device) -> float:
@@ -236,22 +243,29 @@ def _timing(seconds: list[float]) -> Timing:
     return Timing(float(median), float(lower), float(upper), len(seconds))
 
 
-def _rise_of_resident_set(order: dict[str, Any]) -> int:
+def _send_rise(sender: Connection, config: ExperimentConfig, size: tuple[int, int], batch: int, given: bool) -> None:
+    try:
+        sender.send(_rise_of_resident_set(config, size, batch, given))
+    except Exception as error:
+        sender.send(f"{type(error).__name__}: {error}")
+
+
+def _rise_of_resident_set(config: ExperimentConfig, size: tuple[int, int], batch: int, given: bool) -> int:
     """Bytes by which this process's resident set rises, at its peak, in a training step."""
-    config, view_given = from_dict(order["config"]), order["view_given"]
-    height, width = order["image_size"]
+    height, width = size
     # A small image first: code that is loaded and buffers that are made once are no cost of a sample.
-    small = random_images(config, (max(64, height // 10), max(64, width // 10)))
-    training_step(config, images=small, view_given=view_given)()
-    del small
-    images = None if order["with_images"] else random_images(config, (height, width), batch=order["batch"])
+    training_step(config, images=random_images(config, (max(64, height // 10), max(64, width // 10))))()
+    images, views = None, None
+    if given:
+        images = random_images(config, size, batch=batch)
+        views = [make_view(config, image) for image in images]
     gc.collect()
     _return_freed_memory()
     before = _reset_peak()
-    images = images or random_images(config, (height, width), batch=order["batch"])
-    step = training_step(config, images=images, view_given=view_given)
-    step()
-    step()
+    images = images or random_images(config, size, batch=batch)
+    step = training_step(config, images=images, views=views)
+    if _timed(step, torch.device("cpu")) < _SLOW:
+        step()  # with the gradients of the first; beside the maps of a slow step they are nothing
     return _peak() - before
 
 
@@ -284,7 +298,3 @@ def _status(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"no {name} in /proc/self/status")
-
-
-if __name__ == "__main__":
-    print(_rise_of_resident_set(json.load(sys.stdin)))
