@@ -23,7 +23,7 @@ _SETTLED_SECONDS = 0.1  # the same for steps that settle
 _LEAST_ROUNDS, _LEAST_ROUNDS_OF_SLOW = 7, 3
 _MOST_ROUNDS = 200
 _SLOW = 0.5  # seconds: such a method needs no second warm-up, and no settling
-ONCE = 5.0  # seconds: on a CPU, a method whose first call takes longer is not called again
+ONCE = 4.0  # seconds: on a CPU, a method whose first call takes longer is not called again
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def test_a_table_has_the_ratio_to_each_alternative_beside_the_published_one() ->
 def test_what_does_not_fit_is_told_from_what_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_tables, "available_bytes", lambda device: 10e9)
     assert bench_tables.unaffordable(1, 6.9e9, 3, CPU) is None
-    assert "does not fit: a step would take about 7.1 GB, and 10.0 GB are free" in str(
+    assert "does not fit: a step would take about 7 GB, more than 70% of the 10 free" in str(
         bench_tables.unaffordable(1, 7.1e9, 3, CPU)
     )
     assert "a step would take about 40 s, and a run has 3 s" in str(bench_tables.unaffordable(40, 1e9, 3, CPU))

@@ -253,12 +253,15 @@ def _send_rise(sender: Connection, config: ExperimentConfig, size: tuple[int, in
 def _rise_of_resident_set(config: ExperimentConfig, size: tuple[int, int], batch: int, given: bool) -> int:
     """Bytes by which this process's resident set rises, at its peak, in a training step."""
     height, width = size
-    # A small image first: code that is loaded and buffers that are made once are no cost of a sample.
-    training_step(config, images=random_images(config, (max(64, height // 10), max(64, width // 10))))()
     images, views = None, None
+    first = random_images(config, (max(64, height // 10), max(64, width // 10)))
     if given:
-        images = random_images(config, size, batch=batch)
-        views = [make_view(config, image) for image in images]
+        first = images = random_images(config, size, batch=batch)
+        seen = view_size(config, size)  # any values will do; making them would leave its traces in the allocator
+        views = None if seen is None else [torch.rand(batch, config.data.channels, *seen)]
+    # Once before, on a small image if none is given: loaded code and what is made once are no cost of a sample.
+    training_step(config, images=first, views=views)()
+    del first
     gc.collect()
     _return_freed_memory()
     before = _reset_peak()
