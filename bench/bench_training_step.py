@@ -191,7 +191,7 @@ def add_group(report: Report, name: str, steps: dict[str, Rounds]) -> Group:
     for label, parts in steps.items():
         group.rounds[label] = [sum(seconds) for seconds in zip(*parts.values(), strict=True)]
         for part, seconds in parts.items():
-            if max(seconds) > 1e-6:  # a view that was given is no part
+            if max(seconds) > 1e-4:  # a view that was given is no part
                 group.rounds[f"{label}: {part}"] = seconds
     report.groups.append(group)
     return group
