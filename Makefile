@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format clean help kernels kernels-oldest bench gpu-check
+.PHONY: demo test lint format clean help kernels kernels-oldest bench bench-compare gpu-check
 
 help:
 	@echo "make demo    train on Megapixel MNIST with attention sampling and uniform sampling, draw what was looked at"
 	@echo "make test    run the tests, with line coverage"
 	@echo "make kernels compile all GPU kernels, without a GPU, and print what came out (kernels-oldest: by Triton 3.6)"
-	@echo "make bench   time the ops against plain PyTorch, on the GPU where there is one"
+	@echo "make bench   time a training step and the ops beside their alternatives, on the GPU where there is one"
+	@echo "make bench-compare A.json B.json  what changed between two runs, beyond the noise"
 	@echo "make gpu-check  where there is a GPU: run all that needs one, write bench/results/<GPU>.md"
 	@echo "make lint    check style, format and types"
 	@echo "make format  apply the format"
@@ -49,6 +50,15 @@ kernels-oldest: $(OLDEST_TRITON)/.ready
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench $(BENCH_ARGS)
+
+# The files' names come as goals: they have nothing to be made from.
+ifeq (bench-compare,$(firstword $(MAKECMDGOALS)))
+COMPARED := $(wordlist 2,$(words $(MAKECMDGOALS)),$(MAKECMDGOALS))
+.PHONY: $(COMPARED)
+$(COMPARED): ; @:
+endif
+bench-compare: $(READY)
+	@$(BIN)/python -m bench.changes $(COMPARED)
 
 gpu-check: $(READY)
 	$(BIN)/python -m bench.gpu_check

@@ -6,10 +6,12 @@ from torch import Tensor
 
 import ats
 import ats_kernels
-from bench.bench_training_step import BATCH, N_PATCHES, Networks, Variant, training_step
+from ats.experiments import cost
+from bench.bench_training_step import BATCH, N_PATCHES, published
 from bench.measure import Method
 from bench.report import Report
 
+SECTION = "estimators"
 COPIES = 4  # of the inputs, used in turn
 FEATURES = 32
 WAYS = {
@@ -46,14 +48,15 @@ def bench_estimators(report: Report, batch: int, n: int) -> None:
 
 
 def bench_estimators_in_a_training_step(report: Report) -> None:
-    device = report.device
     draws, features = inputs(report, BATCH, N_PATCHES)
-    image = torch.randint(256, (BATCH, 1, 1500, 1500), dtype=torch.uint8, device=device)
-    view, labels = ats.area_downsample(image, 180), torch.randint(10, (BATCH,), device=device)
-    networks = Networks(Variant()).to(device)
-    optimiser = torch.optim.Adam(networks.parameters(), fused=True)
+    config = published("megapixel-mnist")
+    images = cost.random_images(config, batch=BATCH)
+    views = [cost.make_view(config, images[0], report.device)]
+    step = cost.training_step(config, report.device, images=images, views=views)
     methods: dict[str, Method] = {name: pooling(draws, features, options) for name, options in WAYS.items()}
-    methods["a training step"] = lambda index: training_step(networks, optimiser, view, image, labels)
-    group = report.compare(f"Estimators in a training step on Megapixel MNIST: batch {BATCH}, N = {N_PATCHES}", methods)
+    methods["a training step"] = lambda index: step()
+    group = report.compare(
+        f"Estimators in a training step on Megapixel MNIST: batch {BATCH}, N = {N_PATCHES}", methods, steps=True
+    )
     for name in ("unordered", "unordered, control variate"):
         group.at_most(5, group.ratio(name, "a training step") * 100, f"of the step is the estimate, {name}", "%")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from bench import render
 from bench.report import default_path
 
 ROOT = Path(__file__).parent.parent
@@ -98,16 +99,13 @@ def run_benchmarks(path: Path) -> Check:
 
 def write(path: Path, checks: list[Check]) -> None:
     """Put the checks into the report that the benchmarks wrote."""
-    json_path, markdown_path = Path(f"{path}.json"), Path(f"{path}.md")
+    json_path = Path(f"{path}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = json.loads(json_path.read_text()) if json_path.exists() else {}
+    empty = {"title": path.name, "machine": {}, "groups": []}
+    report = json.loads(json_path.read_text()) if json_path.exists() else empty
     report["checks"] = [asdict(check) for check in checks]
     json_path.write_text(json.dumps(report, indent=1) + "\n")
-    lines = ["## Checks", "", "| check | passed | result |", "| --- | --- | --- |"]
-    lines += [f"| {check.name} | {'yes' if check.passed else '**no**'} | {check.summary} |" for check in checks]
-    lines += [f"\n### {check.name}\n\n```\n{check.output[-20_000:]}\n```" for check in checks if check.output]
-    benchmarks = markdown_path.read_text() if markdown_path.exists() else f"# {path.name}\n"
-    markdown_path.write_text(f"{benchmarks}\n" + "\n".join(lines) + "\n")
+    render.write(json_path)
 
 
 def main() -> int:

@@ -1,11 +1,13 @@
 """Compare methods in one run: interleaved, so that a noisy neighbour slows all of them; medians, with their spread."""
 
 import gc
+import os
 import statistics
 import time
 import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,14 @@ from torch.profiler import ProfilerActivity, profile
 
 Method = Callable[[int], Any]  # takes the number of the call, to rotate its inputs by; caches then don't flatter
 
+Rounds = dict[str, list[float]]  # seconds a call of each method, by round
+
 _LEAST_SECONDS = 2e-3  # of one measurement; quicker methods are called several times in it
-_LEAST_ROUNDS = 7
+_SETTLED_SECONDS = 0.1  # the same for steps that settle
+_LEAST_ROUNDS, _LEAST_ROUNDS_OF_SLOW = 7, 3
+_MOST_ROUNDS = 200
+_SLOW = 0.5  # seconds: such a method needs no second warm-up, and no settling
+ONCE = 4.0  # seconds: on a CPU, a method whose first call takes longer is not called again
 
 
 @dataclass(frozen=True)
@@ -29,37 +37,77 @@ class Timing:
     rounds: int
 
 
-def compare(methods: Mapping[str, Method], device: torch.device, seconds: float = 3.0) -> dict[str, Timing]:
-    """Time methods in turn, every round in another order, for about `seconds` in all and at least seven rounds."""
-    repeats, expected = {}, 0.0
+@dataclass(frozen=True)
+class _Plan:
+    repeats: int  # calls that are timed together
+    settle: bool  # one call before them, which is not timed
+    rounds: int
+
+
+def compare(
+    methods: Mapping[str, Method], device: torch.device, seconds: float = 1.5, *, settle: bool = False
+) -> Rounds:
+    """Time methods in turn, every round in another order.
+
+    Each takes part in as many rounds as its share of `seconds` allows, at least seven, or three if it is slow; they are
+    spread evenly over the rounds of the others.
+
+    Args:
+        methods: by name.
+        device: that is waited for.
+        seconds: in all, about.
+        settle: call a method once before it is timed. What another method left in caches and in the allocator would
+            otherwise count; in a training, step follows step.
+    """
+    rounds: Rounds = {}
+    plans: dict[str, _Plan] = {}
     for name, method in methods.items():
-        _measure(method, device, 0, 1)  # caches, lazy initialisation, compilation
-        once = _measure(method, device, 1, 2)
-        repeats[name] = max(1, min(100, round(_LEAST_SECONDS / max(once, 1e-6))))
-        expected += once * repeats[name]
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    names = list(methods)
+        once = seconds_a_call(method, device)  # caches, lazy initialisation, compilation
+        if once > ONCE and device.type == "cpu":
+            rounds[name] = [once]
+            continue
+        if once < _SLOW or device.type != "cpu":
+            once = seconds_a_call(method, device, 1, 1)
+        plans[name] = _plan(once, seconds / len(methods), settle)
+        rounds[name] = []
+    names = list(plans)
+    most = max((plan.rounds for plan in plans.values()), default=0)
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for round_ in range(max(_LEAST_ROUNDS, min(200, round(seconds / expected)))):
+        for round_ in range(most):
             first = round_ % len(names)
             for name in names[first:] + names[:first]:
-                times[name].append(_measure(methods[name], device, round_ * repeats[name], repeats[name]))
+                plan = plans[name]
+                if (round_ + 1) * plan.rounds // most > round_ * plan.rounds // most:
+                    start = round_ * (plan.repeats + plan.settle)
+                    if plan.settle:
+                        methods[name](start)
+                    rounds[name].append(seconds_a_call(methods[name], device, start + plan.settle, plan.repeats))
     finally:
         if collecting:
             gc.enable()
-    return {name: timing(values) for name, values in times.items()}
+    return rounds
+
+
+def _plan(once: float, share: float, settle: bool) -> _Plan:
+    settle = settle and once < _SLOW
+    repeats = max(1, min(100, round((_SETTLED_SECONDS if settle else _LEAST_SECONDS) / max(once, 1e-6))))
+    cost = once * (repeats + settle)
+    least = _LEAST_ROUNDS if cost < _SLOW else _LEAST_ROUNDS_OF_SLOW
+    return _Plan(repeats, settle, max(least, min(_MOST_ROUNDS, round(share / cost))))
 
 
 def timing(seconds: list[float]) -> Timing:
-    """At least two measurements in seconds, put together."""
+    """Measurements in seconds, put together."""
+    if len(seconds) == 1:
+        return Timing(*[1e3 * seconds[0]] * 4, 1)
     low, median, high = (1e3 * value for value in statistics.quantiles(seconds, n=4, method="inclusive"))
     return Timing(median, 1e3 * min(seconds), low, high, len(seconds))
 
 
-def _measure(method: Method, device: torch.device, first: int, calls: int) -> float:
-    """Seconds a call. On a GPU, from the launch to the end of the last kernel."""
+def seconds_a_call(method: Method, device: torch.device, first: int = 0, calls: int = 1) -> float:
+    """Measured over calls number `first` and following. On a GPU, from the launch to the end of the last kernel."""
     synchronise(device)
     start = time.perf_counter()
     for index in range(first, first + calls):
@@ -72,6 +120,25 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that a large copy moves, read and written: the best of some."""
+    source = torch.ones(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = min(seconds_a_call(lambda index: target.copy_(source), device) for _ in range(8))
+    return 2 * source.numel() / seconds
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free on a GPU, or that the system can give without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def graphed(method: Method, copies: int) -> Method:

@@ -1,4 +1,4 @@
-"""What the benchmarks found: tables of times, targets beside what was measured, and the machine they ran on."""
+"""What the benchmarks found, as JSON: times, memory, targets beside what was measured, and the machine they ran on."""
 
 import json
 import os
@@ -6,17 +6,18 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.measure import Method, Timing, compare, graphed
+from bench.measure import Method, Rounds, Timing, compare, copy_rate, graphed, timing
 
 RESULTS = Path(__file__).parent / "results"
-ALLOCATOR = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"  # glibc's; docs/kernels.md says what they do
+ALLOCATOR = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"  # glibc's; docs/performance.md says what they do
+COMPILE_SECONDS = 60.0  # of a run, on everything that is compiled
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Target:
     measured: float
     best: float | None  # by the quickest rounds, of times
     unit: str  # "×", "ms" or "%"
+    headline: bool = False  # what the report shows first, and should be the same in every run
 
     @property
     def met(self) -> bool:
@@ -49,58 +51,61 @@ class Target:
 
 @dataclass
 class Group:
-    """Methods that were timed against each other."""
+    """Methods that were measured against each other, ours first."""
 
     name: str
-    timings: dict[str, Timing] = field(default_factory=dict)
+    rounds: Rounds = field(default_factory=dict)  # seconds a call, or a sample
+    section: str = "ops"
+    per: str = "call"
+    floor_bytes: int | None = None  # that must move in a call, however it is done
+    memory: dict[str, int] = field(default_factory=dict)  # peak bytes a sample
+    published: dict[str, tuple[float, int]] = field(default_factory=dict)  # seconds and bytes a sample
+    axis: str = ""  # what the methods' sizes are of
+    points: dict[str, tuple[str, float]] = field(default_factory=dict)  # line and size of each method
+    not_run: dict[str, str] = field(default_factory=dict)  # and why
     targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def timings(self) -> dict[str, Timing]:
+        """The rounds in short."""
+        return {name: timing(seconds) for name, seconds in self.rounds.items()}
+
     def time(self, name: str) -> Measured:
         """Milliseconds a call."""
-        return Measured(self.timings[name].median, self.timings[name].best)
+        short = timing(self.rounds[name])
+        return Measured(short.median, short.best)
 
     def ratio(self, slow: str, fast: str) -> Measured:
         """How many times the time of `fast` is in that of `slow`."""
         slower, faster = self.time(slow), self.time(fast)
         return Measured(slower.median / faster.median, slower.best / faster.best)
 
-    def at_least(self, limit: float, measured: Measured | float, what: str, unit: str = "×") -> None:
+    def at_least(
+        self, limit: float, measured: Measured | float, what: str, unit: str = "×", *, headline: bool = False
+    ) -> None:
         """Add the target that `measured` is `limit` or more."""
-        self._add(True, limit, measured, what, unit)
+        self._add(True, limit, measured, what, unit, headline)
 
-    def at_most(self, limit: float, measured: Measured | float, what: str, unit: str = "×") -> None:
+    def at_most(
+        self, limit: float, measured: Measured | float, what: str, unit: str = "×", *, headline: bool = False
+    ) -> None:
         """Add the target that `measured` is `limit` or less."""
-        self._add(False, limit, measured, what, unit)
+        self._add(False, limit, measured, what, unit, headline)
 
-    def _add(self, at_least: bool, limit: float, measured: Measured | float, what: str, unit: str) -> None:
+    def _add(
+        self, at_least: bool, limit: float, measured: Measured | float, what: str, unit: str, headline: bool
+    ) -> None:
         if isinstance(measured, Measured):
-            self.targets.append(Target(what, at_least, limit, measured.median, measured.best, unit))
+            self.targets.append(Target(what, at_least, limit, measured.median, measured.best, unit, headline))
         else:
-            self.targets.append(Target(what, at_least, limit, measured, None, unit))
+            self.targets.append(Target(what, at_least, limit, measured, None, unit, headline))
 
-    def markdown(self) -> str:
-        """A heading, the times, the targets."""
-        lines = [f"## {self.name}", ""]
-        if self.timings:
-            rows = [
-                (name, f"{time.median:.4g}", f"{time.low:.4g} – {time.high:.4g}", f"{time.best:.4g}", f"{time.rounds}")
-                for name, time in self.timings.items()
-            ]
-            lines += [*_table(("method", "median ms", "quartiles ms", "best ms", "rounds"), rows), ""]
-        if self.targets:
-            targets = [
-                (
-                    target.what,
-                    f"{'≥' if target.at_least else '≤'} {target.limit:g} {target.unit}",
-                    f"{target.measured:.3g} {target.unit}",
-                    "yes" if target.met else "**no**",
-                    "" if target.best is None else f"{target.best:.3g} {target.unit}",
-                )
-                for target in self.targets
-            ]
-            lines += [*_table(("target", "wanted", "measured", "met", "by the best rounds"), targets), ""]
-        return "\n".join(lines + [line for note in self.notes for line in (note, "")])
+    def as_dict(self) -> dict[str, Any]:
+        """For the JSON file: the rounds' quantiles in place of the rounds, which pytest-benchmark keeps."""
+        values = asdict(self) | {"timings": {name: asdict(time) for name, time in self.timings.items()}}
+        del values["rounds"]
+        return values | {"targets": [asdict(target) | {"met": target.met} for target in self.targets]}
 
 
 @dataclass
@@ -110,21 +115,79 @@ class Report:
     device: torch.device
     groups: list[Group] = field(default_factory=list)
     load: float = field(default_factory=lambda: os.getloadavg()[0])  # before the first measurement
+    section: str = "ops"  # of the groups that are added now
+    bytes_per_second: float | None = None  # of a large copy
+    seconds: float | None = None  # that the whole run took
+    compiling: float = 0.0  # seconds spent on it so far
 
     def facts(self) -> dict[str, str]:
         """What the times depend on."""
         cores = os.cpu_count() or 1
         busy = "; busy: look at the best rounds as well" if self.load > 0.5 * cores else ""
-        return {**machine(self.device), "load before": f"{self.load:.1f} on {cores} cores{busy}"}
+        facts = {**machine(self.device), "load before": f"{self.load:.1f} on {cores} cores{busy}"}
+        if self.bytes_per_second:
+            facts["large copy"] = f"{self.bytes_per_second / 1e9:.1f} GB/s, read and written"
+        if self.seconds:
+            facts["whole run"] = f"{self.seconds:.0f} s, {self.compiling:.0f} s of them compiling"
+        return facts
 
-    def compare(self, name: str, methods: dict[str, Method], *, copies: int = 1, seconds: float = 3.0) -> Group:
-        """Time `methods` against each other: from CUDA graphs on a GPU (of one for each of `copies` inputs)."""
-        group = Group(name)
-        if self.device.type == "cuda":
+    def compare(
+        self,
+        name: str,
+        methods: dict[str, Method],
+        compiled: dict[str, Method] | None = None,
+        *,
+        copies: int = 1,
+        seconds: float = 1.5,
+        floor_bytes: int | None = None,
+        per: str = "call",
+        samples: int = 1,
+        steps: bool = False,
+    ) -> Group:
+        """Time methods against each other, ours first.
+
+        Args:
+            name: of the group.
+            methods: by name. On a GPU they run from CUDA graphs, of one for each input, unless they are `steps`.
+            compiled: more methods, which `torch.compile` has yet to compile when they are first called.
+            copies: inputs that the methods take in turn.
+            seconds: in all, about.
+            floor_bytes: that must move in a call, however it is done.
+            per: what the times are divided into.
+            samples: of those, in a call.
+            steps: the methods are training steps, with the host's part; they settle before they are timed.
+        """
+        group = Group(name, section=self.section, per=per, floor_bytes=floor_bytes)
+        for label, method in (compiled or {}).items():
+            found = self.compiled(method)
+            if isinstance(found, str):
+                group.not_run[label] = found
+            else:
+                methods = methods | {label: found}
+        if self.device.type == "cuda" and not steps:
             methods = {name: self._graphed(name, method, copies, group) for name, method in methods.items()}
-        group.timings = compare(methods, self.device, seconds)
+        if floor_bytes is not None and self.bytes_per_second is None:
+            self.bytes_per_second = copy_rate(self.device)
+        rounds = compare(methods, self.device, seconds, settle=steps)
+        group.rounds = {name: [value / samples for value in rounds[name]] for name in methods}
+        for name, values in group.rounds.items():
+            if len(values) == 1:
+                group.notes.append(f"{name} was called once: it takes longer than a run has time to repeat.")
         self.groups.append(group)
         return group
+
+    def compiled(self, method: Method) -> Method | str:
+        """A method that calls what `torch.compile` makes, after it has compiled; or why there is none."""
+        if self.compiling > COMPILE_SECONDS:
+            return f"the {COMPILE_SECONDS:g} s that a run has for compiling are spent"
+        start = time.perf_counter()
+        try:
+            method(0)
+        except Exception as error:  # whatever a compiler's absence leads to
+            return f"torch.compile failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+        finally:
+            self.compiling += time.perf_counter() - start
+        return method
 
     def _graphed(self, name: str, method: Method, copies: int, group: Group) -> Method:
         try:
@@ -136,26 +199,17 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For the JSON file."""
-        groups = [
-            asdict(group) | {"targets": [asdict(target) | {"met": target.met} for target in group.targets]}
-            for group in self.groups
-        ]
-        return {"machine": self.facts(), "groups": groups}
-
-    def markdown(self) -> str:
-        """For people."""
-        targets = [target for group in self.groups for target in group.targets]
-        met = sum(target.met for target in targets)
-        lines = [f"# {machine_name(self.device)}", ""]
-        lines += _table(("", ""), list(self.facts().items()))
-        lines += ["", f"{met} of {len(targets)} targets met.", ""]
-        return "\n".join(lines + [group.markdown() for group in self.groups])
+        return {
+            "title": machine_name(self.device),
+            "machine": self.facts(),
+            "bytes_per_second": self.bytes_per_second,
+            "groups": [group.as_dict() for group in self.groups],
+        }
 
     def write(self, path: Path) -> None:
-        """Write `path`.json and `path`.md."""
+        """Write `path`.json."""
         path.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{path}.json").write_text(json.dumps(self.as_dict(), indent=1) + "\n")
-        Path(f"{path}.md").write_text(self.markdown())
 
 
 def default_path(device: torch.device) -> Path:
@@ -210,8 +264,3 @@ def _text(path: str) -> str:
         return Path(path).read_text()
     except OSError:
         return ""
-
-
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    lines = [header, tuple("---" for _ in header), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]

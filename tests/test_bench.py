@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic: what is counted, compared and written. No test looks at a time."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gpu_check, measure
+from bench import bench_tables, changes, gpu_check, measure, render
 from bench.report import Group, Report
 from tests.conftest import HAS_GPU
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 def test_methods_take_turns_and_inputs_rotate() -> None:
@@ -21,14 +23,35 @@ def test_methods_take_turns_and_inputs_rotate() -> None:
     def method(name: str) -> measure.Method:
         return lambda index: calls.append((name, index))
 
-    timings = measure.compare({"a": method("a"), "b": method("b")}, CPU, seconds=1e-9)
-    assert {timing.rounds for timing in timings.values()} == {7}
+    rounds = measure.compare({"a": method("a"), "b": method("b")}, CPU, seconds=1e-9)
+    assert {len(seconds) for seconds in rounds.values()} == {7}
     assert len({index for name, index in calls if name == "a"}) >= 7
-    rounds = [calls[start : start + 200] for start in range(6, len(calls), 200)]  # two methods, 100 calls each
+    rounds = [calls[start : start + 200] for start in range(4, len(calls), 200)]  # two methods, 100 calls each
     assert [a_first[0][0] for a_first in rounds] == ["a", "b"] * 3 + ["a"]
 
 
+def test_slow_methods_take_part_in_some_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A baseline of seconds a step must not decide how often a step of milliseconds is measured."""
+    calls: list[str] = []
+    seconds = {"quick": 0.02, "slow": 0.8, "once": 6.0}
+
+    def pretend(method: measure.Method, device: torch.device, first: int = 0, repeats: int = 1) -> float:
+        return seconds[method(first)]
+
+    def method(name: str) -> measure.Method:
+        return lambda index: calls.append(name) or name
+
+    monkeypatch.setattr(measure, "seconds_a_call", pretend)
+    rounds = measure.compare({name: method(name) for name in seconds}, CPU, seconds=6.0, settle=True)
+    assert rounds["once"] == [6.0]  # it takes longer than a run has time to repeat
+    assert len(rounds["slow"]) == 3  # as its share of 2 s allows, or three
+    assert len(rounds["quick"]) == round(2.0 / (0.02 * 6))  # five calls and one to settle, of 20 ms
+    places = [index for index, name in enumerate(calls) if name == "slow"][1:]  # after the warm-up
+    assert [round(3 * place / len(calls)) for place in places] == [1, 2, 3]
+
+
 def test_timing_is_in_milliseconds() -> None:
+    assert measure.timing([0.004]) == measure.Timing(4.0, 4.0, 4.0, 4.0, 1)
     assert measure.timing([0.004, 0.001, 0.002, 0.003, 0.005]) == measure.Timing(3.0, 1.0, 2.0, 4.0, 5)
 
 
@@ -44,20 +67,130 @@ def test_scratch_is_what_a_call_takes_beyond_what_it_returns(device: str) -> Non
         assert (scratch, returned) == (pytest.approx(8_000_000, abs=20_000), 4_096_000)
 
 
+def a_report() -> Report:
+    """Two groups of each kind, with times that were never measured."""
+    ops = Group("Sampling", {"ours": [1e-3] * 3, "theirs": [5e-3, 8e-3, 8e-3]}, floor_bytes=4_000_000)
+    ops.at_least(6, ops.ratio("theirs", "ours"), "faster than theirs", headline=True)
+    ops.at_most(0.5, ops.time("ours"), "a call", "ms")
+    ops.at_most(5, 3.0, "scratch", "%")
+    steps = Group("Colon cancer", {"ATS-10": [0.02] * 3, "Deep MIL": [2.0] * 3}, section="table1", per="sample")
+    steps.memory = {"ATS-10": 14_000_000, "Deep MIL": 700_000_000}
+    steps.published = {"ATS-10": (0.0018, 21_000_000), "Deep MIL": (0.0485, 644_000_000)}
+    steps.not_run = {"CNN 1": "does not fit: a step would take about 90.0 GB, and 20.0 GB are free"}
+    sizes = Group("By size", {"ATS, 500": [0.02] * 3, "ATS, 1000": [0.02] * 3, "CNN, 500": [0.1] * 3}, "scaling")
+    sizes.axis = "pixels"
+    sizes.points = {"ATS, 500": ("ATS", 500), "ATS, 1000": ("ATS", 1000), "CNN, 500": ("CNN", 500)}
+    sizes.points["CNN, 1000"] = "CNN", 1000
+    sizes.not_run = {"CNN, 1000": "it takes too long"}
+    return Report(CPU, [ops, steps, sizes], bytes_per_second=16e9)
+
+
 def test_a_report_says_which_targets_are_met(tmp_path: Path) -> None:
-    group = Group("Sampling", {"ours": measure.timing([1e-3] * 3), "theirs": measure.timing([5e-3, 8e-3, 8e-3])})
-    group.at_least(6, group.ratio("theirs", "ours"), "faster than theirs")
-    group.at_most(0.5, group.time("ours"), "a call", "ms")
-    group.at_most(5, 3.0, "scratch", "%")
-    Report(CPU, [group]).write(tmp_path / "results" / "machine")
-    text = (tmp_path / "results" / "machine.md").read_text()
+    path = tmp_path / "results" / "machine.json"
+    a_report().write(path.with_suffix(""))
+    record = json.loads(path.read_text())
+    assert [target["met"] for target in record["groups"][0]["targets"]] == [True, False, True]
+    assert record["machine"]["torch"] == torch.__version__
+    written = render.write(path)
+    text = path.with_suffix(".md").read_text()
     assert "2 of 3 targets met" in text
+    assert "| Sampling | faster than theirs | ≥ 6 × | 8 × | yes | 5 × |" in text
     assert "| faster than theirs | ≥ 6 × | 8 × | yes | 5 × |" in text
     assert "| a call | ≤ 0.5 ms | 1 ms | **no** | 1 ms |" in text
     assert "| scratch | ≤ 5 % | 3 % | yes |  |" in text
-    record = json.loads((tmp_path / "results" / "machine.json").read_text())
-    assert [target["met"] for target in record["groups"][0]["targets"]] == [True, False, True]
-    assert record["machine"]["torch"] == torch.__version__
+    assert [file.name for file in written] == ["machine.md", "machine-table1.png", "machine-scaling.png"]
+    assert all(file.stat().st_size > 1000 for file in written)
+    assert all(f"]({file.name})" in text for file in written[1:])
+
+
+def test_a_table_has_the_ratio_to_each_alternative_beside_the_published_one() -> None:
+    text = render.markdown(a_report().as_dict())
+    assert "| method | median ms/sample | quartiles | best | rounds | × first | MB | × first | published ms |" in text
+    assert "| Deep MIL | 2000 | 2000 – 2000 | 2000 | 3 | 100× | 700 | 50× | 48.5 | 26.9× | 644 | 30.7× |" in text
+    assert "| CNN 1 | not run: does not fit: a step would take about 90.0 GB" in text
+    assert "| theirs | 8 | 6.5 – 8 | 5 | 3 | 8× | 0.5 | 3.12% |" in text  # 4 MB in 8 ms; a copy does 16 GB/s
+    assert "| 1,000 | 20 (20 – 20) | not run: it takes too long |" in text
+    assert "| 500 | 20 (20 – 20) | 100 (100 – 100), 5× |" in text
+
+
+def test_what_does_not_fit_is_told_from_what_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_tables, "available_bytes", lambda device: 10e9)
+    assert bench_tables.unaffordable(1, 6.9e9, 3, CPU) is None
+    assert "does not fit: a step would take about 7 GB, more than 70% of the 10 free" in str(
+        bench_tables.unaffordable(1, 7.1e9, 3, CPU)
+    )
+    assert "a step would take about 40 s, and a run has 3 s" in str(bench_tables.unaffordable(40, 1e9, 3, CPU))
+    assert bench_tables.unaffordable(40, 1e9, 3, torch.device("cuda")) is None
+
+
+def test_rounds_are_handed_to_pytest_benchmark_whole(tmp_path: Path) -> None:
+    """Its JSON, and with it --benchmark-compare, must have the interleaved rounds, a row for every method."""
+    (tmp_path / "bench_it.py").write_text(
+        "import time\nSECTION = 'ops'\n"
+        "def bench_two(report):\n"
+        "    report.compare('Two ways', {'ours': lambda i: None, 'theirs': lambda i: time.sleep(0.01)}, seconds=0.01)\n"
+        "def bench_skipped(report):\n    import pytest\n    pytest.skip('not here')\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", str(tmp_path / "bench_it.py"), "--device=cpu"]
+    command += ["-c", str(ROOT / "pyproject.toml"), f"--output={tmp_path / 'ours'}"]
+    command += [f"--benchmark-json={tmp_path / 'theirs.json'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed, 1 skipped" in done.stdout
+    rows = json.loads((tmp_path / "theirs.json").read_text())["benchmarks"]
+    assert [row["name"] for row in rows] == ["bench_two: ours", "bench_two: theirs"]
+    assert {row["group"] for row in rows} == {"Two ways"}
+    timings = json.loads((tmp_path / "ours.json").read_text())["groups"][0]["timings"]
+    for row, timing in zip(rows, timings.values(), strict=True):
+        assert len(row["stats"]["data"]) == timing["rounds"] >= 7
+        assert 1e3 * row["stats"]["median"] == pytest.approx(timing["median"])
+    assert timings["theirs"]["best"] >= 10
+
+
+def test_a_run_on_a_cpu_collects_no_sizes_of_a_gpu() -> None:
+    command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", "--device=cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bench_view[8-3-1500-180]" in done.stdout
+    assert "bench_view[1-3-40000-1024]" not in done.stdout
+    assert "bench_gather_from_host_memory" not in done.stdout
+
+
+def test_a_comparison_tells_change_from_noise() -> None:
+    before, after = a_report().as_dict(), a_report().as_dict()
+    assert "None of 7." in "\n".join(changes.changes(before, after))
+    time = after["groups"][1]["timings"]["ATS-10"]
+    time |= {"median": 30.0, "low": 29.0, "high": 31.0}
+    noisy = after["groups"][0]["timings"]["ours"]
+    noisy |= {"median": 1.5, "low": 0.9, "high": 2.0}  # its quartiles still hold what was measured before
+    after["groups"][0]["targets"][0]["measured"] = 6.0
+    after["groups"][1]["memory"]["ATS-10"] = 16_000_000
+    after["machine"]["torch"] = "another"
+    del after["groups"][2]
+    text = "\n".join(changes.changes(before, after))
+    assert f"- torch: {torch.__version__} -> another" in text
+    assert "| Sampling | faster than theirs | 8 × | 6 × | -25.0% | **yes** |" in text
+    assert "| Colon cancer | ATS-10 | 20 | 30 | +50.0% | +25.0% |" in text
+    assert "| Sampling | ours |" not in text
+    assert "| Colon cancer | ATS-10 | 14.0 | 16.0 | +14.3% |" in text
+    assert "- Not in the run after: By size" in text
+
+
+def test_make_takes_the_files_to_compare_as_they_are(tmp_path: Path) -> None:
+    names = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    for name in names:
+        Path(name).write_text(json.dumps(a_report().as_dict()))
+    done = subprocess.run(
+        ["make", "-n", "bench-compare", *names], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"-m bench.changes {names[0]} {names[1]}\n" in done.stdout
+    Path(names[1]).write_text("{}")
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.changes", *names], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert f"{names[1]} is no run of `make bench`" in done.stderr
 
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU: make gpu-check checks it")
@@ -74,10 +207,11 @@ def test_gpu_check_without_a_gpu_fails_and_says_what_is_missing(
 def test_gpu_check_puts_its_checks_into_the_benchmarks_report(tmp_path: Path) -> None:
     path = tmp_path / "nvidia-h100"
     Report(CPU, [Group("Sampling")]).write(path)
+    render.write(Path(f"{path}.json"))
     checks = [gpu_check.Check("tests", False, "1 failed", "the log"), gpu_check.Check("sanitizer", True, "NOT RUN")]
     gpu_check.write(path, checks)
     text = Path(f"{path}.md").read_text()
-    assert "## Sampling" in text
+    assert "### Sampling" in text
     assert "| tests | **no** | 1 failed |" in text
     assert "the log" in text
     assert [check["passed"] for check in json.loads(Path(f"{path}.json").read_text())["checks"]] == [False, True]

@@ -226,6 +226,35 @@ def test_steps_that_are_timed_reach_every_weight(method: str, monkeypatch: pytes
     assert timing.steps >= 2
 
 
+def test_what_is_timed_has_the_same_images_and_feature_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods that are compared must not differ in anything but the method."""
+    models = []
+    build = cost.build_model
+    monkeypatch.setattr(cost, "build_model", lambda config: models.append(build(config)) or models[-1])
+    configs = [cost.published("colon-cancer", ModelConfig(method=method)) for method in ("ats", "mil")]
+    images, again = (cost.random_images(config, SMALL, batch=2, copies=2) for config in configs)
+    assert torch.equal(torch.stack(images), torch.stack(again))
+    assert not torch.equal(images[0], images[1])
+    steps = [cost.training_step(config, images=images) for config in configs]
+    features = [torch.cat([weight.flatten() for weight in model.parameters()]) for model in
+                (models[0].sampling.feature, models[1].feature)]  # fmt: skip
+    assert torch.equal(*features)
+    seen = []
+    for model, step in zip(models, steps, strict=True):
+        model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[1]))
+        for _ in range(3):
+            step()
+    assert [image is images[0] for image in seen] == [True, False, True] * 2
+
+
+def test_memory_beyond_the_images_does_not_hold_them() -> None:
+    """What a step takes beyond images and views that are given is the same for images of another size."""
+    config = cost.published("megapixel-mnist", ModelConfig(n_patches=10))
+    side = 3000  # 9 MB
+    given, whole = (cost.measure_bytes(config, image_size=(side, side), given=given) for given in (True, False))
+    assert whole - given > 0.7 * side**2
+
+
 def test_memory_grows_with_what_is_kept() -> None:
     """Deep MIL on four times the pixels keeps four times the activations; 2,500 patches' worth is tens of megabytes."""
     config = cost.published("colon-cancer", ModelConfig(method="mil"))
@@ -238,7 +267,7 @@ def test_memory_grows_with_what_is_kept() -> None:
 
 def test_memory_that_cannot_be_measured_says_why() -> None:
     config = cost.published("colon-cancer", ModelConfig(n_patches=100_000))
-    with pytest.raises(RuntimeError, match=r"(?s)measuring ats-100000 ended with status 1.*cannot draw n=100000"):
+    with pytest.raises(RuntimeError, match=r"(?s)measuring ats-100000 failed: .*cannot draw n=100000"):
         cost.measure_bytes(config, image_size=SMALL)
 
 

@@ -1,34 +1,40 @@
-"""What one sample costs in training: seconds and peak memory, at batch size 1, forward and backward.
+"""What one sample costs in training: seconds and peak memory, by default at batch size 1, forward and backward.
 
 Always at the published sizes and with the published networks, whatever a run was shrunk to. The image lies in main
 memory as bytes; making the view, reading the patches and moving both to the device are part of the cost.
 
 Memory on a GPU is the peak of PyTorch's allocator. On a CPU it is how far the resident set of a fresh process rises
-above what it was before the image and the model were made; this module, run as a program, is that process.
+above what it was before the image and the model were made.
 """
 
 import ctypes
 import dataclasses
 import gc
-import json
+import itertools
+import multiprocessing
 import resource
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ats.experiments.config import ExperimentConfig, ModelConfig, from_dict, to_dict
+from ats.experiments.config import ExperimentConfig, ModelConfig
 from ats.experiments.networks import build_model, normalisation, view_size
 from ats.experiments.presets import PRESETS
 from ats.functional import area_downsample
 
 IMAGE_SIZES = {"megapixel-mnist": (1500, 1500), "colon-cancer": (500, 500), "speed-limits": (960, 1280)}
 """Published, in pixels (height, width)."""
+
+_BLOCK = 2**24  # random bytes, repeated in images of more
+_SLOW = 1.0  # seconds
 
 Step = Callable[[], None]
 
@@ -52,30 +58,61 @@ def published(experiment: str, model: ModelConfig) -> ExperimentConfig:
     return dataclasses.replace(paper, model=chosen)
 
 
+def random_images(
+    config: ExperimentConfig, image_size: tuple[int, int] | None = None, *, batch: int = 1, copies: int = 1
+) -> list[Tensor]:
+    """Batches (batch, C, H, W) of random bytes in main memory, the same whenever they are asked for.
+
+    Args:
+        config: the experiment.
+        image_size: pixels (H, W); as published where None.
+        batch: images a batch.
+        copies: batches.
+    """
+    height, width = image_size or IMAGE_SIZES[config.experiment]
+    pixels = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(copies):
+        images = torch.empty(batch, config.data.channels, height, width, dtype=torch.uint8)
+        block = torch.randint(256, (min(images.numel(), _BLOCK),), dtype=torch.uint8, generator=pixels)
+        for part in images.view(-1).split(_BLOCK):
+            part.copy_(block[: len(part)])
+        batches.append(images)
+    return batches
+
+
 def training_step(
-    config: ExperimentConfig, device: torch.device | str = "cpu", image_size: tuple[int, int] | None = None
+    config: ExperimentConfig,
+    device: torch.device | str = "cpu",
+    image_size: tuple[int, int] | None = None,
+    *,
+    images: Sequence[Tensor] | None = None,
+    views: Sequence[Tensor] | None = None,
 ) -> Step:
-    """A function that runs one sample forward and backward, from an image in main memory.
+    """A function that runs one batch forward and backward, from images in main memory.
+
+    Models with the same feature network start with the same weights in it.
 
     Args:
         config: the experiment and the model.
         device: of the model.
         image_size: pixels (H, W); as published where None.
+        images: batches that are taken in turn; one random image where None.
+        views: of the batches, on the device; where None each step makes its own.
     """
     device = torch.device(device)
-    size = image_size or IMAGE_SIZES[config.experiment]
-    pixels = torch.Generator().manual_seed(0)
-    image = torch.randint(256, (1, config.data.channels, *size), dtype=torch.uint8, generator=pixels)
+    if images is None:
+        images = random_images(config, image_size)
     if device.type == "cuda":
-        image = image.pin_memory()
-    label = torch.zeros(1, dtype=torch.int64, device=device)
-    model = build_model(config).to(device).train()
-    seen = view_size(config, size)
-    mean, std = normalisation(config)
+        images = [batch if batch.is_pinned() else batch.pin_memory() for batch in images]
+    label = torch.zeros(len(images[0]), dtype=torch.int64, device=device)
+    model = _seeded_model(config).to(device).train()
+    given: Sequence[Tensor | None] = [None] * len(images) if views is None else views
+    turns = itertools.cycle(zip(images, given, strict=True))
 
     def step() -> None:
-        view = image if seen is None else area_downsample(image, seen, mean=mean, std=std).to(device, non_blocking=True)
-        logits, sample = model(view, image)
+        image, view = next(turns)
+        logits, sample = model(make_view(config, image, device) if view is None else view, image)
         loss = F.cross_entropy(logits, label)
         if sample is not None:
             loss = loss - config.optim.entropy_weight * sample.entropy.mean()
@@ -83,6 +120,27 @@ def training_step(
         loss.backward()
 
     return step
+
+
+def make_view(config: ExperimentConfig, image: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """What a model looks at of images (B, C, H, W): (B, C, h, w) on the device, or the images themselves."""
+    seen = view_size(config, (image.shape[2], image.shape[3]))
+    if seen is None:
+        return image
+    mean, std = normalisation(config)
+    return area_downsample(image, seen, mean=mean, std=std).to(device, non_blocking=True)
+
+
+def _seeded_model(config: ExperimentConfig) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = build_model(config)
+        torch.manual_seed(0)  # the feature network comes after others in some of the models
+        feature: nn.Module | None = getattr(getattr(model, "sampling", model), "feature", None)
+        for module in () if feature is None else feature.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+                module.reset_parameters()
+    return model
 
 
 def measure_seconds(
@@ -116,30 +174,56 @@ def measure_seconds(
 
 
 def measure_bytes(
-    config: ExperimentConfig, device: torch.device | str = "cpu", *, image_size: tuple[int, int] | None = None
+    config: ExperimentConfig,
+    device: torch.device | str = "cpu",
+    *,
+    image_size: tuple[int, int] | None = None,
+    batch: int = 1,
+    given: bool = False,
 ) -> int:
-    """The peak memory of a sample, with the model, its gradients and, on a CPU, the image.
+    """The peak memory of a step, with the model, its gradients and, on a CPU, the images.
+
+    Args:
+        config: the experiment and the model.
+        device: of the model.
+        image_size: as in `training_step`.
+        batch: images.
+        given: leave the images, which on a GPU never count, and the making of their view out of it.
 
     Raises:
         RuntimeError: the process that measures failed, e.g. because memory ran out; says what it wrote.
     """
     device = torch.device(device)
     if device.type == "cuda":
+        images = random_images(config, image_size, batch=batch)
+        views = [make_view(config, image, device) for image in images] if given else None
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        step = training_step(config, device, image_size)
+        step = training_step(config, device, images=images, views=views)
         step()
         step()  # the first one may try out algorithms
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    order = json.dumps({"config": to_dict(config), "image_size": image_size})
-    process = [sys.executable, "-m", "ats.experiments.cost"]
-    done = subprocess.run(process, input=order, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"measuring {config.model.label} ended with status {done.returncode}: {done.stderr[-500:]}")
-    return int(done.stdout.splitlines()[-1])
+    # Forked from a server that has imported all this and done nothing with it, where the system can fork.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    context.set_forkserver_preload([__name__])
+    receiver, sender = context.Pipe(duplex=False)
+    size = image_size or IMAGE_SIZES[config.experiment]
+    process = context.Process(target=_send_rise, args=(sender, config, size, batch, given))
+    process.start()
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError:
+        process.join()
+        answer = f"its process ended with status {process.exitcode}; -9 is what the system does where memory runs out"
+    process.join()
+    if isinstance(answer, str):
+        raise RuntimeError(f"measuring {config.model.label} failed: {answer}")
+    return int(answer)
 
 
 def _timed(step: Step, device: torch.device) -> float:
@@ -159,21 +243,32 @@ def _timing(seconds: list[float]) -> Timing:
     return Timing(float(median), float(lower), float(upper), len(seconds))
 
 
-def _rise_of_resident_set(order: str) -> int:
+def _send_rise(sender: Connection, config: ExperimentConfig, size: tuple[int, int], batch: int, given: bool) -> None:
+    try:
+        sender.send(_rise_of_resident_set(config, size, batch, given))
+    except Exception as error:
+        sender.send(f"{type(error).__name__}: {error}")
+
+
+def _rise_of_resident_set(config: ExperimentConfig, size: tuple[int, int], batch: int, given: bool) -> int:
     """Bytes by which this process's resident set rises, at its peak, in a training step."""
-    values = json.loads(order)
-    config = from_dict(values["config"])
-    size = tuple(values["image_size"] or IMAGE_SIZES[config.experiment])
-    # A small image first: code that is loaded and buffers that are made once are no cost of a sample.
-    small = training_step(config, image_size=(max(64, size[0] // 10), max(64, size[1] // 10)))
-    small()
-    del small
+    height, width = size
+    images, views = None, None
+    first = random_images(config, (max(64, height // 10), max(64, width // 10)))
+    if given:
+        first = images = random_images(config, size, batch=batch)
+        seen = view_size(config, size)  # any values will do; making them would leave its traces in the allocator
+        views = None if seen is None else [torch.rand(batch, config.data.channels, *seen)]
+    # Once before, on a small image if none is given: loaded code and what is made once are no cost of a sample.
+    training_step(config, images=first, views=views)()
+    del first
     gc.collect()
     _return_freed_memory()
     before = _reset_peak()
-    step = training_step(config, image_size=(size[0], size[1]))
-    step()
-    step()
+    images = images or random_images(config, size, batch=batch)
+    step = training_step(config, images=images, views=views)
+    if _timed(step, torch.device("cpu")) < _SLOW:
+        step()  # with the gradients of the first; beside the maps of a slow step they are nothing
     return _peak() - before
 
 
@@ -206,7 +301,3 @@ def _status(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"no {name} in /proc/self/status")
-
-
-if __name__ == "__main__":
-    print(_rise_of_resident_set(sys.stdin.read()))

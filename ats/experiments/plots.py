@@ -34,7 +34,7 @@ def draw_curves(runs: Mapping[str, Sequence[Points]], path: Path, *, title: str)
             count = min(len(curve) for curve in curves)
             minutes = [_mean([curve[k]["seconds"] / 60 for curve in curves]) for k in range(count)]
             values = [_mean([curve[k][name] for curve in curves]) for k in range(count)]
-            axes.plot(minutes, values, label=f"{method} ({len(curves)})", **_look(number))
+            axes.plot(minutes, values, label=f"{method} ({len(curves)})", **look(number))
         axes.set(xlabel="minutes of training", ylabel=label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
@@ -48,8 +48,8 @@ def draw_lines(
     """Values over steps or the like: a line each."""
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     for number, (name, values) in enumerate(lines.items()):
-        look = _look(number) | ({"marker": ""} if len(values) > 30 else {})
-        axes.plot(list(values), list(values.values()), label=name, **look)
+        style = look(number) | ({"marker": ""} if len(values) > 30 else {})
+        axes.plot(list(values), list(values.values()), label=name, **style)
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9, title=legend, title_fontsize=9)
@@ -95,7 +95,8 @@ def draw_maps(image: Tensor, panels: Sequence[Panel], path: Path, *, title: str,
     save(figure, path)
 
 
-def _look(number: int) -> dict[str, Any]:
+def look(number: int) -> dict[str, Any]:
+    """How the line of this number is drawn: no two of eight alike, in colour or without."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "linestyle": _STYLES[number % len(_STYLES)],

@@ -4,6 +4,7 @@ Published features are those of Ilse et al. 2018, which the paper shares with De
 stands in docs/experiments.md.
 """
 
+import torch
 from torch import nn
 
 from ats.models.classifier import (
@@ -27,13 +28,16 @@ def attention_network(networks: str) -> nn.Sequential:
     """View (B, 3, h, w) -> logits (B, 1, h // stride, w // stride)."""
     check_networks(networks)
     if networks == "paper":
-        return nn.Sequential(
+        network = nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1),
             nn.ReLU(),
             nn.Conv2d(8, 8, 3, padding=1),
             nn.ReLU(),
             nn.Conv2d(8, 1, 3, padding=1),
         )
+        # Convolved as the parameters lie.
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network
     return nn.Sequential(
         ChannelsLast(),
         *conv_norm(3, 16, kernel=3),

@@ -1,0 +1,83 @@
+"""Plots of a run: the tables' ratios, and time and memory against sizes, on logarithmic axes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+
+from ats.experiments.overlay import save
+from ats.experiments.plots import look
+
+Groups = Sequence[Mapping[str, Any]]
+
+LINES = "scaling", "sampling-space", "patches"
+TABLES = "table1", "table2", "mnist"
+
+
+def draw(groups: Groups, stem: Path) -> dict[str, Path]:
+    """Draw each section that has something to draw as <stem>-<section>.png; the files by section."""
+    drawn = {}
+    for section in (*TABLES, *LINES):
+        chosen = [group for group in groups if group["section"] == section]
+        path = stem.with_name(f"{stem.name}-{section}.png")
+        if section in LINES and any(group["points"] for group in chosen):
+            _draw_lines([group for group in chosen if group["points"]], path)
+            drawn[section] = path
+        elif section in TABLES and chosen and chosen[0]["memory"]:
+            _draw_ratios(chosen[0], path)
+            drawn[section] = path
+    return drawn
+
+
+def _draw_lines(groups: Groups, path: Path) -> None:
+    """Time, and memory where it was measured, against a size: a line for each name in `points`."""
+    panels = [(group, "median") for group in groups] + [(group, "memory") for group in groups if group["memory"]]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), layout="constrained", squeeze=False)
+    for place, (group, what) in zip(axes[0], panels, strict=True):
+        lines: dict[str, dict[float, float]] = {}
+        for method, (line, value) in group["points"].items():
+            if what == "memory" and method in group["memory"]:
+                lines.setdefault(line, {})[value] = group["memory"][method] / 1e6
+            elif what == "median" and method in group["timings"]:
+                lines.setdefault(line, {})[value] = group["timings"][method]["median"]
+        names = list(dict.fromkeys(line for line, _ in group["points"].values()))
+        for line, values in lines.items():
+            place.plot(list(values), list(values.values()), label=line, **look(names.index(line)))
+        unit = "ms" if group["per"] == "call" else f"ms a {group['per']}"
+        place.set(
+            xlabel=group["axis"], ylabel="MB beyond the image" if what == "memory" else unit, xscale="log", yscale="log"
+        )
+        place.set_title(group["name"], fontsize=10, wrap=True)
+        place.grid(alpha=0.3)
+        place.legend(fontsize=9)
+    save(figure, path)
+
+
+def _draw_ratios(group: Mapping[str, Any], path: Path) -> None:
+    """Time and memory of each method, as multiples of the first's: measured, and as published."""
+    names = list(dict.fromkeys([*group["timings"], *group["memory"]]))[::-1]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 0.42 * len(names) + 1.8), layout="constrained", sharey=True)
+    figure.suptitle(group["name"], fontsize=12)
+    ours = next(iter(group["timings"]))
+    measured = (
+        {name: time["median"] for name, time in group["timings"].items()},
+        group["memory"],
+    )
+    for number, (axes, values, label) in enumerate(zip(panels, measured, ("time", "memory"), strict=True)):
+        published = {name: value[number] for name, value in group["published"].items()}
+        for place, (source, kind) in enumerate(((values, "measured"), (published, "published"))):
+            known = [name for name in names if name in source and ours in source]
+            if known:
+                style = look(place) | {"linestyle": "", "markersize": 8}
+                axes.plot(
+                    [source[name] / source[ours] for name in known],
+                    [names.index(name) for name in known],
+                    label=kind,
+                    **style,
+                )
+        axes.set(xscale="log", xlabel=f"{label} a sample, × {ours}'s", yticks=range(len(names)), yticklabels=names)
+        axes.grid(alpha=0.3)
+        axes.axvline(1, color="black", linewidth=0.8)
+    panels[0].legend(fontsize=9)
+    save(figure, path)
