@@ -146,7 +146,7 @@ def _row(values: tuple[float, ...], width: int, channels_last: bool, number: typ
 
     Broadcasting a few channels along the innermost dimension is slow, whole rows are not.
     """
-    channel = np.array(values, number)
+    channel: np.ndarray = np.array(values, number)
     if channels_last:
         return torch.from_numpy(np.tile(channel, width))
     return torch.from_numpy(channel.repeat(width)).view(len(values), 1, width)
