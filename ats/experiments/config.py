@@ -40,10 +40,12 @@ class ModelConfig:
     """mil, gated-mil: patches of an image at a time, which saves memory and costs a second forward pass; 0: all."""
     cnn_scale: float = 1.0
     """cnn: size of what it sees relative to the image."""
+    cnn_channels: int = 32
+    """cnn: channels that it starts with; 32 is the paper's."""
 
     def __post_init__(self) -> None:
         """Refuse values that no model can have."""
-        check_least(self, "model", 1, "n_patches", "patch_size", "grid_step")
+        check_least(self, "model", 1, "n_patches", "patch_size", "grid_step", "cnn_channels")
         check_least(self, "model", 0, "grid_chunk")
         for name in ("view_scale", "cnn_scale"):
             if not 0 < getattr(self, name) <= 1:
