@@ -207,6 +207,10 @@ def test_costs_are_of_the_published_networks_and_sizes() -> None:
     config = cost.published("colon-cancer", model)
     assert (config.model.networks, config.model.grid_step, config.model.patch_size) == ("paper", 10, 27)
     assert config.model.method == "mil"
+    slim = TABLES["table2"]
+    row = next(row for row in slim.rows if row.name == "CNN 0.3")
+    assert slim.model(row, "quick").cnn_channels == 16
+    assert cost.published("speed-limits", slim.model(row, "quick")).model.cnn_channels == 32
     assert cost.IMAGE_SIZES == {
         "megapixel-mnist": (1500, 1500), "colon-cancer": (500, 500), "speed-limits": (960, 1280),
     }  # fmt: skip

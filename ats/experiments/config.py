@@ -73,6 +73,9 @@ class OptimConfig:
     """Steps of the optimiser, in place of epochs; 0: as many as the epochs have."""
     batch_size: int = 128
     """Images a step, on each device."""
+    draws: int = 1
+    """ats, uniform: times that patches are drawn from each image in a step, whose loss is the mean over them: loading
+    an image and its attention are paid for once."""
     learning_rate: float = 1e-3
     """Adam's, at its highest."""
     weight_decay: float = 0.0
@@ -93,7 +96,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that no training can have."""
-        check_least(self, "optim", 1, "epochs", "batch_size")
+        check_least(self, "optim", 1, "epochs", "batch_size", "draws")
         check_least(self, "optim", 0, "updates")
         if self.learning_rate <= 0:
             raise ValueError(f"optim.learning_rate must be positive, got {self.learning_rate}")

@@ -80,6 +80,7 @@ _SPEED_MODEL = ModelConfig(n_patches=5, patch_size=100, view_scale=0.3, grid_ste
 _SPEED = OptimConfig(
     epochs=300,
     batch_size=8,
+    draws=4,
     learning_rate=3e-3,
     weight_decay=0.05,
     warmup=0.05,
@@ -108,7 +109,7 @@ _SPEED_LIMITS = {
         preset="quick",
         data=_STREETS,
         model=replace(_SPEED_MODEL, patch_size=64, grid_step=64, **_LESS_NOISE),
-        optim=replace(_SPEED, epochs=50),
+        optim=replace(_SPEED, epochs=30),
         trainer=_SHORT_EPOCHS,
     ),
 }
