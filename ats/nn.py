@@ -179,7 +179,22 @@ class AttentionSampling(nn.Module):
         The most probable cells ("topk") are no random draw: they are pooled by their attention, scaled to sum to 1.
         """
         logits = self.attention_logits(view, image)
-        sample = self.sampler(image, logits, view_size=tuple(view.shape[-2:]), generator=generator)
+        pooled, sample = self.draw(image, logits, (view.shape[-2], view.shape[-1]), generator=generator)
+        return pooled, logits, sample
+
+    def draw(
+        self,
+        image: Tensor,
+        logits: Tensor,
+        view_size: tuple[int, int],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, PatchSample]:
+        """Image (B, C, H, W) and logits of its attention, on a view (h, w) -> pooled features (B, …), PatchSample.
+
+        What `forward` does once attention is there; to draw again from attention that is.
+        """
+        sample = self.sampler(image, logits, view_size=view_size, generator=generator)
         features = self.patch_features(sample.patches, sample.offsets, (image.shape[2], image.shape[3]))
         if self.sampler.method == "topk":
             weights = sample.log_attention.softmax(-1).to(features.dtype)
@@ -192,7 +207,7 @@ class AttentionSampling(nn.Module):
                 estimator=self.estimator,
                 control_variate=self.control_variate,
             )
-        return pooled, logits, sample
+        return pooled, sample
 
     def attention_logits(self, view: Tensor, image: Tensor) -> Tensor:
         """View (B, C, h, w) and image (B, C, H, W) -> logits (B, gh, gw) or (B, 1, gh, gw), whose cells are checked."""

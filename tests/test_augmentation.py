@@ -37,6 +37,48 @@ def test_what_moves_in_is_black(down: int, right: int) -> None:
             assert torch.equal(moved[:, y, x], expected)
 
 
+@pytest.mark.parametrize("zoom", [(2.0, 2.0), (0.5, 0.5), (2.0, 0.5)])
+def test_a_zoom_keeps_the_middle_and_the_size(zoom: tuple[float, float]) -> None:
+    """A bright square in the middle grows by the factor along each axis, and black comes in around a smaller image."""
+    image = torch.full((3, 40, 60), 100, dtype=torch.uint8)
+    image[:, 16:24, 26:34] = 200
+    changed = apply_change(image, Change(zoom=zoom))
+    assert changed.shape == image.shape
+    assert changed.dtype == torch.uint8
+    bright = (changed[0] > 150).nonzero()
+    for axis, (middle, factor) in enumerate(zip((20, 30), zoom, strict=True)):
+        low, high = int(bright[:, axis].min()), int(bright[:, axis].max()) + 1
+        assert (low + high) / 2 == middle
+        assert high - low == 8 * factor
+    filled = [min(1.0, factor) * size for factor, size in zip(zoom, (40, 60), strict=True)]
+    assert int((changed[0] > 0).sum()) == filled[0] * filled[1]
+
+
+def test_a_zoom_comes_before_the_move() -> None:
+    image = torch.full((3, 40, 60), 100, dtype=torch.uint8)
+    moved = apply_change(image, Change(zoom=(0.5, 0.5), down=12, right=-20))
+    assert torch.equal(
+        moved[0] > 0,
+        torch.zeros(40, 60, dtype=torch.bool).index_put_(
+            (torch.arange(22, 40)[:, None], torch.arange(0, 25)[None]), torch.tensor(True)
+        ),
+    )
+
+
+def test_zooms_keep_to_their_ranges_and_change_nothing_else() -> None:
+    data = SpeedLimitsConfig(zoom=1.35, stretch=1.1)
+    plain = SpeedLimitsConfig()
+    changes = [draw_change(data, 0, epoch, index) for epoch in range(20) for index in range(50)]
+    zooms = [change.zoom for change in changes if change.zoom != (1.0, 1.0)]
+    assert abs(len(zooms) - 800) < 76  # 6 standard deviations: a false alarm once in 10⁹
+    sizes = [(height * width) ** 0.5 for height, width in zooms]
+    assert 1 / (1.35 * 1.1) <= min(sizes) < 0.78
+    assert 1.28 < max(sizes) <= 1.35 * 1.1
+    assert 1.1 < max(height / width for height, width in zooms) <= 1.1**2
+    drawn = [dataclasses.replace(change, zoom=(1.0, 1.0)) for change in changes[:50]]
+    assert drawn == [draw_change(plain, 0, 0, index) for index in range(50)]
+
+
 def test_there_are_eight_symmetries_and_none_loses_a_pixel() -> None:
     changes = [Change(mirror=mirror, quarter_turns=turns) for mirror in (False, True) for turns in range(4)]
     images = [apply_change(SQUARE, change) for change in changes]

@@ -17,6 +17,7 @@ from ats.experiments.networks import normalisation
 from ats.experiments.presets import PRESETS
 from ats.experiments.task import ClassificationTask
 from ats.experiments.training import AveragedWeights, InterruptedRunError, train
+from ats.models import ATSClassifier
 from tests.test_training import StopAt, assert_same, weights
 
 CPU = TrainerConfig(accelerator="cpu", devices="1")
@@ -246,3 +247,31 @@ def test_presets_of_the_image_experiments_are_the_papers_where_they_say_so() -> 
     for config in (colon, speed):
         assert (config.model.networks, config.model.feature_scale) == ("paper", 1.0)
         assert config.optim.class_weights == (config is speed)
+
+
+def test_several_draws_of_a_step_share_one_attention(colon_cancer: Path, tmp_path: Path) -> None:
+    """The first is the draw that a step of one would make, the others are drawn anew; each counts in the loss."""
+    config = small_colon(colon_cancer, tmp_path / "run", optim=OptimConfig(epochs=1, batch_size=4, draws=3))
+    model = ClassificationTask(config).model.eval()
+    assert isinstance(model, ATSClassifier)
+    calls: list[int] = []
+    model.sampling.attention.register_forward_hook(lambda *_: calls.append(1))
+    view, image, _ = ImageData(config).load("train", torch.arange(2))
+    several, _ = model(view, image, generator=torch.Generator().manual_seed(5), draws=3)
+    assert len(calls) == 1
+    one, _ = model(view, image, generator=torch.Generator().manual_seed(5))
+    assert several.shape == (6, 2)
+    torch.testing.assert_close(several[:2], one)
+    assert not torch.equal(several[:2], several[2:4])
+    assert not torch.equal(several[2:4], several[4:])
+    train(config)
+    logged = json.loads((tmp_path / "run" / "training.json").read_text())["metrics"]
+    assert 0 < logged["train/loss"] < 2
+
+
+def test_the_loss_of_several_draws_is_their_mean(colon_cancer: Path, tmp_path: Path) -> None:
+    config = small_colon(colon_cancer, tmp_path / "run")
+    task, label = ClassificationTask(config), torch.tensor([0, 1])
+    logits = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(0))
+    each = torch.stack([task.loss(draw, label) for draw in logits])
+    torch.testing.assert_close(task.loss(logits.flatten(0, 1), label.repeat(3)), each.mean())

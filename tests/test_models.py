@@ -56,6 +56,9 @@ def test_cnns_are_residual_networks_of_the_published_depth(
     assert len([c for c in convolutions(layers) if c[0] == 3]) == depth
     assert {outputs for _, _, outputs in convolutions(layers)} == widths
     assert layers(torch.rand(2, channels, 33, 47)).shape == (2, n_features)
+    slim, n_slim = networks.image_network("paper", channels=16)
+    assert n_slim == n_features // 2
+    assert {outputs for _, _, outputs in convolutions(slim)} == {width // 2 for width in widths}
 
 
 def test_a_residual_block_adds_to_what_its_first_relu_gives() -> None:

@@ -89,6 +89,8 @@ def test_a_table_from_nothing_then_again_then_with_another_seed(
     assert "| Deep MIL | 1 | not run | not run |" in text
     assert "Data: synthetic CRCHistoPhenotypes. Preset `quick`; seeds 0." in text
     assert "data.folds: 10 -> 3" in text  # what was shrunk
+    assert "model.method:" not in text  # which differs by row
+    assert "U-10: optim.batch_size 4, optim.epochs 1, 1 runs" in text
     assert "0.093 ± 0.014" in text  # as published
     with (output / "table1.csv").open() as file:
         table = {row["method"]: row for row in csv.DictReader(file)}
@@ -205,6 +207,10 @@ def test_costs_are_of_the_published_networks_and_sizes() -> None:
     config = cost.published("colon-cancer", model)
     assert (config.model.networks, config.model.grid_step, config.model.patch_size) == ("paper", 10, 27)
     assert config.model.method == "mil"
+    slim = TABLES["table2"]
+    row = next(row for row in slim.rows if row.name == "CNN 0.3")
+    assert slim.model(row, "quick").cnn_channels == 16
+    assert cost.published("speed-limits", slim.model(row, "quick")).model.cnn_channels == 32
     assert cost.IMAGE_SIZES == {
         "megapixel-mnist": (1500, 1500), "colon-cancer": (500, 500), "speed-limits": (960, 1280),
     }  # fmt: skip

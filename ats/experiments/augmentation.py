@@ -1,4 +1,4 @@
-"""Random changes of training images: brightness and contrast, translation, turns and mirrors.
+"""Random changes of training images: brightness and contrast, size, translation, turns and mirrors.
 
 They are made to the full-resolution bytes, before any view or patch is taken, so that all of a model sees the same
 image. What is drawn depends on the seed, the epoch and the image's index alone: neither on what else is in a batch nor
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ats.experiments.data_config import ImageConfig
@@ -16,10 +17,12 @@ from ats.experiments.data_config import ImageConfig
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to one image: value · scale + shift, moved by (down, right) pixels, mirrored, then turned."""
+    """What happens to one image: value · scale + shift, enlarged about its middle, moved by (down, right) pixels,
+    mirrored, then turned."""
 
     scale: float = 1.0
     shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of white: red, green, blue
+    zoom: tuple[float, float] = (1.0, 1.0)  # along height and width
     down: int = 0
     right: int = 0
     mirror: bool = False
@@ -35,9 +38,12 @@ def draw_change(data: ImageConfig, seed: int, epoch: int, index: int) -> Change:
     down, right = random.integers(-data.translation, data.translation, 2, endpoint=True)
     symmetry = int(random.integers(8))
     shift = data.brightness * brightness + data.tint * random.uniform(-1, 1, 3)
+    size, *stretch = random.uniform(-1, 1, 3)
+    zoom = [data.zoom**size * data.stretch**along for along in stretch]
     return Change(
         scale=1 + data.contrast * float(contrast) if colours else 1.0,
         shift=(float(shift[0]), float(shift[1]), float(shift[2])) if colours else (0.0, 0.0, 0.0),
+        zoom=(float(zoom[0]), float(zoom[1])) if moves else (1.0, 1.0),
         down=int(down) if moves else 0,
         right=int(right) if moves else 0,
         mirror=data.symmetries and symmetry >= 4,
@@ -59,8 +65,11 @@ def apply_change(image: Tensor, change: Change) -> Tensor:
         shift = torch.tensor(change.shift, device=image.device).mul_(255).add_(0.5)
         changed = image.float().mul_(change.scale).add_(shift.view(-1, 1, 1))
         image = changed.clamp_(0, 255).to(torch.uint8)
-    if change.down or change.right:
-        image = _moved(image, change.down, change.right)
+    if change.zoom != (1.0, 1.0):
+        size = [max(1, round(old * factor)) for old, factor in zip((height, width), change.zoom, strict=True)]
+        image = F.interpolate(image.unsqueeze(0), size, mode="bilinear", antialias=True).squeeze(0)
+    if change.down or change.right or image.shape[-2:] != (height, width):
+        image = _placed(image, (height, width), change.down, change.right)
     if change.mirror:
         image = image.flip(-1)
     if change.quarter_turns:
@@ -68,14 +77,13 @@ def apply_change(image: Tensor, change: Change) -> Tensor:
     return image
 
 
-def _moved(image: Tensor, down: int, right: int) -> Tensor:
-    height, width = image.shape[-2:]
-    moved = torch.zeros_like(image)
-    rows, columns = height - abs(down), width - abs(right)
-    if rows > 0 and columns > 0:
-        to_row, to_column = max(0, down), max(0, right)
-        from_row, from_column = max(0, -down), max(0, -right)
-        moved[..., to_row : to_row + rows, to_column : to_column + columns] = image[
-            ..., from_row : from_row + rows, from_column : from_column + columns
-        ]
-    return moved
+def _placed(image: Tensor, size: tuple[int, int], down: int, right: int) -> Tensor:
+    """The image in the middle of a black one of `size`, or what of it fits there, then moved."""
+    placed = image.new_zeros(*image.shape[:-2], *size)
+    top, left = ((new - old) // 2 + by for new, old, by in zip(size, image.shape[-2:], (down, right), strict=True))
+    first_row, last_row = max(0, top), min(size[0], top + image.shape[-2])
+    first_column, last_column = max(0, left), min(size[1], left + image.shape[-1])
+    if first_row < last_row and first_column < last_column:
+        part = image[..., first_row - top : last_row - top, first_column - left : last_column - left]
+        placed[..., first_row:last_row, first_column:last_column] = part
+    return placed

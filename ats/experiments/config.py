@@ -42,10 +42,12 @@ class ModelConfig:
     """mil, gated-mil: patches of an image at a time, which saves memory and costs a second forward pass; 0: all."""
     cnn_scale: float = 1.0
     """cnn: size of what it sees relative to the image."""
+    cnn_channels: int = 32
+    """cnn: channels that it starts with; 32 is the paper's."""
 
     def __post_init__(self) -> None:
         """Refuse values that no model can have."""
-        check_least(self, "model", 1, "n_patches", "patch_size", "grid_step")
+        check_least(self, "model", 1, "n_patches", "patch_size", "grid_step", "cnn_channels")
         check_least(self, "model", 0, "grid_chunk")
         for name in ("view_scale", "cnn_scale"):
             if not 0 < getattr(self, name) <= 1:
@@ -74,6 +76,9 @@ class OptimConfig:
     """Steps of the optimiser, in place of epochs; 0: as many as the epochs have."""
     batch_size: int = 128
     """Images a step, on each device."""
+    draws: int = 1
+    """ats, uniform: times that patches are drawn from each image in a step, whose loss is the mean over them: loading
+    an image and its attention are paid for once."""
     learning_rate: float = 1e-3
     """Adam's, at its highest."""
     weight_decay: float = 0.0
@@ -94,7 +99,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that no training can have."""
-        check_least(self, "optim", 1, "epochs", "batch_size")
+        check_least(self, "optim", 1, "epochs", "batch_size", "draws")
         check_least(self, "optim", 0, "updates")
         if self.learning_rate <= 0:
             raise ValueError(f"optim.learning_rate must be positive, got {self.learning_rate}")

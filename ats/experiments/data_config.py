@@ -60,14 +60,19 @@ class ImageConfig:
     """Each colour of training images is shifted by ± this share of white."""
     translation: int = 0
     """Training images are moved by up to this many pixels along both axes; black moves in."""
+    zoom: float = 1.0
+    """Training images are enlarged about their middle, by a factor between 1 / this and this."""
+    stretch: float = 1.0
+    """Height and width of training images are enlarged apart from each other, by factors between 1 / this and this."""
     symmetries: bool = False
     """Turn and mirror training images: all 8 symmetries of a square."""
     probability: float = 0.8
-    """Of changing an image's colours, and of moving it."""
+    """Of changing an image's colours, and of moving and enlarging it."""
 
     def __post_init__(self) -> None:
         """Refuse values that no change can have."""
         check_least(self, "data", 0, "contrast", "brightness", "tint", "translation")
+        check_least(self, "data", 1, "zoom", "stretch")
         if not 0 <= self.probability <= 1:
             raise ValueError(f"data.probability must be in [0, 1], got {self.probability}")
 

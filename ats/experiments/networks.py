@@ -31,7 +31,7 @@ def build_model(config: ExperimentConfig) -> Classifier:
     networks, model, n_classes = _NETWORKS[config.experiment], config.model, config.data.n_classes
     mean, std = normalisation(config)
     if model.method == "cnn":
-        layers, n_features = networks.image_network(model.networks)
+        layers, n_features = networks.image_network(model.networks, model.cnn_channels)
         return CNNClassifier(layers, n_features, n_classes)
     if model.method in ("mil", "gated-mil"):
         return MILClassifier(

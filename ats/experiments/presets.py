@@ -80,7 +80,8 @@ _SPEED_MODEL = ModelConfig(n_patches=5, patch_size=100, view_scale=0.3, grid_ste
 _SPEED = OptimConfig(
     epochs=300,
     batch_size=8,
-    learning_rate=2e-3,
+    draws=4,
+    learning_rate=3e-3,
     weight_decay=0.05,
     warmup=0.05,
     schedule="cosine",
@@ -88,6 +89,7 @@ _SPEED = OptimConfig(
     class_weights=True,
     average=0.99,
 )
+_STREETS = SpeedLimitsConfig(contrast=0.3, brightness=0.15, tint=0.05, translation=50, zoom=1.35, stretch=1.08)
 _SPEED_LIMITS = {
     "paper": ExperimentConfig(
         preset="paper",
@@ -98,16 +100,16 @@ _SPEED_LIMITS = {
     ),
     "modern": ExperimentConfig(
         preset="modern",
-        data=SpeedLimitsConfig(),
+        data=_STREETS,
         model=replace(_SPEED_MODEL, **_LESS_NOISE),
         optim=_SPEED,
         trainer=_SHORT_EPOCHS,
     ),
     "quick": ExperimentConfig(
         preset="quick",
-        data=SpeedLimitsConfig(),
-        model=replace(_SPEED_MODEL, grid_step=100, **_LESS_NOISE),
-        optim=replace(_SPEED, epochs=100),
+        data=_STREETS,
+        model=replace(_SPEED_MODEL, patch_size=64, grid_step=64, **_LESS_NOISE),
+        optim=replace(_SPEED, epochs=30),
         trainer=_SHORT_EPOCHS,
     ),
 }

@@ -15,6 +15,8 @@ from ats.experiments.config import ExperimentConfig, from_dict, to_dict
 from ats.experiments.data import Batch
 from ats.experiments.networks import build_model
 from ats.experiments.schedule import entropy_weight, learning_rate_factor
+from ats.functional import PatchSample
+from ats.models import ATSClassifier
 
 
 class ClassificationTask(L.LightningModule):
@@ -50,7 +52,8 @@ class ClassificationTask(L.LightningModule):
         generator = self.draw_generator(0, self.global_step)
         if self.has_dropout:  # it draws from the global stream only
             torch.manual_seed(self.draw_generator(2, self.global_step).initial_seed())
-        logits, sample = self.model(view, image, generator=generator)
+        logits, sample = self._several_draws(view, image, generator)
+        label = label.repeat(len(logits) // len(label))
         loss = self.loss(logits, label)
         self.train_loss.update(loss.detach())
         self.train_error.update(logits.detach(), label)
@@ -62,6 +65,14 @@ class ClassificationTask(L.LightningModule):
         self.log("train/entropy", entropy.detach(), on_step=False, on_epoch=True, sync_dist=True)
         bonus = entropy_weight(self.global_step, self.total_steps(), self.config.optim) * entropy
         return {"loss": loss - bonus, "task_loss": loss.detach()}
+
+    def _several_draws(
+        self, view: Tensor, image: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, PatchSample | None]:
+        draws = self.config.optim.draws
+        if draws == 1 or not isinstance(self.model, ATSClassifier):
+            return self.model(view, image, generator=generator)
+        return self.model(view, image, generator=generator, draws=draws)
 
     def loss(self, logits: Tensor, label: Tensor) -> Tensor:
         """Cross-entropy, weighted by class if so configured: the mean weight is 1 over the training images."""

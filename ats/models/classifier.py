@@ -133,11 +133,16 @@ class ATSClassifier(nn.Module):
         self.feature_scale = feature_scale
 
     def forward(
-        self, view: Tensor, image: Tensor, *, generator: torch.Generator | None = None
+        self, view: Tensor, image: Tensor, *, generator: torch.Generator | None = None, draws: int = 1
     ) -> tuple[Tensor, PatchSample]:
-        """View (B, C, h, w) and image (B, C, H, W) -> class logits (B, n_classes), PatchSample."""
-        pooled, _, sample = self.sampling(view, image, generator=generator)
-        return self.classify(pooled), sample
+        """View (B, C, h, w) and image (B, C, H, W) -> class logits (draws·B, n_classes), PatchSample of the first draw.
+
+        With several draws each image comes once for each, all images of the first draw first.
+        """
+        pooled, logits, sample = self.sampling(view, image, generator=generator)
+        size = (view.shape[-2], view.shape[-1])
+        more = [self.sampling.draw(image, logits, size, generator=generator)[0] for _ in range(draws - 1)]
+        return self.classify(torch.cat([pooled, *more])), sample
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Pooled features (B, D) -> class logits (B, n_classes), linear."""

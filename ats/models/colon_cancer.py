@@ -81,7 +81,11 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
     return nn.Sequential(ChannelsLast(), *layers, *([L2Normalise()] if normalised else []))
 
 
-def image_network(networks: str) -> tuple[nn.Sequential, int]:
-    """The CNN's layers from images (B, 3, H, W) to features, and how many these are: the same for both `networks`."""
+def image_network(networks: str, channels: int = 32) -> tuple[nn.Sequential, int]:
+    """The CNN's layers from images (B, 3, H, W) to features, and how many these are: the same for both `networks`.
+
+    It starts with `channels`; 32 are the paper's.
+    """
     check_networks(networks)
-    return nn.Sequential(ChannelsLast(), *resnet(3, **RESNET_8)), RESNET_8["widths"][-1]
+    widths = [width * channels // 32 for width in RESNET_8["widths"]]
+    return nn.Sequential(ChannelsLast(), *resnet(3, widths, RESNET_8["strides"])), widths[-1]

@@ -80,7 +80,11 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
     return nn.Sequential(ChannelsLast(), *layers, GlobalMaxPool(), *([L2Normalise()] if normalised else []))
 
 
-def image_network(networks: str) -> tuple[nn.Sequential, int]:
-    """The CNN's layers from images (B, 1, H, W) to features, and how many these are: the same for both `networks`."""
+def image_network(networks: str, channels: int = 32) -> tuple[nn.Sequential, int]:
+    """The CNN's layers from images (B, 1, H, W) to features, and how many these are: the same for both `networks`.
+
+    It starts with `channels`; 32 are the paper's.
+    """
     check_networks(networks)
-    return nn.Sequential(ChannelsLast(), *resnet(1, **RESNET_16)), RESNET_16["widths"][-1]
+    widths = [width * channels // 32 for width in RESNET_16["widths"]]
+    return nn.Sequential(ChannelsLast(), *resnet(1, widths, RESNET_16["strides"])), widths[-1]

@@ -59,13 +59,13 @@ def attention_network(networks: str) -> nn.Sequential:
         return nn.Sequential(ChannelsLast(), *layers, nn.Conv2d(32, 1, 3), nn.MaxPool2d(8))
     layers = [
         ChannelsLast(),
-        *conv_norm(3, 16, kernel=4, stride=2, padding=1),
+        *conv_norm(3, 8, kernel=4, stride=2, padding=1),
+        *conv_norm(8, 16, kernel=4, stride=2, padding=1),
         *conv_norm(16, 32, kernel=4, stride=2, padding=1),
-        *conv_norm(32, 32, kernel=4, stride=2, padding=1),
         *conv_norm(32, 32, kernel=3),
         nn.Conv2d(32, 1, 1),
     ]
-    return nn.Sequential(_FromRedness(*layers), SoftBound(10.0))
+    return nn.Sequential(_FromRedness(*layers), SoftBound(15.0))
 
 
 def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
@@ -77,14 +77,19 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
         layers = [
             *conv_norm(3, 24, kernel=4, stride=2, padding=1),
             *conv_norm(24, 48, kernel=3, stride=2),
-            *conv_norm(48, 64, kernel=3, stride=2),
-            *conv_norm(64, 96, kernel=3),
+            *conv_norm(48, 64, kernel=3),
+            *conv_norm(64, 96, kernel=3, stride=2),
+            *conv_norm(96, 96, kernel=3),
             GlobalMaxPool(),
         ]
     return nn.Sequential(ChannelsLast(), *layers, *([L2Normalise()] if normalised else []))
 
 
-def image_network(networks: str) -> tuple[nn.Sequential, int]:
-    """The CNN's layers from images (B, 3, H, W) to features, and how many these are: the same for both `networks`."""
+def image_network(networks: str, channels: int = 32) -> tuple[nn.Sequential, int]:
+    """The CNN's layers from images (B, 3, H, W) to features, and how many these are: the same for both `networks`.
+
+    It starts with `channels`; 32 are the paper's.
+    """
     check_networks(networks)
-    return nn.Sequential(ChannelsLast(), *resnet(3, **RESNET_16)), RESNET_16["widths"][-1]
+    widths = [width * channels // 32 for width in RESNET_16["widths"]]
+    return nn.Sequential(ChannelsLast(), *resnet(3, widths, RESNET_16["strides"])), widths[-1]

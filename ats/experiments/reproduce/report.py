@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ats._files import write_whole
-from ats.experiments.config import ExperimentConfig, differences
+from ats.experiments.config import ExperimentConfig, differences, to_dict
 from ats.experiments.data_config import ColonCancerConfig
 from ats.experiments.environment import describe
 from ats.experiments.presets import PRESETS
@@ -166,11 +166,26 @@ def _notes(table: Table, preset: str, config: ExperimentConfig, rows: Sequence[M
             "- Attention on target: the share on cells whose patch shows the centre of a target (nucleus, sign), over "
             f"test images that have one; draws that hit: the share of images in which one of {DRAWS} draws does."
         )
-    shrunk = differences(PRESETS[table.experiment]["paper"], config)
-    shrunk = [line for line in shrunk if not line.startswith(("preset", "seed"))]
-    if shrunk and preset != "paper":
+    if preset != "paper":
+        own = {"preset", "seed", *(f"model.{name}" for row in table.rows for name in row.model)}  # the rows' affair
+        own |= {name for row in table.rows for name in row.quick if preset == "quick"}  # said below
+        shrunk = [
+            line for line in differences(PRESETS[table.experiment]["paper"], config) if line.split(":")[0] not in own
+        ]
         notes.append(f"- What `{preset}` trains otherwise than published: {'; '.join(shrunk)}.")
-    return notes
+    return notes + ([_by_method(table, preset, rows)] if preset == "quick" else [])
+
+
+def _by_method(table: Table, preset: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """What of a preset differs from method to method, of those that were run."""
+    names = sorted({name for row in table.rows for name in row.quick})
+    described = []
+    for row, values in zip(table.rows, rows, strict=True):
+        if values["runs"]:
+            config = to_dict(table.config(row, preset, 0, Path(), None))
+            options = [f"{name} {config[section][key]}" for name in names for section, key in [name.split(".")]]
+            described.append(f"{row.name}: {', '.join(options)}, {values['runs']} runs")
+    return f"- By method: {'; '.join(described) or 'none was run'}."
 
 
 def _line(cells: Sequence[str]) -> str:
