@@ -28,7 +28,7 @@ from bench.report import Group, Report
 SECTION = "parts"
 BATCH, N_PATCHES = 16, 10
 CHUNK = 20  # patches at a time, whose maps stay in cache
-ROUNDS, LEAST_SECONDS = 3, 0.5
+ROUNDS, LEAST_SECONDS = 3, 3.0
 VIEW, ATTENTION, FEATURES = "the view", "attention network", "feature network"
 SAMPLING, REST = "sampling, gathering and pooling", "head, loss and optimiser"
 PARTS = VIEW, ATTENTION, FEATURES, SAMPLING, REST
