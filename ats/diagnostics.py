@@ -10,6 +10,28 @@ from torch import Tensor
 
 from ats_kernels._checks import check_count, check_floating, check_log_probabilities, check_pair, check_tensor
 
+_FEW_CELLS = 2.0  # attention on fewer, in effect, has collapsed
+_AT_CHANCE = 0.98  # of the loss at chance: a model has learned nothing until it is below
+_LEARNED = 0.5  # of the loss at chance: below, attention on a single cell may be all that the task needs
+
+CAUSES = {
+    "collapse": (
+        "attention has collapsed: it lies on {cells:.1f} cells in effect while the loss is not low, so nothing else is "
+        "seen any more. Raise the entropy weight, bound the logits (ats.models.classifier.SoftBound) or lower the "
+        "learning rate"
+    ),
+    "edge": (
+        "{mass:.0%} of the attention lies on the border of the grid, which has {share:.0%} of its cells. Zero padding "
+        "in the attention network gives the border away: pad with padding_mode='replicate', or not at all, and look "
+        "for frames or empty margins in the images"
+    ),
+    "plateau": (
+        "the loss is that of guessing ({loss:.3f}, chance {chance:.3f}). Start attention where something is to be "
+        "seen, draw more patches, try another learning rate or a smaller entropy weight, and check that a model that "
+        "is given the right patches learns"
+    ),
+}
+
 
 def effective_sample_size(weights: Tensor) -> Tensor:
     """How many equally weighted patches the estimate is worth, 1/Σw²: (B, N) weights that sum to 1 -> (B,)."""
@@ -130,6 +152,33 @@ def repeated_gradients(loss: Callable[[], Tensor], parameters: Iterable[Tensor],
             gradients = torch.autograd.grad(value, parameters, materialize_grads=True, allow_unused=True)
             rows.append(torch.cat([gradient.detach().flatten() for gradient in gradients]))
     return torch.stack(rows)
+
+
+def warning_signs(logits: Tensor, *, loss: float | None = None, chance: float | None = None) -> dict[str, str]:
+    """What looks wrong with the attention on a batch: of "collapse", "edge" and "plateau" those found, and what to do.
+
+    One batch proves little: warn of what lasts, a plateau for some hundred steps.
+
+    Args:
+        logits: (B, gh, gw) or (B, 1, gh, gw).
+        loss: of the batch in nats, or a mean over the last steps, without the entropy bonus.
+        chance: the loss of giving each class its share of the training images, log(classes) if these are equal.
+            Without both, a plateau is not told, nor collapse from what the task may need.
+    """
+    if chance is not None and not chance > 0:
+        raise ValueError(f"chance is a loss in nats, e.g. math.log(classes), and must be positive, got {chance}")
+    attention = _attention(logits)
+    grid = (attention.shape[-2], attention.shape[-1])
+    share, mass = border_share(grid), float(border_mass(logits).mean())
+    cells = float(torch.special.entr(attention).sum((1, 2)).mean().exp())
+    loss, chance = (float("nan") if value is None else value for value in (loss, chance))
+    found = {
+        "collapse": cells < _FEW_CELLS and not loss < _LEARNED * chance,  # as it is where one of them is not known
+        "edge": share < 1 and mass > (1 + share) / 2,  # half way from its share to all
+        "plateau": loss > _AT_CHANCE * chance,
+    }
+    details = {"cells": cells, "mass": mass, "share": share, "loss": loss, "chance": chance}
+    return {cause: CAUSES[cause].format(**details) for cause, there in found.items() if there}
 
 
 def _attention(logits: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ats
-from ats.experiments.callbacks import CAUSES, AttentionDiagnostics, AttentionWarning
+from ats.diagnostics import CAUSES
+from ats.experiments.callbacks import AttentionDiagnostics, AttentionWarning
 from tests.helpers import seeded
 
 GRID, CLASSES = 8, 4
@@ -106,7 +107,7 @@ CASES = {
         "flat",
         {"learns": False},
         CHANCE,
-        "that of guessing (1.386, chance 1.386) for 20 steps",
+        "step 18, for 20 steps: the loss is that of guessing (1.386, chance 1.386)",
     ),
     "at a loss of which chance is not known": ("flat", {"learns": False}, None, None),
 }

@@ -132,3 +132,18 @@ def test_errors() -> None:
         diagnostics.repeated_gradients(lambda: torch.zeros(()), [], 1)
     with pytest.raises(ValueError, match="cells must be at least 1"):
         diagnostics.relative_entropy(torch.zeros(2), 0)
+
+
+def test_warning_signs():
+    """Each on logits made to show it, none on flat attention of a model that learns."""
+    flat, peaked, edge = (torch.zeros(2, 9, 9) for _ in range(3))
+    peaked[:, 4, 4] = 50
+    edge[:, 0] = 20
+    assert diagnostics.warning_signs(flat, loss=1.0, chance=2.3) == {}
+    assert set(diagnostics.warning_signs(peaked, loss=2.0, chance=2.3)) == {"collapse"}
+    assert diagnostics.warning_signs(peaked, loss=0.1, chance=2.3) == {}  # a single cell may be all that it takes
+    assert "on 1.0 cells" in diagnostics.warning_signs(peaked)["collapse"]
+    assert "100% of the attention" in diagnostics.warning_signs(edge.unsqueeze(1))["edge"]
+    assert "2.300, chance 2.300" in diagnostics.warning_signs(flat, loss=2.3, chance=2.3)["plateau"]
+    with pytest.raises(ValueError, match="must be positive, got -1"):
+        diagnostics.warning_signs(flat, chance=-1)

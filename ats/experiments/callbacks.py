@@ -18,28 +18,6 @@ from ats.nn import AttentionSampling
 from ats.variance import estimate
 from ats_kernels._checks import check_count
 
-_FEW_CELLS = 2.0  # attention on fewer, in effect, has collapsed
-_AT_CHANCE = 0.98  # of the loss at chance: a model has learned nothing until it is below
-_LEARNED = 0.5  # of the loss at chance: below, attention on a single cell may be all that the task needs
-
-CAUSES = {
-    "collapse": (
-        "attention has collapsed: it lies on {cells:.1f} cells in effect while the loss is not low, so nothing else is "
-        "seen any more. Raise the entropy weight, bound the logits (ats.models.classifier.SoftBound) or lower the "
-        "learning rate"
-    ),
-    "edge": (
-        "{mass:.0%} of the attention lies on the border of the grid, which has {share:.0%} of its cells. Zero padding "
-        "in the attention network gives the border away: pad with padding_mode='replicate', or not at all, and look "
-        "for frames or empty margins in the images"
-    ),
-    "plateau": (
-        "the loss has been that of guessing ({loss:.3f}, chance {chance:.3f}) for {steps} steps. Start attention where "
-        "something is to be seen, draw more patches, try another learning rate or a smaller entropy weight, and check "
-        "that a model that is given the right patches learns"
-    ),
-}
-
 
 class AttentionWarning(UserWarning):
     """Attention that is likely to keep the model from learning."""
@@ -87,7 +65,7 @@ class AttentionDiagnostics(Callback):
             raise ValueError(f"chance is a loss in nats, e.g. math.log(classes), and must be positive, got {chance}")
         self.every, self.chance, self.loss, self.gradient_draws = every, chance, loss, gradient_draws
         self.patience, self.plateau_steps = patience, plateau_steps
-        self._streaks = dict.fromkeys(CAUSES, 0)  # looks in a row at which a cause was there
+        self._streaks = dict.fromkeys(diagnostics.CAUSES, 0)  # looks in a row at which a cause was there
         self._warned: list[str] = []
         self._losses: list[Tensor] = []  # since the last look
         self._handles: list[RemovableHandle] = []
@@ -134,7 +112,7 @@ class AttentionDiagnostics(Callback):
             logger.log_metrics({f"attention/{name}": value for name, value in metrics.items()}, step=self._step)
         loss = float(torch.stack(self._losses).mean()) if self._losses else math.nan
         self._losses = []
-        self._judge(metrics, seen["output"][1], loss)
+        self._judge(seen["output"][1], loss)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         while self._handles:
@@ -165,26 +143,16 @@ class AttentionDiagnostics(Callback):
             metrics["repeated_error"] = float(diagnostics.repeated_error(torch.stack(pooled)).mean())
         return metrics
 
-    def _judge(self, metrics: dict[str, float], logits: Tensor, loss: float) -> None:
-        grid = (logits.shape[-2], logits.shape[-1])
-        share = diagnostics.border_share(grid)
-        cells = (grid[0] * grid[1]) ** metrics["relative_entropy"]
-        chance = math.nan if self.chance is None else self.chance
-        learned = loss < _LEARNED * chance  # never, where chance is not known
-        found = {
-            "collapse": cells < _FEW_CELLS and not learned,
-            "edge": share < 1 and metrics["border_mass"] > (1 + share) / 2,  # half way from its share to all
-            "plateau": loss > _AT_CHANCE * chance,
-        }
-        for cause, there in found.items():
-            self._streaks[cause] = self._streaks[cause] + 1 if there else 0
+    def _judge(self, logits: Tensor, loss: float) -> None:
+        found = diagnostics.warning_signs(logits, loss=None if math.isnan(loss) else loss, chance=self.chance)
+        for cause in self._streaks:
+            self._streaks[cause] = self._streaks[cause] + 1 if cause in found else 0
             patience = math.ceil(self.plateau_steps / self.every) if cause == "plateau" else self.patience
             if self._streaks[cause] >= patience and cause not in self._warned:
                 self._warned.append(cause)
                 steps = self._streaks[cause] * self.every
-                details = {"cells": cells, "mass": metrics["border_mass"], "share": share, "loss": loss}
-                text = CAUSES[cause].format(**details, chance=chance, steps=steps)
-                warnings.warn(f"step {self._step}: {text}", AttentionWarning, stacklevel=2)
+                text = f"step {self._step}, for {steps} steps: {found[cause]}"
+                warnings.warn(text, AttentionWarning, stacklevel=2)
 
 
 @torch.no_grad()
