@@ -247,6 +247,8 @@ def _block_sums(logits: Tensor, block: int, *, wide: bool, each: bool) -> _Sums:
     """Sums over blocks, relative to the largest logit of `each` block or to one of the largest of the row."""
     n_blocks = -(-logits.shape[1] // block)
     dtype = torch.float64 if wide else compute_dtype(logits.dtype)
+    if not each and logits.shape[0] * n_blocks * block <= _CHUNK:
+        return _sums_at_once(logits, block, dtype)
     mass = torch.empty(logits.shape[0], n_blocks, dtype=dtype, device="cpu")
     if each:
         reference = torch.empty_like(mass)
@@ -269,6 +271,20 @@ def _block_sums(logits: Tensor, block: int, *, wide: bool, each: bool) -> _Sums:
         # 0 · −inf at a masked cell is NaN, and means 0
         spread[r, b if each else slice(None)] += torch.nansum(part if each else part.flatten(1).unsqueeze(1), -1)
     return _Sums(*(value.double().numpy() for value in (reference, mass, spread * math.log(2))))
+
+
+def _sums_at_once(logits: Tensor, block: int, dtype: torch.dtype) -> _Sums:
+    """Sums over the blocks of logits that fit one chunk, relative to the largest of the row: as few steps as can be."""
+    rows, cells = logits.shape
+    length = -(-cells // block) * block
+    below, mass = _kept_buffers(rows * length, dtype).view(2, rows, length)
+    below[:, :cells] = logits
+    below[:, cells:] = -math.inf
+    reference = below.amax(-1, keepdim=True).clamp_(min=_LOWEST_PEAK)  # (B, 1)
+    torch.exp2(below.sub_(reference).mul_(_LOG2_E), out=mass)
+    sums = mass.view(rows, -1, block).sum(-1)
+    spread = torch.nansum(mass.mul_(below), -1, keepdim=True)  # 0 · −inf at a masked cell is NaN, and means 0
+    return _Sums(*(value.double().numpy() for value in (reference, sums, spread.double().mul_(math.log(2)))))
 
 
 def _kept_buffers(length: int, dtype: torch.dtype) -> Tensor:
