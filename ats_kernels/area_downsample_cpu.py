@@ -64,7 +64,7 @@ def _pool(
     lengths = [end - start for start, end in zip(starts, ends, strict=True)]
     divisors = torch.tensor(lengths, dtype=view.dtype).mul_(255 if is_byte else 1).view(-1, 1, 1)  # (h, 1, 1)
 
-    chunk_size = min(CHUNK, max(1 << 16, image.numel() // 8))  # an eighth, for scratch far below a float copy's
+    chunk_size = min(CHUNK, max(1 << 19, image.numel() // 8))  # an eighth: scratch far below a float copy
     images = min(batch, max(1, chunk_size // (planes * height * length)))  # of a chunk
     step = min(rows, max(1, chunk_size * rows // (images * planes * height * length)))  # output rows of a chunk
     step -= step % phases if step > phases else 0

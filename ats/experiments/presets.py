@@ -109,7 +109,7 @@ _SPEED_LIMITS = {
         preset="quick",
         data=_STREETS,
         model=replace(_SPEED_MODEL, patch_size=64, grid_step=64, **_LESS_NOISE),
-        optim=replace(_SPEED, epochs=30),
+        optim=replace(_SPEED, epochs=150),
         trainer=_SHORT_EPOCHS,
     ),
 }

@@ -18,7 +18,7 @@ from ats.models.classifier import (
 )
 from ats.models.resnet import RESNET_8, RESNET_16, resnet
 
-N_FEATURES = {"paper": 32, "modern": 96}
+N_FEATURES = {"paper": 32, "modern": 128}
 ATTENTION_STRIDE = {"paper": 8, "modern": 8}  # view pixels a cell
 ATTENTION_LOSS = {"paper": 8, "modern": 0}  # view pixels lost by the unpadded convolutions
 _MEAN, _STD = 0.4, 0.25
@@ -74,12 +74,13 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
     if networks == "paper":
         layers = resnet(3, **RESNET_8)
     else:
-        layers = [
-            *conv_norm(3, 24, kernel=4, stride=2, padding=1),
-            *conv_norm(24, 48, kernel=3, stride=2),
-            *conv_norm(48, 64, kernel=3),
+        layers = [  # the first without a stride: digits of a far sign are a few pixels high
+            *conv_norm(3, 16, kernel=3),
+            *conv_norm(16, 32, kernel=3, stride=2),
+            *conv_norm(32, 48, kernel=3),
+            *conv_norm(48, 64, kernel=3, stride=2),
             *conv_norm(64, 96, kernel=3, stride=2),
-            *conv_norm(96, 96, kernel=3),
+            *conv_norm(96, 128, kernel=3),
             GlobalMaxPool(),
         ]
     return nn.Sequential(ChannelsLast(), *layers, *([L2Normalise()] if normalised else []))
