@@ -28,8 +28,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/ats demo
 
+# A process a core, each of one thread: processes of many threads would wait for each other.
 test: $(READY)
-	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal \
+		--cov --cov-report=term $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

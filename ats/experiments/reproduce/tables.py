@@ -115,10 +115,10 @@ def _published(loss: float, loss_sem: float, error: float, error_sem: float, ms:
     return Published(loss, loss_sem, error, error_sem, ms / 1000, mb * 1_000_000)
 
 
-def _draws(name: str, scale: str, published: Published | None = None) -> Row:
+def _draws(name: str, scale: str, published: Published | None = None, quick: dict[str, Any] | None = None) -> Row:
     letters, count = name.split("-")
     method = {"U": "uniform", "ATS": "ats"}[letters]
-    return Row(name, scale, {"method": method, "n_patches": int(count)}, published)
+    return Row(name, scale, {"method": method, "n_patches": int(count)}, published, quick or {})
 
 
 def _cnn(scale: float, published: Published | None = None, quick: dict[str, Any] | None = None) -> Row:
@@ -129,6 +129,7 @@ def _cnn(scale: float, published: Published | None = None, quick: dict[str, Any]
 _SHORTER = {"optim.epochs": 60, "optim.batch_size": 7}
 _BAGS = {"optim.epochs": 20, "optim.batch_size": 2, "optim.learning_rate": 1e-3}  # as many steps from fewer images
 _SLIMMER = {"optim.epochs": 12, "model.cnn_channels": 16}
+_BLIND = {"optim.epochs": 40}  # of street scenes: one uniform draw in fifty shows the sign, more epochs learn by heart
 
 
 TABLE_1 = Table(
@@ -153,8 +154,8 @@ TABLE_2 = Table(
     "Speed limits",
     "speed-limits",
     (
-        _draws("U-5", "0.3/1", _published(1.468, 0.317, 0.531, 0.004, 7.8, 39)),
-        _draws("U-10", "0.3/1", _published(0.851, 0.408, 0.472, 0.008, 10.8, 78)),
+        _draws("U-5", "0.3/1", _published(1.468, 0.317, 0.531, 0.004, 7.8, 39), _BLIND),
+        _draws("U-10", "0.3/1", _published(0.851, 0.408, 0.472, 0.008, 10.8, 78), _BLIND),
         _cnn(0.3, _published(0.003, 0.001, 0.311, 0.049, 6.6, 86), _SLIMMER),
         _cnn(0.5, _published(0.002, 0.001, 0.295, 0.039, 15.6, 239), _SLIMMER),
         _cnn(1, _published(0.002, 0.000, 0.247, 0.001, 64.2, 958), _SLIMMER),
