@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -113,8 +114,8 @@ def gumbel_top_k(logits: Tensor, n: int) -> Tensor:
     return (logits - torch.empty_like(logits).exponential_().log_()).topk(n).indices
 
 
+@pytest.mark.section("sampling-space")
 def bench_number_of_cells(report: Report) -> None:
-    report.section = "sampling-space"
     n, methods, points = 10, {}, {}
     ways = {
         "ats_kernels.sample": lambda logits: ats_kernels.sample(logits, n),
@@ -145,14 +146,14 @@ def compare_sizes(
     group.axis, group.points = axis, dict(zip(methods, configs, strict=True))
 
 
+@pytest.mark.section("sampling-space")
 def bench_view_size(report: Report) -> None:
-    report.section = "sampling-space"
     configs = {("ATS-10", side): config_at(1500, "ats", grid=side) for side in (45, 90, 180, 360)}
     compare_sizes(report, "A training step by the view's size: Megapixel MNIST, batch 1", "side of the view", configs)
 
 
+@pytest.mark.section("patches")
 def bench_number_of_patches(report: Report) -> None:
-    report.section = "patches"
     configs = {
         (line, n): cost.published("colon-cancer", ModelConfig(method=method, n_patches=n))  # type: ignore[arg-type]
         for line, method in (("ATS-N", "ats"), ("U-N", "uniform"))
@@ -161,8 +162,8 @@ def bench_number_of_patches(report: Report) -> None:
     compare_sizes(report, "A training step by the number of patches: colon cancer, batch 1", "patches N", configs)
 
 
+@pytest.mark.section("patches")
 def bench_patch_size(report: Report) -> None:
-    report.section = "patches"
     config = cost.published("megapixel-mnist", ModelConfig(n_patches=10))
     configs = {
         ("ATS-10", side): dataclasses.replace(config, model=dataclasses.replace(config.model, patch_size=side))

@@ -12,7 +12,7 @@ import torch
 
 from ats.experiments import cost
 from ats.experiments.config import ExperimentConfig
-from ats.experiments.reproduce.tables import MNIST, TABLE_1, TABLE_2, TABLES, Row, Table
+from ats.experiments.reproduce.tables import TABLE_1, TABLE_2, TABLES, Row, Table
 from bench.measure import ONCE, Method, available_bytes
 from bench.report import Group, Report
 
@@ -100,9 +100,11 @@ def compare_steps(
     return timed
 
 
-@pytest.mark.parametrize("table", [TABLE_1, TABLE_2, MNIST], ids=list(TABLES))
+_TABLES = [pytest.param(table, id=name, marks=pytest.mark.section(name)) for name, table in TABLES.items()]
+
+
+@pytest.mark.parametrize("table", _TABLES)
 def bench_table(report: Report, table: Table) -> None:
-    report.section = table.name
     rows = rows_of(table)
     configs = {row.name: cost.published(table.experiment, table.model(row, "paper")) for row in rows}
     published = {

@@ -1,7 +1,7 @@
 """What changed between two runs beyond the noise: `make bench-compare A.json B.json`.
 
-A time has changed where its quartiles in both runs lie apart and its median moved by more than a tenth; how far the
-rest of its group moved stands beside it, which tells a change of the code from a machine that was busier. Ratios of
+A time has changed where its quartiles in both runs lie apart and its median moved by more than a tenth, more than its
+group's own move where that has three methods or more: what all of them did is the machine's doing. Ratios of
 medians that took turns in one run suffer less from that: the headlines are compared whatever they did.
 """
 
@@ -16,6 +16,7 @@ from bench.render import Record, table
 
 MOVED = 0.10  # of a median, or of memory
 HEADLINE_MOVED = 0.15
+_SHARED = 3  # methods of a group that tell a busier machine from a change of one of them
 
 
 def changes(before: Record, after: Record) -> list[str]:
@@ -49,8 +50,10 @@ def _headlines(common: list[tuple[Record, Record]]) -> list[str]:
                 moved = values[1] / values[0] - 1
                 verdict = "**yes**" if abs(moved) > HEADLINE_MOVED else "no"
                 shown = (f"{value:.3g} {target['unit']}" for value in values)
-                rows.append((one["name"], target["what"], *shown, f"{moved:+.1%}", verdict))
-    header = ("group", "", "before", "after", "moved", f"by more than {HEADLINE_MOVED:.0%}")
+                met = [("missed", "met")[found["met"]] for found in (target, after[target["what"]])]
+                target_met = met[0] if met[0] == met[1] else f"**{met[0]}, then {met[1]}**"
+                rows.append((one["name"], target["what"], *shown, f"{moved:+.1%}", verdict, target_met))
+    header = ("group", "", "before", "after", "moved", f"by more than {HEADLINE_MOVED:.0%}", "target")
     return table(header, rows) if rows else ["Neither run has any of the other's."]
 
 
@@ -60,10 +63,12 @@ def _times(one: Record, other: Record) -> list[tuple[str, ...]]:
         return []
     moves = {name: after["median"] / before["median"] for name, (before, after) in pairs.items()}
     group = statistics.median(moves.values())
+    # What all of a group did is the machine's doing, where enough of it did the same.
+    shared = group if len(moves) >= _SHARED else 1.0
     return [
         (one["name"], name, f"{before['median']:.4g}", f"{after['median']:.4g}", _percent(moves[name]), _percent(group))
         for name, (before, after) in pairs.items()
-        if (before["high"] < after["low"] or after["high"] < before["low"]) and _far(moves[name])
+        if (before["high"] < after["low"] or after["high"] < before["low"]) and _far(moves[name] / shared)
     ]
 
 
@@ -104,14 +109,23 @@ def main() -> int:
     for path in (options.before, options.after):
         try:
             record = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: no text, or no JSON
             print(f"{path} cannot be read: {error}. Expected a JSON file that `make bench` wrote.", file=sys.stderr)
             return 1
         if not isinstance(record, dict) or not {"machine", "groups"} <= record.keys():
             print(f"{path} is no run of `make bench`: no machine and groups in it.", file=sys.stderr)
             return 1
         records.append(record)
-    print("\n".join(changes(records[0], records[1])))
+    try:
+        lines = changes(records[0], records[1])
+    except (KeyError, TypeError, AttributeError) as error:
+        print(
+            f"{options.before} and {options.after} cannot be compared: {error!r} is missing or of another kind in one. "
+            "Expected files that `make bench` of this version wrote; run it anew.",
+            file=sys.stderr,
+        )
+        return 1
+    print("\n".join(lines))
     return 0
 
 

@@ -6,6 +6,7 @@ and each method's rounds are then played to pytest-benchmark: its table, `--benc
 """
 
 import copy
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ from bench import render
 from bench.report import Group, Report, default_path
 
 THREADS = 2
+HERE = Path(__file__).parent
+
+LEFT_OUT = pytest.StashKey[int]()  # benchmarks that were not selected, without sizes of a GPU
+DONE = pytest.StashKey[int]()  # benchmarks that ran, or said why not
 
 
 class Replay:
@@ -48,25 +53,90 @@ REPLAY = Replay()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.addoption(
-        "--output", type=Path, help="write <output>.json, .md and plots; bench/results/<machine> by default"
+    group = parser.getgroup("attention sampling's benchmarks", f"-k takes one of {', '.join(render.SECTIONS)}")
+    group.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to measure; by default the GPU if there is one, else two threads",
+    )
+    group.addoption(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="write PATH.json, PATH.md and plots; by default a whole run goes to bench/results/<machine>, a part is "
+        "only printed",
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse what would fail after minutes of measuring."""
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device=cuda, but PyTorch finds no GPU here; leave it out to measure on the CPU")
+    config.stash[LEFT_OUT] = config.stash[DONE] = 0
+    path = config.getoption("--output")
+    if path is None:
+        return
+    config.option.output = path = path.with_suffix("") if path.suffix == ".json" else path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise pytest.UsageError(f"--output={path}: {error}; name a place that can be written to") from error
+    if not os.access(path.parent, os.W_OK):
+        raise pytest.UsageError(f"--output={path}: {path.parent} cannot be written to; name another place")
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
+    if not item.path.is_relative_to(HERE) and not hasattr(item.getparent(pytest.Module).obj, "SECTION"):
+        return
     item.add_marker(pytest.mark.benchmark(timer=REPLAY))
+    item.extra_keyword_matches.add(section_of(item))
+
+
+def section_of(item: pytest.Item) -> str:
+    """The section of the report that a benchmark's groups go to: its mark's, or its module's."""
+    mark = item.get_closest_marker("section")
+    return mark.args[0] if mark else item.getparent(pytest.Module).obj.SECTION
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the sizes that are marked `gpu` where the benchmarks run on a CPU."""
     if config.getoption("--device") == "cuda":
         return
-    here = Path(__file__).parent
-    left_out = [item for item in items if item.path.is_relative_to(here) and item.get_closest_marker("gpu")]
+    left_out = [item for item in items if item.path.is_relative_to(HERE) and item.get_closest_marker("gpu")]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
+        config.stash[LEFT_OUT] -= len(left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.config.stash[LEFT_OUT] += 1
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    if call.when == "call" and (call.excinfo is None or call.excinfo.errisinstance(pytest.skip.Exception)):
+        item.config.stash[DONE] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode) -> None:
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        known = ", ".join(render.SECTIONS)
+        terminalreporter.write_line(f"No such benchmark. -k takes a group ({known}) or a part of a benchmark's name.")
+
+
+def part_of(session: pytest.Session) -> str:
+    """Which part of all benchmarks has run, or "" for all of them."""
+    config, wanted = session.config, len(session.items)
+    done = config.stash[DONE]
+    if done < wanted:
+        return f"{done} of {wanted} benchmarks: it was stopped, or some failed"
+    places = {(config.invocation_params.dir / argument).resolve() for argument in config.args}
+    if config.stash[LEFT_OUT] or config.getoption("lf", False) or not places & {HERE, HERE.parent}:
+        return f"{done} benchmarks that were selected"
+    return ""
 
 
 @pytest.fixture(scope="session")
@@ -80,8 +150,9 @@ def run(request: pytest.FixtureRequest) -> Iterator[Report]:
     report = Report(device)
     yield report
     report.seconds = time.perf_counter() - start
+    report.part = part_of(request.session)
     path = request.config.getoption("--output")
-    if path is None and not request.config.getoption("keyword"):  # a part must not replace a whole run's results
+    if path is None and not report.part:  # a part must not replace a whole run's results
         path = default_path(device)
     if path is not None:
         report.write(path)
@@ -94,7 +165,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Report]:
 def report(run: Report, benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Iterator[Report]:
     """Takes the groups of one test."""
     before = len(run.groups)
-    run.section = request.module.SECTION
+    run.section = section_of(request.node)
     yield run
     hand_over(run.groups[before:], benchmark)
 

@@ -118,6 +118,7 @@ class Report:
     section: str = "ops"  # of the groups that are added now
     bytes_per_second: float | None = None  # of a large copy
     seconds: float | None = None  # that the whole run took
+    part: str = ""  # which part of all benchmarks it is, where it is not whole
     compiling: float = 0.0  # seconds spent on it so far
 
     def facts(self) -> dict[str, str]:
@@ -127,8 +128,10 @@ class Report:
         facts = {**machine(self.device), "load before": f"{self.load:.1f} on {cores} cores{busy}"}
         if self.bytes_per_second:
             facts["large copy"] = f"{self.bytes_per_second / 1e9:.1f} GB/s, read and written"
+        if self.part:
+            facts["not a whole run"] = self.part
         if self.seconds:
-            facts["whole run"] = f"{self.seconds:.0f} s, {self.compiling:.0f} s of them compiling"
+            facts["time"] = f"{self.seconds:.0f} s, {self.compiling:.0f} s of them compiling"
         return facts
 
     def compare(
@@ -172,7 +175,7 @@ class Report:
         group.rounds = {name: [value / samples for value in rounds[name]] for name in methods}
         for name, values in group.rounds.items():
             if len(values) == 1:
-                group.notes.append(f"{name} was called once: it takes longer than a run has time to repeat.")
+                group.notes.append(f"{name} was called once, unwarmed: it takes longer than a run has time to repeat.")
         self.groups.append(group)
         return group
 

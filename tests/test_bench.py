@@ -169,7 +169,7 @@ def test_a_comparison_tells_change_from_noise() -> None:
     del after["groups"][2]
     text = "\n".join(changes.changes(before, after))
     assert f"- torch: {torch.__version__} -> another" in text
-    assert "| Sampling | faster than theirs | 8 × | 6 × | -25.0% | **yes** |" in text
+    assert "| Sampling | faster than theirs | 8 × | 6 × | -25.0% | **yes** | met |" in text
     assert "| Colon cancer | ATS-10 | 20 | 30 | +50.0% | +25.0% |" in text
     assert "| Sampling | ours |" not in text
     assert "| Colon cancer | ATS-10 | 14.0 | 16.0 | +14.3% |" in text
@@ -191,6 +191,77 @@ def test_make_takes_the_files_to_compare_as_they_are(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert f"{names[1]} is no run of `make bench`" in done.stderr
+
+
+def test_what_all_of_a_group_did_is_no_change() -> None:
+    before, after = a_report().as_dict(), a_report().as_dict()
+    name = "Three ways"
+    for record, factor in ((before, 1.0), (after, 1.5)):
+        ways = {way: {"median": factor, "low": factor, "high": factor, "best": factor, "rounds": 9} for way in "abc"}
+        record["groups"].append(record["groups"][0] | {"name": name, "timings": ways, "targets": [], "memory": {}})
+    assert f"| {name} |" not in "\n".join(changes.changes(before, after))
+    slow = after["groups"][-1]["timings"]["b"]
+    slow |= {"median": 2.0, "low": 2.0, "high": 2.0}
+    text = "\n".join(changes.changes(before, after))
+    assert f"| {name} | b | 1 | 2 | +100.0% | +50.0% |" in text
+    assert f"| {name} | a |" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"\x89PNG", "cannot be read"),
+        (b"{}", "no run of `make bench`"),
+        (b'{"machine": {}, "groups": [{"name": "x"}]}', "cannot be compared: KeyError"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    tmp_path: Path, content: bytes, complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["changes", str(path), str(path)])
+    assert changes.main() == 1
+    assert complaint in capsys.readouterr().err
+
+
+BENCHES = "SECTION = 'ops'\n" + "".join(
+    f"def bench_{name}(report):\n    report.compare('{name}', {{'ours': lambda i: None}}, seconds=0.01)\n    {then}\n"
+    for name, then in (("one", ""), ("two", ""), ("bad", "raise KeyboardInterrupt"))
+)
+
+
+def run_benches(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "bench_it.py").write_text(BENCHES)
+    command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "--device=cpu", "-p", "no:cacheprovider"]
+    command += ["-c", str(ROOT / "pyproject.toml"), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        (["bench_it.py::bench_one"], "1 benchmarks that were selected"),
+        (["bench_it.py", "-k", "one or two"], "2 benchmarks that were selected"),
+        (["bench_it.py"], "2 of 3 benchmarks: it was stopped, or some failed"),
+    ],
+)
+def test_a_part_of_a_run_says_so_and_replaces_no_results(tmp_path: Path, selection: list[str], expected: str) -> None:
+    selection = [str(tmp_path / selection[0]), *selection[1:]]
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "bench" / "results").iterdir()}
+    printed = run_benches(tmp_path, *selection).stdout
+    assert f"| not a whole run | {expected} |" in printed
+    assert before == {path: path.stat().st_mtime_ns for path in (ROOT / "bench" / "results").iterdir()}
+    run_benches(tmp_path, *selection, f"--output={tmp_path / 'out.json'}")
+    assert json.loads((tmp_path / "out.json").read_text())["machine"]["not a whole run"] == expected
+
+
+def test_bad_options_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    nowhere = run_benches(tmp_path, str(tmp_path / "bench_it.py"), f"--output={tmp_path / 'file' / 'x'}")
+    assert "name a place that can be written to" in nowhere.stderr
+    nothing = run_benches(tmp_path, str(tmp_path / "bench_it.py"), "-k", "nothing")
+    assert "-k takes a group (table1, " in nothing.stdout
 
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU: make gpu-check checks it")
