@@ -110,7 +110,13 @@ def bench_gather(report: Report, dtype: torch.dtype, request: pytest.FixtureRequ
     def ours(i: int) -> Tensor:
         return ats_kernels.extract_patches(image, offsets[i % COPIES], 50, **normal)
 
+    def slices(offsets: Tensor) -> Tensor:
+        corners = [(b, y, x) for b, image_offsets in enumerate(offsets.tolist()) for y, x in image_offsets]
+        patches = torch.stack([image[b, :, y : y + 50, x : x + 50] for b, y, x in corners])
+        return ((patches / 255 - mean) / std if normal else patches).unflatten(0, (8, 10))
+
     torch.testing.assert_close(ours(0), indexing(offsets[0]))
+    torch.testing.assert_close(ours(0), slices(offsets[0]))
     result = ours(0)
     compiled = torch.compile(indexing, dynamic=False)
     group = report.compare(
@@ -119,6 +125,10 @@ def bench_gather(report: Report, dtype: torch.dtype, request: pytest.FixtureRequ
             "ats_kernels.extract_patches": ours,
             "advanced indexing": lambda i: indexing(offsets[i % COPIES]),
             "copying the result": lambda i: result.clone(),
+            # which reads the offsets on the host: the GPU would be waited for
+            **(
+                {"slices and torch.stack": lambda i: slices(offsets[i % COPIES])} if report.device.type == "cpu" else {}
+            ),
         },
         {"advanced indexing, compiled": lambda i: compiled(offsets[i % COPIES])},
         copies=COPIES,
@@ -199,12 +209,16 @@ def bench_view(report: Report, batch: int, channels: int, side: int, size: int) 
     def eager(i: int) -> Tensor:
         return F.interpolate(images[i % copies].float() / 255, size=(size, size), mode="area")
 
+    def divided_after(i: int) -> Tensor:
+        return F.interpolate(images[i % copies].float(), size=(size, size), mode="area") / 255
+
     def ours(i: int) -> Tensor:
         return ats_kernels.area_downsample(images[i % copies], size)
 
     methods = {
         "ats_kernels.area_downsample": ours,
         "F.interpolate(image.float() / 255, mode='area')": eager,
+        **({"the same, divided after pooling": divided_after} if side == 1500 else {}),
         "one read: image.amax()": lambda i: images[i % copies].amax(),
     }
     compiled = {}
@@ -222,7 +236,7 @@ def bench_view(report: Report, batch: int, channels: int, side: int, size: int) 
         methods,
         compiled,
         copies=copies,
-        seconds=4,
+        seconds=3,
         floor_bytes=images[0].numel() + 4 * batch * channels * size**2,
     )
     baseline = "F.interpolate(image.float() / 255, mode='area')"

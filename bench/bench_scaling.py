@@ -69,7 +69,7 @@ def bench_image_size(report: Report) -> None:
     timed = report.compare(
         f"A training step by the image's size: N = 10, {GRID}×{GRID} cells, batch 1",
         {name: repeated(step(*point)) for name, point in points.items() if name not in group.not_run},
-        seconds=14.0,
+        seconds=10.0,
         per="sample",
         steps=True,
     )
