@@ -90,7 +90,7 @@ def test_a_table_from_nothing_then_again_then_with_another_seed(
     assert "Data: synthetic CRCHistoPhenotypes. Preset `quick`; seeds 0." in text
     assert "data.folds: 10 -> 3" in text  # what was shrunk
     assert "model.method:" not in text  # which differs by row
-    assert "U-10: optim.batch_size 4, optim.epochs 1, 1 runs" in text
+    assert "U-10: optim.batch_size 4, optim.epochs 1, optim.learning_rate 0.001, 1 runs" in text
     assert "0.093 ± 0.014" in text  # as published
     with (output / "table1.csv").open() as file:
         table = {row["method"]: row for row in csv.DictReader(file)}
@@ -294,7 +294,8 @@ def test_figures_of_the_complete_runs(
     assert "table2-curves.png: not run" in printed
     names = {path.name for path in (output / "figures").iterdir()}
     assert names == {
-        "table1-curves.png", "table1-over-training.png", "table1-over-patches.png", "table1-comparison.png",
+        "table1-curves.png", "table1-curves.json", "table1-over-training.png", "table1-over-patches.png",
+        "table1-comparison.png",
         "entropy-curves.png", "entropy-maps.png",
     }  # fmt: skip
     curve = json.loads((output / "table1" / "quick" / "ats-10-seed-0" / "curve.json").read_text())["points"]

@@ -18,6 +18,7 @@ from ats.experiments.plots import Panel, draw_curves, draw_lines, draw_maps
 from ats.experiments.reproduce.curves import curve_of, entropies
 from ats.experiments.reproduce.runs import Job, result_of, run_jobs
 from ats.experiments.reproduce.tables import TABLE_1, Table
+from ats.experiments.training import write_json
 
 ENTROPY_WEIGHTS = (0.0, 0.001, 0.01, 0.1, 1.0)
 _SHOWN = 3  # images of a comparison
@@ -50,7 +51,8 @@ def draw_figures(table: Table, runs: Runs, folder: Path) -> list[Path]:
     path = folder / f"{table.name}-curves.png"
     if curves and data is not None:
         draw_curves(curves, path, title=f"{table.title}: {data.source}")
-        written.append(path)
+        write_json(path.with_suffix(".json"), {"source": data.source, "curves": curves})
+        written += [path, path.with_suffix(".json")]
     else:
         console.print(f"{path.name}: not run, no complete run of {table.name}")
     sampled = {name: configs[0] for name, configs in runs.items() if configs[0].model.method == "ats"}
