@@ -93,18 +93,23 @@ def bench_sampling_of_more_cells_than_multinomial_takes(report: Report) -> None:
     assert ats_kernels.sample(logits, 10).indices.unique().numel() == 10
 
 
+def by_indexing(image: Tensor, offsets: Tensor, size: int) -> Tensor:
+    """Patches (B, N, C, size, size) that lie inside their images (B, C, H, W), as one writes it in plain PyTorch."""
+    which = torch.arange(len(image), device=image.device).view(-1, 1, 1, 1)
+    side = torch.arange(size, device=image.device)
+    rows, columns = (offsets[..., axis, None] + side for axis in (0, 1))  # (B, N, size)
+    return image[which, :, rows.unsqueeze(-1), columns.unsqueeze(-2)].movedim(-1, 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=["float32", "uint8 to normalised float32"])
 def bench_gather(report: Report, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     image = noise((8, 3, 1500, 1500), dtype, report.device)
     offsets = [torch.randint(1450, (8, 10, 2), device=report.device) for _ in range(COPIES)]
     normal = {"mean": MEAN, "std": STD} if dtype == torch.uint8 else {}
     mean, std = (torch.tensor(value, device=report.device).view(3, 1, 1) for value in (MEAN, STD))
-    which = torch.arange(8, device=report.device).view(-1, 1, 1, 1)
-    side = torch.arange(50, device=report.device)
 
     def indexing(offsets: Tensor) -> Tensor:
-        rows, columns = (offsets[..., axis, None] + side for axis in (0, 1))  # (B, N, 50)
-        patches = image[which, :, rows.unsqueeze(-1), columns.unsqueeze(-2)].movedim(-1, 2)  # (B, N, C, 50, 50)
+        patches = by_indexing(image, offsets, 50)
         return (patches / 255 - mean) / std if normal else patches
 
     def ours(i: int) -> Tensor:
@@ -160,6 +165,11 @@ def bench_gather_large(
     too_large(report, batch * channels * side**2)
     image = noise((batch, channels, side, side), torch.uint8, report.device)
     offsets = [torch.randint(side - patch, (batch, n, 2), device=report.device) for _ in range(COPIES)]
+
+    def indexing(offsets: Tensor) -> Tensor:
+        return by_indexing(image, offsets, patch).to(dtype) / 255
+
+    compiled = torch.compile(indexing, dynamic=False)
     moved = batch * n * channels * patch**2 * (1 + dtype.itemsize)
     result = torch.empty(batch, n, channels, patch, patch, dtype=dtype, device=report.device)
     group = report.compare(
@@ -168,8 +178,10 @@ def bench_gather_large(
             "ats_kernels.extract_patches": lambda i: ats_kernels.extract_patches(
                 image, offsets[i % COPIES], patch, dtype=dtype
             ),
+            "advanced indexing": lambda i: indexing(offsets[i % COPIES]),
             "copying the result": lambda i: result.clone(),
         },
+        {"advanced indexing, compiled": lambda i: compiled(offsets[i % COPIES])},
         copies=COPIES,
         floor_bytes=moved,
     )
@@ -262,15 +274,16 @@ def bench_view(report: Report, batch: int, channels: int, side: int, size: int) 
         group.at_most(15, 100 * scratch / (4 * images[0].numel()), "scratch, of the float copy", "%")
 
 
-def bench_expectation(report: Report) -> None:
-    log_attention = torch.randn(16, 32_400, device=report.device).log_softmax(-1)[:, :10].clone().requires_grad_()
-    features = torch.randn(16, 10, 512, device=report.device, requires_grad=True)
+@pytest.mark.parametrize(("batch", "n", "size"), [(16, 10, 512), (16, 100, 512), (1, 256, 2048)])
+def bench_expectation(report: Report, batch: int, n: int, size: int) -> None:
+    log_attention = torch.randn(batch, 32_400, device=report.device).log_softmax(-1)[:, :n].clone().requires_grad_()
+    features = torch.randn(batch, n, size, device=report.device, requires_grad=True)
 
     def eager(features: Tensor, log_attention: Tensor) -> Tensor:
         """The same estimate and gradient: w_k (f_k + f_k (log a_k − its value))."""
         attention = log_attention.detach().exp()
         left = 1 - (attention.cumsum(-1) - attention)
-        weights = (left + torch.arange(9, -1, -1, device=attention.device) * attention) / 10
+        weights = (left + torch.arange(n - 1, -1, -1, device=attention.device) * attention) / n
         terms = features + features.detach() * (log_attention - log_attention.detach()).unsqueeze(-1)
         return torch.einsum("bn,bnd->bd", weights, terms)
 
@@ -278,10 +291,11 @@ def bench_expectation(report: Report) -> None:
         return lambda i: torch.autograd.grad(method(features, log_attention).sum(), [features, log_attention])
 
     report.compare(
-        "Expectation, forward and backward: B = 16, N = 10, D = 512",
+        f"Expectation, forward and backward: B = {batch}, N = {n}, D = {size}",
         {"ats.expectation": with_gradients(ats.expectation), "eager": with_gradients(eager)},
         {"eager, compiled": with_gradients(torch.compile(eager, dynamic=False))},
-        floor_bytes=4 * (2 * features.numel() + 2 * 16 * 512),
+        seconds=1.0,
+        floor_bytes=4 * (2 * features.numel() + 2 * batch * size),
     )
 
 
