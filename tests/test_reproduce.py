@@ -268,7 +268,7 @@ def test_memory_grows_with_what_is_kept() -> None:
     # Every 27×27 patch keeps at least the two convolutions' outputs: (36·24² + 48·10²) floats; 900 patches at 300.
     kept = 900 * (36 * 24**2 + 48 * 10**2) * 4
     assert kept < large < 6 * kept
-    assert 2.5 < large / small < 6
+    assert 2 < large / small < 6  # and some that does not grow: the model and its gradients
 
 
 def test_memory_that_cannot_be_measured_says_why() -> None:
