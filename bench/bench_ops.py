@@ -183,6 +183,7 @@ def bench_gather_large(
         },
         {"advanced indexing, compiled": lambda i: compiled(offsets[i % COPIES])},
         copies=COPIES,
+        seconds=1.0,
         floor_bytes=moved,
     )
     if floors:

@@ -69,7 +69,7 @@ def bench_image_size(report: Report) -> None:
     timed = report.compare(
         f"A training step by the image's size: N = 10, {GRID}×{GRID} cells, batch 1",
         {name: repeated(step(*point)) for name, point in points.items() if name not in group.not_run},
-        seconds=10.0,
+        seconds=7.0,
         per="sample",
         steps=True,
     )
@@ -129,7 +129,7 @@ def bench_number_of_cells(report: Report) -> None:
             name = f"{way}, K = 2^{power}"
             methods[name] = lambda index, draw=draw, logits=logits: draw(logits[index % COPIES])
             points[name] = way, 2**power
-    group = report.compare("A draw by the number of cells: B = 1, N = 10", methods, copies=COPIES, seconds=6.0)
+    group = report.compare("A draw by the number of cells: B = 1, N = 10", methods, copies=COPIES, seconds=4.0)
     group.axis, group.points = "cells K", points
 
 

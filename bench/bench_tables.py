@@ -110,7 +110,7 @@ def bench_table(report: Report, table: Table) -> None:
     published = {
         row.name: (row.published.seconds_per_sample, row.published.bytes_per_sample) for row in rows if row.published
     }
-    single = compare_steps(report, f"{table.title}, batch 1", configs, 1, None, seconds=8.0)
+    single = compare_steps(report, f"{table.title}, batch 1", configs, 1, None, seconds=6.0)
     single.published = published
     if table is TABLE_1:
         single.notes.append(f"A method whose first call takes more than {ONCE:g} s is not called again.")
