@@ -103,14 +103,22 @@ SIZES = [
     (4, 3_241, 10, {"method": "topk"}),
     (2, 140_001, 6, {}),
     (1, 2**21 + 7, 200, {}),
+    (4, 1_500, 1_024, {}),
 ]
 
 
+@pytest.fixture(params=["in chunks", "at once"])
+def sums(request, monkeypatch):
+    """How sums over blocks are taken: in chunks of an odd number of blocks, or of up to 2²⁰ logits at once."""
+    if request.param == "in chunks":
+        monkeypatch.setattr(sample_cpu, "_CHUNK", 3_000)
+
+
+@pytest.mark.usefixtures("sums")
 @pytest.mark.parametrize(("rows", "cells", "n", "options"), SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_same_draws_as_the_reference(rows, cells, n, options, dtype, monkeypatch):
-    """One by one for the same seed, with a third of the cells masked, in chunks of odd numbers of blocks."""
-    monkeypatch.setattr(sample_cpu, "_CHUNK", 3_000)
+def test_same_draws_as_the_reference(rows, cells, n, options, dtype):
+    """One by one for the same seed, with a third of the cells masked where that leaves enough."""
     logits = randn(rows, cells, dtype=dtype) * 5
     if cells > 3 * n:
         logits[:, ::3] = -INF
@@ -121,6 +129,7 @@ def test_same_draws_as_the_reference(rows, cells, n, options, dtype, monkeypatch
         assert_close(got, want)
 
 
+@pytest.mark.usefixtures("sums")
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize(
     "case", ["sharp", "peak between the sampled blocks", "all sampled blocks masked", "far from 0"]
