@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +21,6 @@ from bench.report import Group, Report, default_path
 
 THREADS = 2
 HERE = Path(__file__).parent
-
-LEFT_OUT = pytest.StashKey[int]()  # benchmarks that were not selected, without sizes of a GPU
-DONE = pytest.StashKey[int]()  # benchmarks that ran, or said why not
 
 
 class Replay:
@@ -73,7 +71,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Refuse what would fail after minutes of measuring."""
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device=cuda, but PyTorch finds no GPU here; leave it out to measure on the CPU")
-    config.stash[LEFT_OUT] = config.stash[DONE] = 0
     path = config.getoption("--output")
     if path is None:
         return
@@ -87,8 +84,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if not item.path.is_relative_to(HERE) and not hasattr(item.getparent(pytest.Module).obj, "SECTION"):
-        return
     item.add_marker(pytest.mark.benchmark(timer=REPLAY))
     item.extra_keyword_matches.add(section_of(item))
 
@@ -101,24 +96,16 @@ def section_of(item: pytest.Item) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the sizes that are marked `gpu` where the benchmarks run on a CPU."""
-    if config.getoption("--device") == "cuda":
-        return
-    left_out = [item for item in items if item.path.is_relative_to(HERE) and item.get_closest_marker("gpu")]
+    left_out = [item for item in items if _is_for_a_gpu(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        config.stash[LEFT_OUT] -= len(left_out)
         items[:] = [item for item in items if item not in left_out]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_deselected(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.config.stash[LEFT_OUT] += 1
-
-
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    if call.when == "call" and (call.excinfo is None or call.excinfo.errisinstance(pytest.skip.Exception)):
-        item.config.stash[DONE] += 1
+def _is_for_a_gpu(item: pytest.Item) -> bool:
+    """Whether it is a size that only a GPU is given."""
+    on_gpu = item.config.getoption("--device") == "cuda"
+    return not on_gpu and item.path.is_relative_to(HERE) and item.get_closest_marker("gpu") is not None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode) -> None:
@@ -130,11 +117,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
 def part_of(session: pytest.Session) -> str:
     """Which part of all benchmarks has run, or "" for all of them."""
     config, wanted = session.config, len(session.items)
-    done = config.stash[DONE]
+    counted: dict[str, list[Any]] = config.pluginmanager.getplugin("terminalreporter").stats
+    done = len(counted.get("passed", [])) + len(counted.get("skipped", []))
     if done < wanted:
         return f"{done} of {wanted} benchmarks: it was stopped, or some failed"
+    left_out = [item for item in counted.get("deselected", []) if not _is_for_a_gpu(item)]
     places = {(config.invocation_params.dir / argument).resolve() for argument in config.args}
-    if config.stash[LEFT_OUT] or config.getoption("lf", False) or not places & {HERE, HERE.parent}:
+    if left_out or config.getoption("lf", default=False) or not places & {HERE, HERE.parent}:
         return f"{done} benchmarks that were selected"
     return ""
 

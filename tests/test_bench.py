@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from bench import bench_tables, changes, gpu_check, measure, render
+from bench.conftest import part_of
 from bench.report import Group, Report
 from tests.conftest import HAS_GPU
 
@@ -257,6 +259,22 @@ def test_a_part_of_a_run_says_so_and_replaces_no_results(tmp_path: Path, selecti
     assert before == {path: path.stat().st_mtime_ns for path in (ROOT / "bench" / "results").iterdir()}
     run_benches(tmp_path, *selection, f"--output={tmp_path / 'out.json'}")
     assert json.loads((tmp_path / "out.json").read_text())["machine"]["not a whole run"] == expected
+
+
+@pytest.mark.parametrize("arguments", [["bench"], ["bench/"], [str(ROOT / "bench")]])
+def test_a_whole_run_is_one_of_all_benchmarks_but_the_sizes_of_a_gpu(arguments: list[str]) -> None:
+    config = Mock()
+    config.args, config.invocation_params.dir = arguments, ROOT
+    config.getoption.side_effect = lambda name, default=None: {"--device": "cpu", "lf": False}[name]
+    item = Mock(path=ROOT / "bench" / "bench_ops.py", config=config)
+    counted = {"passed": [item, item], "skipped": [item], "deselected": [item]}
+    config.pluginmanager.getplugin.return_value.stats = counted
+    session = Mock(config=config, items=[item] * 3)
+    assert part_of(session) == ""
+    item.get_closest_marker.return_value = None  # no size of a GPU, hence left out by the user
+    assert part_of(session) == "3 benchmarks that were selected"
+    counted["passed"].pop()
+    assert part_of(session).startswith("2 of 3 benchmarks")
 
 
 def test_bad_options_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
