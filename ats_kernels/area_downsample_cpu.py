@@ -20,6 +20,7 @@ from torch import Tensor
 from ats_kernels._checks import compute_dtype, normalise
 
 CHUNK = 1 << 22  # pixels at most: 8 MiB of 16-bit integers stay in cache, and spread the operators' own cost
+_LEAST_CHUNK = 1 << 19  # of a small image: one megabyte, in fewer operators
 SHORT_BIN = 128  # rows whose bytes a signed 16-bit integer can hold the sum of: 128 · 255 < 2¹⁵
 
 
@@ -64,7 +65,7 @@ def _pool(
     lengths = [end - start for start, end in zip(starts, ends, strict=True)]
     divisors = torch.tensor(lengths, dtype=view.dtype).mul_(255 if is_byte else 1).view(-1, 1, 1)  # (h, 1, 1)
 
-    chunk_size = min(CHUNK, max(1 << 19, image.numel() // 8))  # an eighth: scratch far below a float copy
+    chunk_size = min(CHUNK, max(_LEAST_CHUNK, image.numel() // 8))  # an eighth: scratch far below a float copy
     images = min(batch, max(1, chunk_size // (planes * height * length)))  # of a chunk
     step = min(rows, max(1, chunk_size * rows // (images * planes * height * length)))  # output rows of a chunk
     step -= step % phases if step > phases else 0
