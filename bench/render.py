@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ats._files import write_whole
 from bench.plots import draw
 
 Record = dict[str, Any]
@@ -29,7 +30,7 @@ def write(path: Path) -> list[Path]:
     record = json.loads(path.read_text())
     plots = draw(record["groups"], path.with_suffix(""))
     page = path.with_suffix(".md")
-    page.write_text(markdown(record, {section: plot.name for section, plot in plots.items()}))
+    write_whole(page, markdown(record, {section: plot.name for section, plot in plots.items()}).encode())
     return [page, *plots.values()]
 
 

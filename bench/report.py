@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ats._files import write_whole
 from bench.measure import Method, Rounds, Timing, compare, copy_rate, graphed, timing
 
 RESULTS = Path(__file__).parent / "results"
@@ -146,6 +147,7 @@ class Report:
         per: str = "call",
         samples: int = 1,
         steps: bool = False,
+        slow_rounds: int = 3,
     ) -> Group:
         """Time methods against each other, ours first.
 
@@ -159,6 +161,7 @@ class Report:
             per: what the times are divided into.
             samples: of those, in a call.
             steps: the methods are training steps, with the host's part; they settle before they are timed.
+            slow_rounds: at least, of a method that takes half a second or more.
         """
         group = Group(name, section=self.section, per=per, floor_bytes=floor_bytes)
         for label, method in (compiled or {}).items():
@@ -171,7 +174,7 @@ class Report:
             methods = {name: self._graphed(name, method, copies, group) for name, method in methods.items()}
         if floor_bytes is not None and self.bytes_per_second is None:
             self.bytes_per_second = copy_rate(self.device)
-        rounds = compare(methods, self.device, seconds, settle=steps)
+        rounds = compare(methods, self.device, seconds, settle=steps, slow_rounds=slow_rounds)
         group.rounds = {name: [value / samples for value in rounds[name]] for name in methods}
         for name, values in group.rounds.items():
             if len(values) == 1:
@@ -211,8 +214,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write `path`.json."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{path}.json").write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        write_whole(Path(f"{path}.json"), (json.dumps(self.as_dict(), indent=1) + "\n").encode())
 
 
 def default_path(device: torch.device) -> Path:
