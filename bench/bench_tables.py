@@ -60,7 +60,14 @@ def repeated(step: cost.Step) -> Method:
 
 
 def compare_steps(
-    report: Report, name: str, configs: Configs, batch: int, expected: Group | None, *, seconds: float
+    report: Report,
+    name: str,
+    configs: Configs,
+    batch: int,
+    expected: Group | None = None,
+    *,
+    seconds: float = 3.0,
+    slow_rounds: int = 3,
 ) -> Group:
     """Time a sample of every configuration, and memory at batch size 1; `expected` is the group of that."""
     group, device = Group(name), report.device
@@ -94,6 +101,7 @@ def compare_steps(
         per="sample",
         samples=batch,
         steps=True,
+        slow_rounds=slow_rounds,
     )
     timed.memory = group.memory
     timed.not_run = group.not_run
@@ -110,13 +118,15 @@ def bench_table(report: Report, table: Table) -> None:
     published = {
         row.name: (row.published.seconds_per_sample, row.published.bytes_per_sample) for row in rows if row.published
     }
-    single = compare_steps(report, f"{table.title}, batch 1", configs, 1, None, seconds=6.0)
+    # Deep MIL's second a step allows more rounds in table 1 than elsewhere; two headlines depend on them.
+    seconds, slow_rounds = (12.0, 9) if table is TABLE_1 else (6.0, 3)
+    single = compare_steps(report, f"{table.title}, batch 1", configs, 1, seconds=seconds, slow_rounds=slow_rounds)
     single.published = published
     if table is TABLE_1:
         single.notes.append(f"A method whose first call takes more than {ONCE:g} s is not called again.")
     if report.device.type == "cpu" and {"Deep MIL", FIRST[table.name]} <= single.rounds.keys():
         add_targets(single, table)
-    compare_steps(report, f"{table.title}, batch {LARGE_BATCH}", configs, LARGE_BATCH, single, seconds=3.0)
+    compare_steps(report, f"{table.title}, batch {LARGE_BATCH}", configs, LARGE_BATCH, single)
 
 
 def add_targets(group: Group, table: Table) -> None:

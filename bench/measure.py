@@ -20,7 +20,8 @@ Rounds = dict[str, list[float]]  # seconds a call of each method, by round
 
 _LEAST_SECONDS = 2e-3  # of one measurement; quicker methods are called several times in it
 _SETTLED_SECONDS = 0.1  # the same for steps that settle
-_LEAST_ROUNDS, _LEAST_ROUNDS_OF_SLOW = 7, 3
+_LEAST_ROUNDS = 7
+_LEAST_ROUNDS_OF_SLOW = 3
 _MOST_ROUNDS = 200
 _SLOW = 0.5  # seconds: such a method needs no second warm-up, and no settling
 ONCE = 4.0  # seconds: on a CPU, a method whose first call takes longer is not called again
@@ -45,12 +46,17 @@ class _Plan:
 
 
 def compare(
-    methods: Mapping[str, Method], device: torch.device, seconds: float = 1.5, *, settle: bool = False
+    methods: Mapping[str, Method],
+    device: torch.device,
+    seconds: float = 1.5,
+    *,
+    settle: bool = False,
+    slow_rounds: int = _LEAST_ROUNDS_OF_SLOW,
 ) -> Rounds:
     """Time methods in turn, every round in another order.
 
-    Each takes part in as many rounds as its share of `seconds` allows, at least seven, or three if it is slow; they are
-    spread evenly over the rounds of the others.
+    Each takes part in as many rounds as its share of `seconds` allows, at least seven, or `slow_rounds` if it is slow;
+    they are spread evenly over the rounds of the others.
 
     Args:
         methods: by name.
@@ -58,6 +64,7 @@ def compare(
         seconds: in all, about.
         settle: call a method once before it is timed. What another method left in caches and in the allocator would
             otherwise count; in a training, step follows step.
+        slow_rounds: at least, of a method that takes half a second or more.
     """
     rounds: Rounds = {}
     plans: dict[str, _Plan] = {}
@@ -68,7 +75,7 @@ def compare(
             continue
         if once < _SLOW or device.type != "cpu":
             once = seconds_a_call(method, device, 1, 1)
-        plans[name] = _plan(once, seconds / len(methods), settle)
+        plans[name] = _plan(once, seconds / len(methods), settle, slow_rounds)
         rounds[name] = []
     names = list(plans)
     most = max((plan.rounds for plan in plans.values()), default=0)
@@ -90,11 +97,11 @@ def compare(
     return rounds
 
 
-def _plan(once: float, share: float, settle: bool) -> _Plan:
+def _plan(once: float, share: float, settle: bool, slow_rounds: int) -> _Plan:
     settle = settle and once < _SLOW
     repeats = max(1, min(100, round((_SETTLED_SECONDS if settle else _LEAST_SECONDS) / max(once, 1e-6))))
     cost = once * (repeats + settle)
-    least = _LEAST_ROUNDS if cost < _SLOW else _LEAST_ROUNDS_OF_SLOW
+    least = _LEAST_ROUNDS if cost < _SLOW else slow_rounds
     return _Plan(repeats, settle, max(least, min(_MOST_ROUNDS, round(share / cost))))
 
 

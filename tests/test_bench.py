@@ -51,6 +51,8 @@ def test_slow_methods_take_part_in_some_of_the_rounds(monkeypatch: pytest.Monkey
     assert len(rounds["quick"]) == round(2.0 / (0.02 * 6))  # five calls and one to settle, of 20 ms
     places = [index for index, name in enumerate(calls) if name == "slow"][1:]  # after the warm-up
     assert [round(3 * place / len(calls)) for place in places] == [1, 2, 3]
+    rounds = measure.compare({"slow": method("slow")}, CPU, seconds=1e-9, settle=True, slow_rounds=9)
+    assert len(rounds["slow"]) == 9
 
 
 def test_timing_is_in_milliseconds() -> None:
