@@ -34,16 +34,21 @@ class ExperimentData(L.LightningDataModule):
         """Labels (n,) int64 of a split's images."""
 
     @abstractmethod
-    def images(self, name: str, indices: Tensor, epoch: int | None = None) -> Tensor:
-        """Images (B, C, H, W) uint8 of a split, on the indices' device; as an epoch changes them, if one is given."""
+    def examples(self, name: str, indices: Tensor, epoch: int | None = None) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) uint8 of a split and their labels (B,) int64, on the indices' device; as an epoch changes
+        them, if one is given."""
+
+    def class_counts(self) -> Tensor:
+        """Training images of each class, (classes,) float64: as many as an epoch is expected to have."""
+        return torch.bincount(self.labels("train"), minlength=self.config.data.n_classes).double()
 
     def load(self, name: str, indices: Tensor, epoch: int | None = None) -> Batch:
         """Images of a split with their views and labels, on the indices' device."""
-        image = self.images(name, indices, epoch)
+        image, label = self.examples(name, indices, epoch)
         size = view_size(self.config, (image.shape[2], image.shape[3]))
         mean, std = normalisation(self.config)
         view = image if size is None else area_downsample(image, size, mean=mean, std=std)
-        return view, image, self.labels(name)[indices.cpu()].to(indices.device)
+        return view, image, label
 
     def class_weights(self) -> Tensor:
         """The inverse of the classes' shares of the training images, (classes,), scaled to be 1 for equal shares.
@@ -51,10 +56,10 @@ class ExperimentData(L.LightningDataModule):
         Raises:
             ValueError: a class has no training image.
         """
-        counts = torch.bincount(self.labels("train"), minlength=self.config.data.n_classes)
+        counts = self.class_counts()
         if bool((counts == 0).any()):
             raise ValueError(f"training images by class are {counts.tolist()}: a class without any cannot be learned")
-        return counts.sum() / (counts.double() * len(counts))
+        return counts.sum() / (counts * len(counts))
 
     def train_dataloader(self) -> DataLoader[int]:
         return self._loader("train", shuffle=True)
@@ -127,5 +132,6 @@ class MegapixelMNISTData(ExperimentData):
     def labels(self, name: str) -> Tensor:
         return self.split(name).labels
 
-    def images(self, name: str, indices: Tensor, epoch: int | None = None) -> Tensor:
-        return self.split(name).render(indices, indices.device)
+    def examples(self, name: str, indices: Tensor, epoch: int | None = None) -> tuple[Tensor, Tensor]:
+        split = self.split(name)
+        return split.render(indices, indices.device), split.labels[indices.cpu()].to(indices.device)

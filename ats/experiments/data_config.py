@@ -107,6 +107,19 @@ class SpeedLimitsConfig(ImageConfig):
     other_signs_are_none: bool = False
     """Take photographs that show other signs only as ones without a limit, in place of leaving them out."""
     translation: int = 100
+    drawn_limits: float = 0.0
+    """Share of the photographs without a limit into which, in each epoch anew, the training draws one to eight signs of
+    a limit, which is then their label: a few hundred streets are soon learned by heart if each keeps its label."""
+    drawn_patches: int = 0
+    """Patches with drawn limits on which features learn to read beforehand; the training leaves them as they are then,
+    and learns where to look. 0: features learn from the photographs. A CNN has no features of patches."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no change can have."""
+        super().__post_init__()
+        check_least(self, "data", 0, "drawn_patches")
+        if not 0 <= self.drawn_limits < 1:
+            raise ValueError(f"data.drawn_limits must be at least 0 and below 1, got {self.drawn_limits}")
 
     @property
     def n_classes(self) -> int:

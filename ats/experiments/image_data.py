@@ -1,9 +1,11 @@
 """Colon cancer and speed limits for Lightning: photographs in memory, changed at random in training."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ats.datasets.colon_cancer import colon_cancer_folds, load_colon_cancer
+from ats.datasets.drawn_limits import MOST, put_limit, within
 from ats.datasets.example import ImageDataset
 from ats.datasets.speed_limits import load_speed_limits
 from ats.experiments.augmentation import apply_change, draw_change
@@ -32,16 +34,40 @@ class ImageData(ExperimentData):
     def labels(self, name: str) -> Tensor:
         return self.split(name).labels
 
-    def images(self, name: str, indices: Tensor, epoch: int | None = None) -> Tensor:
-        images, data = self.split(name), self.config.data
+    def class_counts(self) -> Tensor:
+        counts, data = super().class_counts(), self.config.data
+        if isinstance(data, SpeedLimitsConfig):
+            drawn = data.drawn_limits * counts[0]
+            counts[0] -= drawn
+            counts[1:] += drawn / (len(counts) - 1)
+        return counts
+
+    def examples(self, name: str, indices: Tensor, epoch: int | None = None) -> tuple[Tensor, Tensor]:
+        images, data, seed = self.split(name), self.config.data, self.config.seed
         assert isinstance(data, ImageConfig)
-        made = []
+        made, labels = [], []
         for index in indices.tolist():
-            image = images.image(index).to(indices.device)
+            image, label = images.image(index).to(indices.device), images.label(index)
             if epoch is not None:
-                image = apply_change(image, draw_change(data, self.config.seed, epoch, index))
+                image = apply_change(image, draw_change(data, seed, epoch, index))
+                if isinstance(data, SpeedLimitsConfig) and label == 0:
+                    image, label = self._with_limit(image, data, seed, epoch, index)
             made.append(image)
-        return torch.stack(made)
+            labels.append(label)
+        return torch.stack(made), torch.tensor(labels, device=indices.device)
+
+    def _with_limit(
+        self, image: Tensor, data: SpeedLimitsConfig, seed: int, epoch: int, index: int
+    ) -> tuple[Tensor, int]:
+        """A photograph without a limit, in a share of the epochs with one that is drawn into it; and its label."""
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, index, 1])))
+        if random.random() >= data.drawn_limits:
+            return image, 0
+        images = self.split("train")
+        label = int(random.integers(1, len(images.classes)))
+        for _ in range(int(random.integers(1, MOST, endpoint=True))):
+            image = put_limit(image, random, int(images.classes[label]), within(images.source))
+        return image, label
 
 
 def _read_splits(config: ExperimentConfig) -> dict[str, ImageDataset]:

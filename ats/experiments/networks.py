@@ -70,6 +70,13 @@ def build_model(config: ExperimentConfig) -> Classifier:
     return ATSClassifier(sampling, n_features, n_classes, model.feature_scale)
 
 
+def patch_features(model: Classifier) -> nn.Module | None:
+    """The network from patches to features; a CNN has none."""
+    if isinstance(model, CNNClassifier):
+        return None
+    return model.sampling.feature if isinstance(model, ATSClassifier) else model.feature
+
+
 def normalisation(config: ExperimentConfig) -> Normalisation:
     """Mean and standard deviation by channel, of views and patches alike."""
     return _NETWORKS[config.experiment].NORMALISATION[config.model.networks]

@@ -89,7 +89,16 @@ _SPEED = OptimConfig(
     class_weights=True,
     average=0.99,
 )
-_STREETS = SpeedLimitsConfig(contrast=0.3, brightness=0.15, tint=0.05, translation=50, zoom=1.35, stretch=1.08)
+_STREETS = SpeedLimitsConfig(
+    contrast=0.3,
+    brightness=0.15,
+    tint=0.05,
+    translation=50,
+    zoom=1.35,
+    stretch=1.08,
+    drawn_limits=0.5,
+    drawn_patches=28_800,
+)
 _SPEED_LIMITS = {
     "paper": ExperimentConfig(
         preset="paper",

@@ -13,7 +13,8 @@ from torchmetrics.classification import MulticlassHammingDistance
 
 from ats.experiments.config import ExperimentConfig, from_dict, to_dict
 from ats.experiments.data import Batch
-from ats.experiments.networks import build_model
+from ats.experiments.data_config import SpeedLimitsConfig
+from ats.experiments.networks import build_model, patch_features
 from ats.experiments.schedule import entropy_weight, learning_rate_factor
 from ats.functional import PatchSample
 from ats.models import ATSClassifier
@@ -33,6 +34,22 @@ class ClassificationTask(L.LightningModule):
         self.train_loss, self.validation_loss = MeanMetric(), MeanMetric()
         self.train_error = MulticlassHammingDistance(n_classes, average="micro")
         self.validation_error = MulticlassHammingDistance(n_classes, average="micro")
+
+    @property
+    def taught_features(self) -> nn.Module | None:
+        """The feature network where drawn patches teach it beforehand, and the training leaves it as it is."""
+        data = self.config.data
+        return patch_features(self.model) if isinstance(data, SpeedLimitsConfig) and data.drawn_patches else None
+
+    def setup(self, stage: str) -> None:
+        if self.taught_features is not None:
+            self.taught_features.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "ClassificationTask":
+        super().train(mode)
+        if self.taught_features is not None:
+            self.taught_features.eval()
+        return self
 
     def draw_generator(self, *where: int) -> torch.Generator:
         """Random numbers for the draws of one step, a function of the seed, the rank and `where` alone.

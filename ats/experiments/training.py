@@ -27,6 +27,7 @@ from ats._files import write_whole
 from ats.experiments.callbacks import AttentionDiagnostics
 from ats.experiments.config import ExperimentConfig, differences, from_dict, to_dict
 from ats.experiments.data import Batch
+from ats.experiments.drawn_patches import teach_features
 from ats.experiments.environment import hardware
 from ats.experiments.image_data import experiment_data
 from ats.experiments.task import ClassificationTask
@@ -58,6 +59,8 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
     trainer = _trainer(config, [timer, *_diagnostics(config), *callbacks])
     task, data = ClassificationTask(config), experiment_data(config)
     try:
+        if not last.exists():
+            teach_features(task.model, data)
         trainer.fit(task, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into an exit
         raise InterruptedRunError(f"stopped in {folder}; the same command goes on from the last full epoch") from stop
@@ -129,6 +132,7 @@ def _quiet() -> None:
         ".*number of training batches.*smaller than the logging interval.*",  # the log is by epoch
         ".*Total length of `list` across ranks is zero.*",  # no validation was asked for
         ".*Checkpoint directory .* exists and is not empty.*",  # it goes on from there
+        ".*module.s. in eval mode at the start of training.*",  # features that were taught beforehand
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=message)

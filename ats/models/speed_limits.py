@@ -28,19 +28,20 @@ NORMALISATION: dict[str, Normalisation] = {"paper": (None, None), "modern": ([_M
 class _FromRedness(nn.Sequential):
     """Layers whose logits add to how red the view is, so that attention starts where a sign's rim may be.
 
-    It may go anywhere from there: redness has a weight of its own, which is learned with the rest.
+    It may go anywhere from there: redness has a weight of its own, 25·exp(gain), whose gain is learned with the rest.
     """
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(*layers)
-        self.weight = nn.Parameter(torch.tensor(25.0))
+        self.gain = nn.Parameter(torch.tensor(0.0))  # of a size that the optimiser's steps are made for
 
     def forward(self, view: Tensor) -> Tensor:
         """Normalised view (B, 3, h, w) -> logits (B, 1, h // 8, w // 8), of mean 0."""
         red, green, blue = (view * _STD + _MEAN).split(1, dim=1)
         others = torch.maximum(green, blue)
         redness = (red - others) / (torch.maximum(red, others) + 0.1)  # of the colour, be it bright or dark
-        logits = super().forward(view) + self.weight * F.max_pool2d(redness, ATTENTION_STRIDE["modern"])
+        redness = 25.0 * self.gain.exp() * F.max_pool2d(redness, ATTENTION_STRIDE["modern"])
+        logits = super().forward(view) + redness
         return logits - logits.mean((1, 2, 3), keepdim=True)  # in the middle of the bound that follows
 
 
@@ -82,6 +83,7 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
             *conv_norm(64, 96, kernel=3, stride=2),
             *conv_norm(96, 128, kernel=3),
             GlobalMaxPool(),
+            nn.BatchNorm1d(N_FEATURES["modern"]),  # all maxima are positive: around 0 they differ more
         ]
     return nn.Sequential(ChannelsLast(), *layers, *([L2Normalise()] if normalised else []))
 
