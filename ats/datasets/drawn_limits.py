@@ -28,7 +28,9 @@ MOST = 8
 photographs have."""
 _WHITE, _YELLOW = (228.0, 228.0, 228.0), (228.0, 190.0, 60.0)
 
-_FINER = 4  # drawn so much larger and averaged, so that edges are soft
+_FINE = (
+    100  # pixels: signs are drawn two to four times as large as they come out, so that edges are soft; small ones more
+)
 
 
 def within(source: str) -> Colour:
@@ -77,7 +79,8 @@ def draw_look(random: np.random.Generator, side: int, inner: Colour) -> Look:
 
 def draw_sign(side: int, limit: int, look: Look) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     """A round sign with a limit in a red ring, (side, width, 4): red, green, blue and how opaque."""
-    fine = side * _FINER
+    finer = max(2, min(4, _FINE // side))
+    fine = side * finer
     sign = _pil("Image").new("RGBA", (fine, fine), (0, 0, 0, 0))
     draw = _pil("ImageDraw").Draw(sign)
     for inset, colour in ((0.0, look.within), (look.rim, look.red), (look.ring, look.within)):
@@ -86,7 +89,7 @@ def draw_sign(side: int, limit: int, look: Look) -> "np.ndarray[Any, np.dtype[np
         )
     sign.paste(_opaque(look.black), (0, 0, fine, fine), _digits(fine, str(limit), look))
     sign = sign.rotate(look.degrees, _pil("Image").Resampling.BILINEAR)
-    sign = sign.filter(_pil("ImageFilter").GaussianBlur(_FINER * look.blur))
+    sign = sign.filter(_pil("ImageFilter").GaussianBlur(finer * look.blur))
     return np.asarray(sign.resize((max(4, round(side * look.width)), side), _pil("Image").Resampling.BOX))
 
 
