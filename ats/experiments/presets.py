@@ -24,7 +24,6 @@ _MEGAPIXEL_MNIST = {
     ),
     "quick": ExperimentConfig(
         preset="quick",
-        data=MegapixelMNISTConfig(train_images=2000, test_images=200),
         optim=replace(_MNIST, epochs=10),
     ),
     "demo": ExperimentConfig(

@@ -77,7 +77,10 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
             *conv_norm(32, 64, kernel=3, stride=2),
             *conv_norm(64, 128, kernel=3),
         ]
-    return nn.Sequential(ChannelsLast(), *layers, GlobalMaxPool(), *([L2Normalise()] if normalised else []))
+    layers.append(GlobalMaxPool())
+    if networks == "modern":
+        layers.append(nn.BatchNorm1d(N_FEATURES["modern"]))  # all maxima are positive: around 0 they differ more
+    return nn.Sequential(ChannelsLast(), *layers, *([L2Normalise()] if normalised else []))
 
 
 def image_network(networks: str, channels: int = 32) -> tuple[nn.Sequential, int]:
