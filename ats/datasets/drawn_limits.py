@@ -28,9 +28,7 @@ MOST = 8
 photographs have."""
 _WHITE, _YELLOW = (228.0, 228.0, 228.0), (228.0, 190.0, 60.0)
 
-_FINE = (
-    100  # pixels: signs are drawn two to four times as large as they come out, so that edges are soft; small ones more
-)
+_FINE = 100  # pixels: signs are drawn two to four times as large as they come out, the small ones more
 
 
 def within(source: str) -> Colour:
