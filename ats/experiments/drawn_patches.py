@@ -7,6 +7,7 @@ begin with there are neither, and few photographs. Patches with drawn limits nee
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from ats.datasets.drawn_limits import SIDES, put_limit, within
@@ -94,8 +95,13 @@ def teach_features(model: Classifier, data: ExperimentData) -> None:
         schedule.step()
         recent.append(float(loss.detach()))
         if step % REPORT_EVERY == 0 or step == steps:
-            print(f"drawn patches, step {step}/{steps}  loss {sum(recent) / len(recent):.3f}", flush=True)
+            _report(f"drawn patches, step {step}/{steps}  loss {sum(recent) / len(recent):.3f}")
             recent = []
+
+
+@rank_zero_only
+def _report(line: str) -> None:
+    print(line, flush=True)
 
 
 def _normalisation(config: ExperimentConfig) -> tuple[list[float], list[float]]:

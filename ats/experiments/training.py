@@ -60,7 +60,7 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
     task, data = ClassificationTask(config), experiment_data(config)
     try:
         if not last.exists():
-            teach_features(task.model, data)
+            teach_features(task.model.to(trainer.strategy.root_device), data)
         trainer.fit(task, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into an exit
         raise InterruptedRunError(f"stopped in {folder}; the same command goes on from the last full epoch") from stop
