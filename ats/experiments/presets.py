@@ -24,7 +24,7 @@ _MEGAPIXEL_MNIST = {
     ),
     "quick": ExperimentConfig(
         preset="quick",
-        optim=replace(_MNIST, epochs=10),
+        optim=replace(_MNIST, epochs=8),
     ),
     "demo": ExperimentConfig(
         preset="demo",
