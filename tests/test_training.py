@@ -25,7 +25,9 @@ from ats.experiments.config import (
     from_dict,
     to_dict,
 )
+from ats.experiments.data import Batch, MegapixelMNISTData
 from ats.experiments.data_config import MegapixelMNISTConfig, data_folder
+from ats.experiments.image_data import experiment_data
 from ats.experiments.networks import build_model, view_size
 from ats.experiments.presets import PRESETS
 from ats.experiments.schedule import learning_rate_factor
@@ -121,6 +123,32 @@ def test_diagnostics_change_nothing_and_a_watched_run_goes_on_as_it_was(uninterr
         header = log.read_text().splitlines()[0].split(",")
         assert {"attention/covered_mass", "attention/gradient_snr", "attention/border_mass"} <= set(header)
     assert differences(config, tiny(config.run_folder)) == []
+
+
+def test_the_first_epochs_can_have_smaller_images(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run")
+    larger = dataclasses.replace(config.data, small_epochs=1, image_size=420, n_noise=5)
+    config = dataclasses.replace(config, data=larger, optim=dataclasses.replace(config.optim, epochs=2))
+    data = experiment_data(config)
+    assert isinstance(data, MegapixelMNISTData)
+    indices = torch.tensor([3, 0, 5])
+    for name, epoch, expected in (("train", 0, 140), ("train", 1, 420), ("train", None, 420), ("test", None, 420)):
+        view, image, label = data.load(name, indices, epoch=epoch)
+        assert image.shape == (3, 1, expected, expected)
+        assert view.shape[2:] == view_size(config, (expected, expected))
+        assert torch.equal(label, data.split("small" if epoch == 0 else name).labels[indices])
+    assert len(data.split("small")) == len(data.split("train"))
+    assert data.split("small").labels.tolist() != data.split("train").labels.tolist()
+    shapes = []
+
+    class Note(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch, index: int) -> None:
+            shapes.append(batch[1].shape[-1])
+
+    train(config, callbacks=(Note(),))
+    assert shapes == [140] * 3 + [420] * 3
+    with pytest.raises(ValueError, match=r"data\.small_epochs must be at least 0"):
+        MegapixelMNISTConfig(small_epochs=-1)
 
 
 @pytest.mark.parametrize(("option", "value"), [("every", -1), ("gradient_draws", -1), ("gradient_draws", 1)])

@@ -17,7 +17,7 @@ from ats.datasets.mnist import Digits
 
 GLYPH = 28  # pixels, a side of a digit or a patch of noise
 N_CLASSES = 10
-_SPLITS = {"train": 0, "validation": 1, "test": 2}
+_SPLITS = {"train": 0, "validation": 1, "test": 2, "small": 3}
 _N_NOISE_GLYPHS = 2000
 _TRIES = 1000
 
@@ -32,7 +32,7 @@ class MegapixelMNIST(Dataset[tuple[Tensor, int]]):
         n_noise: patches of noise an image, each two random strokes in 28×28, anywhere.
         n_digits: digits an image, none overlapping another.
         n_target: how many of them are of the target class; more than half.
-        seed, split: which images; "train", "validation" or "test".
+        seed, split: which images; "train", "validation" or "test", or "small" for more to train on.
 
     Raises:
         ValueError: sizes that do not fit each other, an unknown split, a class without digits.

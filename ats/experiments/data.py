@@ -116,14 +116,15 @@ class MegapixelMNISTData(ExperimentData):
             fetch_mnist(data_folder(self.data))
 
     def split(self, name: str) -> MegapixelMNIST:
-        """The images of a split; validation images are other images of the training digits."""
+        """The images of a split; those of "validation" and "small" are other images of the training digits."""
         if name not in self._sets:
             folder = data_folder(self.data) if self.data.digits == "full" else None
+            small = name == "small"
             self._sets[name] = MegapixelMNIST(
                 load_digits("test" if name == "test" else "train", folder),
-                getattr(self.data, f"{name}_images"),
-                image_size=self.data.image_size,
-                n_noise=self.data.n_noise,
+                getattr(self.data, "train_images" if small else f"{name}_images"),
+                image_size=self.data.image_size // 3 if small else self.data.image_size,
+                n_noise=self.data.n_noise // 5 if small else self.data.n_noise,
                 seed=self.config.seed,
                 split=name,
             )
@@ -133,5 +134,6 @@ class MegapixelMNISTData(ExperimentData):
         return self.split(name).labels
 
     def examples(self, name: str, indices: Tensor, epoch: int | None = None) -> tuple[Tensor, Tensor]:
-        split = self.split(name)
+        small = name == "train" and epoch is not None and epoch < self.data.small_epochs
+        split = self.split("small" if small else name)
         return split.render(indices, indices.device), split.labels[indices.cpu()].to(indices.device)

@@ -33,6 +33,9 @@ class MegapixelMNISTConfig:
     """Patches of noise an image."""
     train_images: int = 5000
     """Images to train on."""
+    small_epochs: int = 0
+    """Epochs, at the start, on as many other images of a third of the size with a fifth of the noise, where digits are
+    found sooner."""
     validation_images: int = 0
     """Images, made of training digits, to validate on after each epoch; 0 for none."""
     test_images: int = 1000
@@ -41,7 +44,7 @@ class MegapixelMNISTConfig:
     def __post_init__(self) -> None:
         """Refuse values that no images can have."""
         check_least(self, "data", 1, "train_images", "test_images")
-        check_least(self, "data", 0, "n_noise", "validation_images")
+        check_least(self, "data", 0, "n_noise", "validation_images", "small_epochs")
 
 
 @dataclass(frozen=True)

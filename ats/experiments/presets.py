@@ -20,11 +20,13 @@ _MEGAPIXEL_MNIST = {
     ),
     "modern": ExperimentConfig(
         preset="modern",
+        data=MegapixelMNISTConfig(small_epochs=8),
         optim=replace(_MNIST, epochs=50),
     ),
     "quick": ExperimentConfig(
         preset="quick",
-        optim=replace(_MNIST, epochs=8),
+        data=MegapixelMNISTConfig(small_epochs=8),
+        optim=replace(_MNIST, epochs=14),
     ),
     "demo": ExperimentConfig(
         preset="demo",
