@@ -184,7 +184,7 @@ def _by_method(table: Table, preset: str, rows: Sequence[Mapping[str, Any]]) -> 
         if values["runs"]:
             config = to_dict(table.config(row, preset, 0, Path(), None))
             options = [f"{name} {config[section][key]}" for name in names for section, key in [name.split(".")]]
-            described.append(f"{row.name}: {', '.join(options)}, {values['runs']} runs")
+            described.append(f"{row.name}: {', '.join([*options, str(values['runs']) + ' runs'])}")
     return f"- By method: {'; '.join(described) or 'none was run'}."
 
 
