@@ -7,12 +7,11 @@ choice is one of `Integers`; Pillow draws.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ats.datasets.image_files import needed
+from ats.datasets.image_files import pillow
 from ats.datasets.integers import Integers
 
 if TYPE_CHECKING:
@@ -51,16 +50,12 @@ _BLACK: Colour = (24, 24, 26)
 OTHER_SIGNS = ("triangle", "disc", "diamond")
 
 
-def _pil(module: str) -> ModuleType:
-    return needed(f"PIL.{module}", "Pillow")
-
-
 def tissue(random: Integers, size: int) -> "Image":
     """Pink background of uneven stain with paler holes, (size, size)."""
     patches = _clouds(random, (size, size), 25).astype(np.int64)
     holes = _clouds(random, (size, size), 60) > 175
     base = np.array([222, 176, 212], np.int32) + (patches[..., None] - 128) * np.array([1, 2, 1], np.int32) // 6
-    return _pil("Image").fromarray(np.where(holes[..., None], [242, 236, 242], base).clip(0, 255).astype(np.uint8))
+    return pillow("Image").fromarray(np.where(holes[..., None], [242, 236, 242], base).clip(0, 255).astype(np.uint8))
 
 
 def draw_nucleus(image: "Image", random: Integers, kind: str, x: int, y: int) -> None:
@@ -90,8 +85,8 @@ def street(random: Integers, size: tuple[int, int]) -> "Image":
     ground = np.array([70, 84, 50], np.int16) + foliage[horizon:] * np.array([3, 3, 2], np.int16) // 16
     treetops = horizon - _clouds(random, (1, width), 40).astype(np.int32)[..., None] * height // 700
     pixels = np.concatenate([np.where(rows < treetops, sky, trees), ground])
-    image: Image = _pil("Image").fromarray(pixels.clip(0, 255).astype(np.uint8))
-    draw = _pil("ImageDraw").Draw(image)
+    image: Image = pillow("Image").fromarray(pixels.clip(0, 255).astype(np.uint8))
+    draw = pillow("ImageDraw").Draw(image)
     for _ in range(random.between(0, 3)):
         left, wide = random.below(width), random.between(width // 20, width // 8)
         shade = random.between(-30, 30)
@@ -150,7 +145,7 @@ def draw_other_sign(image: "Image", box: Box, kind: str) -> None:
 
 def blur(image: "Image", box: Box) -> None:
     """Smear a box, so that what is there cannot be read."""
-    part = image.crop(box).filter(_pil("ImageFilter").GaussianBlur((box[2] - box[0]) / 6))
+    part = image.crop(box).filter(pillow("ImageFilter").GaussianBlur((box[2] - box[0]) / 6))
     image.paste(part, box[:2])
 
 
@@ -158,23 +153,23 @@ def with_noise(image: "Image", random: Integers, strength: int = 8) -> "Image":
     """A copy with each value off by at most `strength`, as a camera's sensor has it."""
     pixels = np.asarray(image).astype(np.int16)
     noise = random.bytes(pixels.size).reshape(pixels.shape) % (2 * strength + 1)
-    return _pil("Image").fromarray((pixels + noise - strength).clip(0, 255).astype(np.uint8))
+    return pillow("Image").fromarray((pixels + noise - strength).clip(0, 255).astype(np.uint8))
 
 
 def _draw_pole(image: "Image", box: Box) -> None:
     left, _, right, bottom = box
     middle, side = (left + right) // 2, right - left
-    _pil("ImageDraw").Draw(image).rectangle((middle - side // 16, bottom - 2, middle + side // 16, bottom + side * 2),
+    pillow("ImageDraw").Draw(image).rectangle((middle - side // 16, bottom - 2, middle + side // 16, bottom + side * 2),
                                             fill=(120, 120, 122))  # fmt: skip
 
 
 @contextmanager
 def _finer(image: "Image", box: Box) -> Iterator[tuple[Any, int]]:
     """Draw on an enlarged copy of a square box: yields what to draw with, and the coordinate of its middle."""
-    resampling = _pil("Image").Resampling
+    resampling = pillow("Image").Resampling
     side = box[2] - box[0]
     large = image.crop(box).resize((side * _FINER, side * _FINER), resampling.NEAREST)
-    yield _pil("ImageDraw").Draw(large), side * _FINER // 2
+    yield pillow("ImageDraw").Draw(large), side * _FINER // 2
     image.paste(large.reduce(_FINER), box[:2])
 
 
@@ -198,5 +193,5 @@ def _clouds(random: Integers, size: tuple[int, int], grain: int) -> "np.ndarray[
     """Smooth noise (height, width), 0 to 255, that varies over `grain` pixels."""
     height, width = size
     coarse = random.bytes((height // grain + 2) * (width // grain + 2)).reshape(height // grain + 2, width // grain + 2)
-    image = _pil("Image").fromarray(coarse).resize((width, height), _pil("Image").Resampling.BICUBIC)
+    image = pillow("Image").fromarray(coarse).resize((width, height), pillow("Image").Resampling.BICUBIC)
     return np.asarray(image)

@@ -6,14 +6,13 @@ wear, light and blur of the photographs' own as far as that can be done without 
 
 import math
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ats.datasets.image_files import needed
+from ats.datasets.image_files import pillow
 from ats.datasets.speed_limits import SOURCES
 
 if TYPE_CHECKING:
@@ -79,16 +78,16 @@ def draw_sign(side: int, limit: int, look: Look) -> "np.ndarray[Any, np.dtype[np
     """A round sign with a limit in a red ring, (side, width, 4): red, green, blue and how opaque."""
     finer = max(2, min(4, _FINE // side))
     fine = side * finer
-    sign = _pil("Image").new("RGBA", (fine, fine), (0, 0, 0, 0))
-    draw = _pil("ImageDraw").Draw(sign)
+    sign = pillow("Image").new("RGBA", (fine, fine), (0, 0, 0, 0))
+    draw = pillow("ImageDraw").Draw(sign)
     for inset, colour in ((0.0, look.within), (look.rim, look.red), (look.ring, look.within)):
         draw.ellipse(
             (inset * fine, inset * fine, fine - 1 - inset * fine, fine - 1 - inset * fine), fill=_opaque(colour)
         )
     sign.paste(_opaque(look.black), (0, 0, fine, fine), _digits(fine, str(limit), look))
-    sign = sign.rotate(look.degrees, _pil("Image").Resampling.BILINEAR)
-    sign = sign.filter(_pil("ImageFilter").GaussianBlur(finer * look.blur))
-    return np.asarray(sign.resize((max(4, round(side * look.width)), side), _pil("Image").Resampling.BOX))
+    sign = sign.rotate(look.degrees, pillow("Image").Resampling.BILINEAR)
+    sign = sign.filter(pillow("ImageFilter").GaussianBlur(finer * look.blur))
+    return np.asarray(sign.resize((max(4, round(side * look.width)), side), pillow("Image").Resampling.BOX))
 
 
 def put_limit(
@@ -130,11 +129,11 @@ def put_limit(
 def _digits(fine: int, text: str, look: Look) -> "Image":
     """Where the digits are, (fine, fine), grey."""
     size = fine * look.digits * (1 if len(text) < 3 else 0.78)
-    layer = _pil("Image").new("L", (fine, fine), 0)
-    font = _pil("ImageFont").load_default(size)
+    layer = pillow("Image").new("L", (fine, fine), 0)
+    font = pillow("ImageFont").load_default(size)
     bold = int(fine * look.bold)
     middle = (fine / 2, fine / 2)
-    _pil("ImageDraw").Draw(layer).text(middle, text, 255, font, "mm", stroke_width=bold, stroke_fill=255)
+    pillow("ImageDraw").Draw(layer).text(middle, text, 255, font, "mm", stroke_width=bold, stroke_fill=255)
     narrow = layer.resize((max(1, round(fine * look.narrow)), fine))
     layer.paste(0, (0, 0, fine, fine))
     layer.paste(narrow, ((fine - narrow.width) // 2, 0))
@@ -149,7 +148,3 @@ def _colour(values: "np.ndarray[Any, np.dtype[np.float64]]") -> Colour:
 def _opaque(colour: Colour) -> tuple[int, int, int, int]:
     red, green, blue = (round(value) for value in colour)
     return red, green, blue, 255
-
-
-def _pil(module: str) -> ModuleType:
-    return needed(f"PIL.{module}", "Pillow")

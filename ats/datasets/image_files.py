@@ -30,6 +30,11 @@ def needed(module: str, package: str) -> ModuleType:
         ) from error
 
 
+def pillow(module: str) -> ModuleType:
+    """A module of Pillow's, e.g. "Image"; raises as `needed`."""
+    return needed(f"PIL.{module}", "Pillow")
+
+
 def read_image(path: Path) -> Tensor:
     """Decode an image file as (3, H, W) uint8: red, green, blue.
 
@@ -37,7 +42,7 @@ def read_image(path: Path) -> Tensor:
         ValueError: the file is damaged, cut short or no image.
         FileNotFoundError: there is no such file.
     """
-    image = needed("PIL.Image", "Pillow")
+    image = pillow("Image")
     try:
         with image.open(path) as file:
             pixels = np.array(file.convert("RGB"))
@@ -55,7 +60,7 @@ def read_size(path: Path) -> tuple[int, int]:
         ValueError: the header is damaged, cut short or no image's.
         FileNotFoundError: there is no such file.
     """
-    image = needed("PIL.Image", "Pillow")
+    image = pillow("Image")
     try:
         with image.open(path) as file:
             return file.height, file.width
