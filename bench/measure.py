@@ -21,7 +21,7 @@ Rounds = dict[str, list[float]]  # seconds a call of each method, by round
 _LEAST_SECONDS = 2e-3  # of one measurement; quicker methods are called several times in it
 _SETTLED_SECONDS = 0.1  # the same for steps that settle
 _LEAST_ROUNDS = 7
-_LEAST_ROUNDS_OF_SLOW = 3
+SLOW_ROUNDS = 3  # at least, of a method that takes half a second or more
 _MOST_ROUNDS = 200
 _SLOW = 0.5  # seconds: such a method needs no second warm-up, and no settling
 ONCE = 4.0  # seconds: on a CPU, a method whose first call takes longer is not called again
@@ -51,7 +51,7 @@ def compare(
     seconds: float = 1.5,
     *,
     settle: bool = False,
-    slow_rounds: int = _LEAST_ROUNDS_OF_SLOW,
+    slow_rounds: int = SLOW_ROUNDS,
 ) -> Rounds:
     """Time methods in turn, every round in another order.
 

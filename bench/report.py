@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ats._files import write_whole
-from bench.measure import Method, Rounds, Timing, compare, copy_rate, graphed, timing
+from bench.measure import SLOW_ROUNDS, Method, Rounds, Timing, compare, copy_rate, graphed, timing
 
 RESULTS = Path(__file__).parent / "results"
 ALLOCATOR = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"  # glibc's; docs/performance.md says what they do
@@ -147,7 +147,7 @@ class Report:
         per: str = "call",
         samples: int = 1,
         steps: bool = False,
-        slow_rounds: int = 3,
+        slow_rounds: int = SLOW_ROUNDS,
     ) -> Group:
         """Time methods against each other, ours first.
 
