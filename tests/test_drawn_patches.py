@@ -137,5 +137,7 @@ def test_taught_features_stay_in_evaluation_mode(german: Path) -> None:
     assert not any(layer.training for layer in task.taught_features.modules())
     assert task.model.sampling.attention.training
     assert {type(layer) for layer in task.taught_features.modules()} >= {nn.BatchNorm1d, nn.BatchNorm2d}
+    with pytest.raises(ValueError, match=r"data\.drawn_patches teaches features from patches that lie nowhere"):
+        dataclasses.replace(task.config, model=dataclasses.replace(task.config.model, positions=True))
     with pytest.raises(ValueError, match=r"data\.drawn_patches must be at least 0"):
         SpeedLimitsConfig(drawn_patches=-1)

@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ats.experiments.data_config import DATA_CONFIGS, DataConfig, MegapixelMNISTConfig, check_least
+from ats.experiments.data_config import (
+    DATA_CONFIGS,
+    DataConfig,
+    MegapixelMNISTConfig,
+    SpeedLimitsConfig,
+    check_least,
+)
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,11 @@ class ExperimentConfig:
         """Refuse values that no run can have."""
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if isinstance(self.data, SpeedLimitsConfig) and self.data.drawn_patches and self.model.positions:
+            raise ValueError(
+                "data.drawn_patches teaches features from patches that lie nowhere, but model.positions tells them where "
+                "patches lie; set data.drawn_patches=0 or model.positions=False"
+            )
 
     @property
     def experiment(self) -> str:
