@@ -46,11 +46,11 @@ def drawn_patches(
     """
     streets = images.labels.eq(0).nonzero().flatten().tolist()
     margin = SIDES[1] // 2  # a near sign is larger than a patch, of which it fills all
+    around = size + 2 * margin
     patches, labels = [], []
     for _ in range(count):
         street = images.image(streets[int(random.integers(len(streets)))])
         label = int(random.integers(1, len(images.classes))) if random.random() < SIGNS else 0
-        around = size + 2 * margin
         height, width = street.shape[-2:]
         if min(height, width) < around:
             raise ValueError(f"photographs of {height}×{width} pixels are too small to draw patches of {size} from")
