@@ -174,8 +174,8 @@ class ExperimentConfig:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if isinstance(self.data, SpeedLimitsConfig) and self.data.drawn_patches and self.model.positions:
             raise ValueError(
-                "data.drawn_patches teaches features from patches that lie nowhere, but model.positions tells them where "
-                "patches lie; set data.drawn_patches=0 or model.positions=False"
+                "data.drawn_patches teaches features from patches that lie nowhere, model.positions tells them where; "
+                "set data.drawn_patches=0 or model.positions=False"
             )
 
     @property
