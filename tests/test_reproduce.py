@@ -12,6 +12,7 @@ import torch
 from ats.datasets.synthetic import write_colon_cancer
 from ats.experiments import commands, cost
 from ats.experiments.config import ExperimentConfig, ModelConfig, OptimConfig
+from ats.experiments.data import MegapixelMNISTData
 from ats.experiments.data_config import ColonCancerConfig
 from ats.experiments.presets import PRESETS
 from ats.experiments.reproduce import costs, figures, report, runs
@@ -277,6 +278,22 @@ def test_memory_that_cannot_be_measured_says_why() -> None:
         cost.measure_bytes(config, image_size=SMALL)
 
 
+def test_the_region_that_is_shown_is_where_most_digits_are() -> None:
+    demo = PRESETS["megapixel-mnist"]["demo"]
+    data = MegapixelMNISTData(dataclasses.replace(demo, data=dataclasses.replace(demo.data, test_images=2)))
+    _, image, _ = data.load("test", torch.tensor([0]))
+    rows, columns = figures._region(data, image)
+    assert (rows.stop - rows.start, columns.stop - columns.start) == (250, 250)
+    digits = data.split("test").places[0, :5].tolist()
+
+    def shown(top: int, left: int) -> int:
+        return sum(top <= y <= top + 250 - 28 and left <= x <= left + 250 - 28 for y, x in digits)
+
+    count = shown(rows.start, columns.start)
+    assert count > 1
+    assert count == max(shown(*(min(max(place - 111, 0), 250) for place in digit)) for digit in digits)
+
+
 @pytest.mark.usefixtures("tiny")
 def test_figures_of_the_complete_runs(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -296,7 +313,7 @@ def test_figures_of_the_complete_runs(
     assert names == {
         "table1-curves.png", "table1-curves.json", "table1-over-training.png", "table1-over-patches.png",
         "table1-comparison.png",
-        "entropy-curves.png", "entropy-maps.png",
+        "entropy-curves.png", "entropy-curves.json", "entropy-maps.png",
     }  # fmt: skip
     curve = json.loads((output / "table1" / "quick" / "ats-10-seed-0" / "curve.json").read_text())["points"]
     assert [point["step"] for point in curve] == [2, 4, 6]  # three epochs of two steps, each of them kept
@@ -306,5 +323,11 @@ def test_figures_of_the_complete_runs(
     assert curve[-1]["train_loss"] == pytest.approx(summary["metrics"]["train/loss"])
     swept = json.loads((output / "entropy" / "quick" / "weight-0.1" / "config.json").read_text())
     assert swept["optim"]["entropy_weight"] == 0.1
+    sweep = json.loads((output / "figures" / "entropy-curves.json").read_text())
+    assert [row["entropy_weight"] for row in sweep["rows"]] == [0.0, 0.1]
+    evaluated = json.loads((output / "entropy" / "quick" / "weight-0.1" / "evaluation.json").read_text())
+    assert sweep["rows"][1]["test_error"] == evaluated["error"]
+    assert sweep["rows"][1]["attention"]["mass"] > 0
+    assert list(sweep["rows"][1]["entropy"]) == sorted(sweep["rows"][1]["entropy"], key=int)
     assert commands.run(["reproduce", "figures", "--methods", "ATS-10"]) == 1
     assert "methods are those of one table" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -50,7 +51,8 @@ def draw_figures(table: Table, runs: Runs, folder: Path) -> list[Path]:
     data = experiment_data(next(iter(runs.values()))[0]) if runs else None
     path = folder / f"{table.name}-curves.png"
     if curves and data is not None:
-        draw_curves(curves, path, title=f"{table.title}: {data.source}")
+        title = table.title if data.source == table.title else f"{table.title}: {data.source}"
+        draw_curves(curves, path, title=title)
         write_json(path.with_suffix(".json"), {"source": data.source, "curves": curves})
         written += [path, path.with_suffix(".json")]
     else:
@@ -80,17 +82,33 @@ def sweep_entropy(preset: str, output: Path, data: Path | None, folder: Path) ->
     }
     run_jobs([Job(f"entropy weight {weight:g}", config) for weight, config in configs.items()])
     loaded = experiment_data(base)
-    lines = {f"{weight:g}": _as_float(entropies(config.run_folder)) for weight, config in configs.items()}
+    curves = {weight: entropies(config.run_folder) for weight, config in configs.items()}
     path = folder / "entropy-curves.png"
     names = {"x": "step", "y": "entropy of the attention (nats)", "legend": "entropy weight"}
+    lines = {f"{weight:g}": _as_float(curve) for weight, curve in curves.items()}
     draw_lines(lines, path, title=f"ATS-10: {loaded.source}", **names)
+    rows = [_swept(weight, config, curves[weight]) for weight, config in configs.items()]
+    write_json(path.with_suffix(".json"), {"source": loaded.source, "preset": preset, "seed": base.seed, "rows": rows})
     view, image, _ = loaded.load("test", torch.tensor([_first_positive(loaded)]))
     panels = [
         Panel(f"entropy weight {weight:g}", _map(config.run_folder, view, image)) for weight, config in configs.items()
     ]
     maps = folder / "entropy-maps.png"
     draw_maps(image[0], panels, maps, title="test image", source=loaded.source)
-    return [path, maps]
+    return [path, path.with_suffix(".json"), maps]
+
+
+def _swept(weight: float, config: ExperimentConfig, entropy: dict[int, float]) -> dict[str, Any]:
+    """What became of a run with an entropy weight."""
+    result = result_of(config)
+    assert result is not None
+    return {
+        "entropy_weight": weight,
+        "train_loss": result.training["metrics"]["train/loss"],
+        "test_error": result.evaluation["error"],
+        "attention": result.localisation,
+        "entropy": entropy,
+    }
 
 
 def _over_training(table: Table, config: ExperimentConfig, folder: Path) -> Path:
@@ -151,14 +169,17 @@ def _map(checkpoint: Path, view: Tensor, image: Tensor) -> Tensor:
 
 
 def _region(data: ExperimentData, image: Tensor) -> tuple[slice, slice]:
-    """What of an image to look at: of Megapixel MNIST a quarter of a side around a digit, else everything."""
+    """What of an image to look at: of Megapixel MNIST half of a side, where most digits are; else everything."""
     height, width = image.shape[-2:]
     if not isinstance(data, MegapixelMNISTData):
         return slice(0, height), slice(0, width)
-    side = min(height, max(8 * GLYPH, height // 4))
-    top, left = (int(value) for value in data.split("test").places[0, 0] + GLYPH // 2 - side // 2)
-    top, left = max(0, min(top, height - side)), max(0, min(left, width - side))
-    return slice(top, top + side), slice(left, left + side)
+    images = data.split("test")
+    digits = images.places[0, : images.n_digits].long()  # (D, 2) of the first image
+    side = max(8 * GLYPH, height // 2)
+    corners = (digits + GLYPH // 2 - side // 2).clamp(min=0, max=max(0, height - side))  # of regions around each digit
+    inside = (digits >= corners[:, None]) & (digits + GLYPH <= corners[:, None] + side)  # (D, D, 2)
+    top, left = corners[inside.all(-1).sum(-1).argmax()].tolist()
+    return slice(top, min(top + side, height)), slice(left, min(left + side, width))
 
 
 def _crop(attention: Tensor, image: Tensor, rows: slice, columns: slice) -> Tensor:
