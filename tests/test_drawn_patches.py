@@ -39,7 +39,7 @@ def a_config(folder: Path, output: Path | None = None, patches: int = 48, method
         quick,
         output=output,
         data=SpeedLimitsConfig(folder=folder, drawn_patches=patches, translation=20),
-        model=dataclasses.replace(model, cnn_scale=0.2, cnn_channels=4),
+        model=dataclasses.replace(model, cnn_scale=0.2, cnn_channels=16),
         optim=dataclasses.replace(quick.optim, epochs=2, batch_size=4, draws=2),
         trainer=TrainerConfig(accelerator="cpu", devices="1"),
     )
@@ -79,17 +79,20 @@ def test_small_photographs_are_refused(tmp_path: Path) -> None:
     assert 120 < SIZE + SIDES[1] <= 200
 
 
-def test_features_learn_and_attention_does_not(german: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_features_learn_and_attention_does_not(
+    german: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = a_config(german, patches=48 * 120)
     torch.manual_seed(0)
     model = ClassificationTask(config).model
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    teach_features(model, experiment_data(config))
+    teach_features(model, experiment_data(config), tmp_path / "taught.ckpt")
     for name, value in model.state_dict().items():
         same = torch.equal(value, before[name])
         assert same == name.startswith("sampling.attention"), name
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == [f"drawn patches, step {step}/120" for step in (100, 120)]
+    said = [line.split("  ")[0] for line in lines]
+    assert [said[0], said[-1]] == [f"drawn patches, step {step}/120" for step in (0, 120)]
     assert float(lines[-1].split()[-1]) < 0.9  # of log 4 = 1.39: at least what is a sign is known
 
 
@@ -99,7 +102,7 @@ def test_a_training_leaves_taught_features_as_they_are(german: Path, tmp_path: P
     checkpoint = train(config)
     torch.manual_seed(config.seed)
     task = ClassificationTask(config)
-    teach_features(task.model, experiment_data(config))
+    teach_features(task.model, experiment_data(config), tmp_path / "taught.ckpt")
     taught, trained = patch_features(task.model).state_dict(), weights(checkpoint)
     prefix = "model.feature." if method == "mil" else "model.sampling.feature."
     for name, value in taught.items():
@@ -118,11 +121,35 @@ def test_a_run_that_was_stopped_is_not_taught_anew(
     assert_same(weights(train(config)), expected)
 
 
-def test_a_cnn_and_other_options_are_taught_nothing(german: Path) -> None:
+def test_teaching_that_was_stopped_goes_on_and_ends_the_same(
+    german: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = weights(train(a_config(german, tmp_path / "whole", patches=48 * 5)))
+    monkeypatch.setattr(drawn_patches, "CHECKPOINT_EVERY", 0.0)
+    config = a_config(german, tmp_path / "stopped", patches=48 * 5)
+    real, calls = drawn_patches.drawn_patches, []
+
+    def stop_at_the_fourth(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(drawn_patches, "drawn_patches", stop_at_the_fourth)
+    with pytest.raises(InterruptedRunError, match="goes on from its last checkpoint"):
+        train(config)
+    torch.rand(3)  # whatever else has drawn from the global stream
+    capsys.readouterr()
+    assert_same(weights(train(config)), expected)
+    assert "drawn patches, step 3/5" in capsys.readouterr().out
+    assert len(calls) == 4 + 2
+
+
+def test_a_cnn_and_other_options_are_taught_nothing(german: Path, tmp_path: Path) -> None:
     for config in (a_config(german, method="cnn"), a_config(german, patches=0)):
         task = ClassificationTask(config)
         before = {name: value.clone() for name, value in task.state_dict().items()}
-        teach_features(task.model, experiment_data(config))
+        teach_features(task.model, experiment_data(config), tmp_path / "taught.ckpt")
         assert_same(task.state_dict(), before)
         assert task.taught_features is None
         task.setup("fit")

@@ -149,7 +149,9 @@ def test_training_and_evaluating_from_the_command_line(tmp_path: Path, capsys: p
     checkpoint, result = run / "checkpoints" / "last.ckpt", tmp_path / "result.json"
     evaluation = f"evaluate {checkpoint} --method topk --n-patches 5 --images 6 --output {result}"
     assert commands.run(evaluation.split()) == 0
-    assert "6 test images, 5 patches, topk" in " ".join(capsys.readouterr().out.split())
+    assert "6 test images of Megapixel MNIST of the bundled digits, 5 patches, topk" in " ".join(
+        capsys.readouterr().out.split()
+    )
     written = json.loads(result.read_text())
     assert written["images"] == 6
     assert 0 <= written["error"] <= 1

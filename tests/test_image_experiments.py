@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,40 @@ def test_updates_stop_a_run_within_an_epoch_and_are_kept(colon_cancer: Path, tmp
     assert json.loads((tmp_path / "run" / "training.json").read_text())["steps"] == 5
 
 
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_run_does_not_go_on_with_other_images(colon_cancer: Path, tmp_path: Path, complete: bool) -> None:
+    """Whoever tries synthetic images first must not get their model for the real ones."""
+    config = small_colon(colon_cancer, tmp_path / "run")
+    if complete:
+        train(config)
+    else:
+        with pytest.raises(InterruptedRunError):
+            train(config, callbacks=(StopAt(step=2 * 2 + 1),))
+    write_colon_cancer(tmp_path / "others", 15, size=100)
+    others = dataclasses.replace(config, data=dataclasses.replace(config.data, folder=tmp_path / "others"))
+    message = (
+        r"synthetic CRCHistoPhenotypes \(8 training and 4 test images\), not on .* \(10 training and 5 test images"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(others)
+    moved = tmp_path / "moved"
+    shutil.copytree(colon_cancer, moved)
+    train(dataclasses.replace(config, data=dataclasses.replace(config.data, folder=moved)))
+
+
+def test_a_complete_run_needs_no_images(tmp_path: Path) -> None:
+    write_colon_cancer(tmp_path / "data", 12, size=100)
+    config = small_colon(tmp_path / "data", tmp_path / "run")
+    checkpoint = train(config)
+    shutil.rmtree(tmp_path / "data")
+    assert train(config) == checkpoint
+
+
+def test_fewer_channels_than_a_cnn_can_have_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.cnn_channels must be at least 16, got 8"):
+        ModelConfig(method="cnn", cnn_channels=8)
+
+
 def test_checkpoints_are_written_no_more_often_than_asked_for(colon_cancer: Path, tmp_path: Path) -> None:
     """A checkpoint an epoch would cost more than an epoch of a hundred small images; the last epoch's is needed."""
     config = small_colon(colon_cancer, tmp_path / "run")
@@ -219,7 +254,7 @@ def test_all_of_it_from_the_command_line(
     )
     assert commands.run(options.split()) == 0
     assert commands.run(["evaluate", str(tmp_path / "run")]) == 0
-    assert "4 test images, gated-mil" in " ".join(capsys.readouterr().out.split())
+    assert "4 test images of synthetic CRCHistoPhenotypes, gated-mil" in " ".join(capsys.readouterr().out.split())
     assert commands.run(["evaluate", str(tmp_path / "run"), "--n-patches", "3"]) == 1
     assert "gated-mil draws no patches" in capsys.readouterr().err
     assert commands.run(["evaluate", str(tmp_path / "run"), "--images", "5"]) == 1

@@ -65,6 +65,12 @@ def test_the_command_draws_an_image_of_any_size(
     with Image.open(picture) as drawn:
         assert drawn.width > 1000
         assert len(drawn.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 100
+    if method == "ats":
+        other = [*command[:-1], str(tmp_path / "other.png")]
+        assert commands.run([*other, "--n-patches", "9999"]) == 1
+        assert "choose fewer with --n-patches, or a larger image" in " ".join(capsys.readouterr().err.split())
+    assert commands.run(["attention", str(tmp_path / "run"), str(tmp_path / "nothing.png"), "--output", "x.png"]) == 1
+    assert "nothing.png: No such file" in capsys.readouterr().err
     assert commands.run(command) == 1  # nothing is overwritten
     assert "is there already" in capsys.readouterr().err
     (tmp_path / "text.png").write_text("no image")

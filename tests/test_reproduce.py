@@ -91,13 +91,19 @@ def test_a_table_from_nothing_then_again_then_with_another_seed(
     assert "Data: synthetic CRCHistoPhenotypes. Preset `quick`; seeds 0." in text
     assert "data.folds: 10 -> 3" in text  # what was shrunk
     assert "model.method:" not in text  # which differs by row
-    assert "U-10: optim.batch_size 4, optim.epochs 1, optim.learning_rate 0.001, 1 runs" in text
+    assert "U-10: optim.batch_size 4, optim.epochs 1, optim.learning_rate 0.001, 1 run" in text
     assert "0.093 ± 0.014" in text  # as published
+    assert "| 0.083 ± 0.019 | 0.093 ± 0.014 |" in text
     with (output / "table1.csv").open() as file:
         table = {row["method"]: row for row in csv.DictReader(file)}
     assert table["Deep MIL"]["test_error"] == "not run"
     assert float(table["ATS-10"]["test_error"]) == ats["test_error"]
     assert float(table["ATS-10"]["paper_seconds_per_sample"]) == pytest.approx(0.0018)
+    assert float(table["ATS-10"]["attention_mass"]) == ats["attention"]["mass"]
+    assert [table[name]["seconds_per_sample_quartiles_upper"] for name in ("ATS-10", "Deep MIL")] == [
+        str(row["seconds_per_sample_quartiles"][1]) for row in (ats, mil)
+    ]
+    assert (table["ATS-10"]["seeds"], table["Deep MIL"]["attention_mass"]) == ("0", "")
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     capsys.readouterr()
@@ -128,6 +134,9 @@ def test_a_run_that_was_stopped_goes_on(data: Path, tmp_path: Path, monkeypatch:
     assert (folder / "config.json").exists()
     assert not (folder / "evaluation.json").exists()
     assert commands.run(arguments) == 0
+    text = (tmp_path / "table1.md").read_text()
+    assert "| not measured | not measured | 1 |" in text
+    assert "Costs were measured" not in text
     assert (folder / "evaluation.json").exists()
 
 

@@ -118,6 +118,23 @@ def test_boxes_end_at_the_image(tmp_path):
     assert (sign.top, sign.left, sign.bottom, sign.right) == (30, 0, 40, 60)
 
 
+def test_a_box_far_out_of_its_image_is_refused(tmp_path):
+    folder = german(tmp_path, ["00600.ppm;5;30;77;45;2"], ["00600.jpg"])
+    with pytest.raises(
+        ValueError, match=r"gt.txt, line 1: the speed-limit-50 with .* = 5, 30, 77, 45 is .* not within"
+    ):
+        load_speed_limits(folder, "test")
+
+
+def test_images_are_looked_for_where_ats_data_says(tmp_path, monkeypatch):
+    german(tmp_path / "speed-limits" / GERMAN_FOLDER, [], ["00600.jpg"])
+    monkeypatch.setenv("ATS_DATA", str(tmp_path))
+    assert len(load_speed_limits(None, "test")) == 1
+    monkeypatch.delenv("ATS_DATA")
+    with pytest.raises(FileNotFoundError, match="where is speed-limits"):
+        load_speed_limits(None, "test")
+
+
 def swedish_sign(name, visibility="VISIBLE", box="9.25, 10, 1, 2.50", kind="PROHIBITORY"):
     return f"{visibility}, {box}, {kind}, {name};"
 
@@ -220,6 +237,7 @@ SWEDISH_LINES = {
     "cut": (f"a.jpg:{GOOD}{GOOD[:-5]}", "line 2: .*50_' has no semicolon after it, the file was cut short"),
     "six fields": ("a.jpg:VISIBLE, 9, 10, 1, 2, 50_SIGN;", "line 2: 'VISIBLE, 9, 10, 1, 2, 50_SIGN' cannot be read"),
     "a word": (f"a.jpg:{swedish_sign('50_SIGN', box='9, x, 1, 2')}", "line 2: .*cannot be read; expected VISIBILITY"),
+    "a limit's name": (f"a.jpg:{swedish_sign('50_SIGNX')}", "'50_SIGNX' is no sign's name; a limit's is like 50_SIGN"),
     "visibility": (f"a.jpg:{swedish_sign('50_SIGN', 'CLEAR')}", "one of VISIBLE, BLURRED, SIDE_ROAD, OCCLUDED"),
 }
 
@@ -243,7 +261,7 @@ def test_what_is_missing_or_does_not_fit_names_itself(tmp_path):
         load_speed_limits(folder, "test")
     frame(folder / "00601.jpg", size=(8, 2))
     with pytest.raises(
-        ValueError, match=r"gt.txt, line 2: the speed-limit-30 with .* = 1, 2, 9, 10 is empty or outside"
+        ValueError, match=r"gt.txt, line 2: the speed-limit-30 with .* = 1, 2, 9, 10 is empty or not within"
     ):
         load_speed_limits(folder, "test")
     (folder / "00601.jpg").write_bytes(b"\xff\xd8")

@@ -149,6 +149,12 @@ def test_the_first_epochs_can_have_smaller_images(tmp_path: Path) -> None:
     assert shapes == [140] * 3 + [420] * 3
     with pytest.raises(ValueError, match=r"data\.small_epochs must be at least 0"):
         MegapixelMNISTConfig(small_epochs=-1)
+    with pytest.raises(
+        ValueError, match=r"data\.small_epochs=3 leaves none of optim\.epochs=3 for images of full size"
+    ):
+        dataclasses.replace(
+            config, data=dataclasses.replace(larger, small_epochs=3), optim=dataclasses.replace(config.optim, epochs=3)
+        )
 
 
 @pytest.mark.parametrize(("option", "value"), [("every", -1), ("gradient_draws", -1), ("gradient_draws", 1)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ats.datasets.example import Example, ImageDataset, Region
-from ats.datasets.image_files import check_same_size, find_image, is_synthetic, needed, read_size
+from ats.datasets.image_files import check_same_size, default_folder, find_image, is_synthetic, needed, read_size
 from ats.datasets.integers import Integers
 
 RELEASE = "CRCHistoPhenotypes_2016_04_28"
@@ -25,19 +25,20 @@ FIXED_SPLIT_SEEDS = (0, 1, 2, 3, 4)
 """Seeds of `colon_cancer_split` for the paper's five runs."""
 
 
-def load_colon_cancer(folder: Path | str, *, cache: bool = False) -> ImageDataset:
+def load_colon_cancer(folder: Path | str | None = None, *, cache: bool = False) -> ImageDataset:
     """All images, with every nucleus as a point: a region of no area. Epithelial nuclei are the targets.
 
     Args:
         folder: the release's folder, or the one that holds it; below it is Classification/imgN/ with imgN.bmp, or
-            imgN.png, and imgN_epithelial.mat, imgN_fibroblast.mat, imgN_inflammatory.mat and imgN_others.mat.
+            imgN.png, and imgN_epithelial.mat, imgN_fibroblast.mat, imgN_inflammatory.mat and imgN_others.mat. None:
+            colon-cancer/ in the folder that ATS_DATA names.
         cache: keep decoded images in memory, 0.75 MB each.
 
     Raises:
         FileNotFoundError: the folder, an image or an annotation is missing.
         ValueError: a file that is damaged or not what its name says, or a nucleus outside of its image. Names the file.
     """
-    folder = Path(folder)
+    folder = default_folder("colon-cancer") if folder is None else Path(folder)
     images = _find(folder)
     synthetic = is_synthetic(folder, images, images.parent)
     numbers = sorted(

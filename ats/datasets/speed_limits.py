@@ -5,22 +5,25 @@ which can still be had. A far sign of 20 pixels shows in the low-resolution view
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from ats.datasets.example import Example, ImageDataset, Region
-from ats.datasets.image_files import check_same_size, is_synthetic, read_size
+from ats.datasets.image_files import check_same_size, default_folder, is_synthetic, read_size
 from ats.datasets.traffic_signs import GERMAN_LIMITS, Frame, read_german, read_swedish
 
 SOURCES = {"german": "GTSDB", "swedish": "Swedish Traffic Signs"}
 LIMITS = {"german": (30, 50, 70), "swedish": (50, 70, 80)}
 """km/h that are classes unless others are asked for: the frequent ones; for the Swedish set the paper's."""
 GERMAN_FOLDER = "FullIJCNN2013"
+_STANDS_OUT = {"german": 16.0, "swedish": math.inf}
+"""Pixels that a box may stand out from its image, which is cut off: boxes are drawn by hand."""
 _READ = {"german": read_german, "swedish": read_swedish}
 
 
 def load_speed_limits(
-    folder: Path | str,
+    folder: Path | str | None,
     split: str,
     *,
     source: str = "auto",
@@ -37,7 +40,7 @@ def load_speed_limits(
 
     Args:
         folder: FullIJCNN2013 with gt.txt and 00000.ppm (or .png, .jpg) …, or the folder that holds it; or the folder
-            with Set1 and Set2 of the Swedish set.
+            with Set1 and Set2 of the Swedish set. None: speed-limits/ in the folder that ATS_DATA names.
         split: "train" or "test", as the sources have it.
         source: "german", "swedish", or "auto" for what is there.
         limits: km/h that are classes, in their order; default `LIMITS[source]`.
@@ -51,7 +54,8 @@ def load_speed_limits(
     """
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}, expected 'train' or 'test'")
-    source, place = _find(Path(folder), source)
+    folder = default_folder("speed-limits") if folder is None else Path(folder)
+    source, place = _find(folder, source)
     limits = LIMITS[source] if limits is None else tuple(limits)
     _check_limits(limits, source)
     examples, sizes = [], []
@@ -64,10 +68,10 @@ def load_speed_limits(
                 )
             size = read_size(frame.path)
             sizes.append((frame.path, size))
-            examples.append(_example(frame, label, limits, size))
+            examples.append(_example(frame, label, limits, size, _STANDS_OUT[source]))
     check_same_size(sizes)
     classes = ("none", *map(str, limits))
-    synthetic = "synthetic " if is_synthetic(Path(folder), place) else ""
+    synthetic = "synthetic " if is_synthetic(folder, place) else ""
     data = ImageDataset(classes, examples, f"{synthetic}{SOURCES[source]}", cache=cache)
     if not examples or (split == "train" and not data.class_counts.all()):
         counts = ", ".join(f"{name}: {count}" for name, count in zip(classes, data.class_counts.tolist(), strict=True))
@@ -114,24 +118,25 @@ def _label(frame: Frame, limits: tuple[int, ...], other_signs_are_none: bool) ->
     return None if first.visibility or first.limit is None else 1 + limits.index(first.limit)
 
 
-def _example(frame: Frame, label: int, limits: tuple[int, ...], size: tuple[int, int]) -> Example:
+def _example(frame: Frame, label: int, limits: tuple[int, ...], size: tuple[int, int], stands_out: float) -> Example:
     regions = []
     for sign in frame.signs:
         if sign.limit is not None:
             target = label > 0 and sign.limit == limits[label - 1]
-            regions.append(dataclasses.replace(_within(sign.box, size, frame), target=target))
+            regions.append(dataclasses.replace(_within(sign.box, size, frame, stands_out), target=target))
     return Example(frame.path.stem, frame.path, label, tuple(regions))
 
 
-def _within(box: Region, size: tuple[int, int], frame: Frame) -> Region:
-    """The part of a box that is in the image."""
+def _within(box: Region, size: tuple[int, int], frame: Frame, stands_out: float) -> Region:
+    """The part of a box that is in the image, from which it may stand out a little."""
     height, width = size
     top, left = max(box.top, 0), max(box.left, 0)
     bottom, right = min(box.bottom, height), min(box.right, width)
-    if top >= bottom or left >= right:
+    cut = max(top - box.top, left - box.left, box.bottom - bottom, box.right - right)
+    if top >= bottom or left >= right or cut > stands_out:
         raise ValueError(
             f"{frame.annotated}: the {box.kind} with left, top, right, bottom = {box.left:g}, {box.top:g}, "
-            f"{box.right:g}, {box.bottom:g} is empty or outside of {frame.path}, which is {height}×{width} pixels "
+            f"{box.right:g}, {box.bottom:g} is empty or not within {frame.path}, which is {height}×{width} pixels "
             "(height × width); restore the original annotations and image"
         )
     return dataclasses.replace(box, top=top, left=left, bottom=bottom, right=right)

@@ -125,6 +125,8 @@ def _swedish_sign(text: str, where: str) -> Sign:
         )
     x, y, other_x, other_y = (float(number[1]) for number in numbers if number is not None)
     name = re.fullmatch(r"(\d+)_SIGN", fields[6])
+    if name is None and re.match(r"\d", fields[6]):
+        raise ValueError(f"{where}: {fields[6]!r} is no sign's name; a limit's is like 50_SIGN. {_RESTORE}")
     limit = int(name[1]) if name else None
     box = _box(min(y, other_y), min(x, other_x), max(y, other_y), max(x, other_x), limit)
     return Sign(limit, box, VISIBILITIES.index(fields[0]))

@@ -49,8 +49,14 @@ def draw_image(options: AttentionOptions) -> str:
     mean, std = normalisation(task.config)
     view = image if size is None else area_downsample(image, size, mean=mean, std=std)
     weights, offsets, patch_size = attention_map(task.model, view, image)
-    if isinstance(task.model, ATSClassifier) and options.n_patches is not None:
-        task.model.sampling.sampler.n_patches = options.n_patches
+    if isinstance(task.model, ATSClassifier):
+        sampler = task.model.sampling.sampler
+        sampler.n_patches = sampler.n_patches if options.n_patches is None else options.n_patches
+        if sampler.n_patches > weights.shape[1] and not sampler.replace:
+            raise ValueError(
+                f"the attention on {options.image}, {image.shape[2]}×{image.shape[3]} pixels, has {weights.shape[1]} "
+                f"cells, too few for {sampler.n_patches} patches; choose fewer with --n-patches, or a larger image"
+            )
     logits, sample = task.model(view, image, generator=torch.Generator().manual_seed(options.seed))
     drawn = [] if sample is None else [(int(top), int(left)) for top, left in sample.offsets[0].tolist()]
     said, probability = int(logits.argmax()), float(logits.softmax(-1).max())

@@ -114,9 +114,16 @@ def run(arguments: Sequence[str]) -> int:
         OSError,
         MisconfigurationException,
     ) as error:  # what a user can mend; a defect keeps its traceback
-        errors.print(f"ats: {error}", markup=False)
+        errors.print(f"ats: {_said(error)}", markup=False)
         return 1
     return 0
+
+
+def _said(error: Exception) -> str:
+    """An error as a line. The system's own begin with a number."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _train(arguments: list[str]) -> None:
@@ -166,7 +173,7 @@ def _evaluate(arguments: list[str]) -> None:
         seed=options.seed,
     )
     patches = f"{result.n_patches:.4g} patches, " if result.n_patches else ""
-    table = Table(title=f"{options.checkpoint}: {result.images} test images, {patches}{result.method}")
+    table = Table(title=f"{options.checkpoint}: {result.images} test images of {result.data}, {patches}{result.method}")
     for column in ("", "error", "loss"):
         table.add_column(column, justify="left" if not column else "right")
     spread = f" ± {result.error_spread:.4f}" if result.repeats > 1 else ""

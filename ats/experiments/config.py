@@ -49,11 +49,12 @@ class ModelConfig:
     cnn_scale: float = 1.0
     """cnn: size of what it sees relative to the image."""
     cnn_channels: int = 32
-    """cnn: channels that it starts with; 32 is the paper's."""
+    """cnn: channels that it starts with; 32 is the paper's, 16 the fewest (with 8, torch 2.13 on a CPU crashes)."""
 
     def __post_init__(self) -> None:
         """Refuse values that no model can have."""
-        check_least(self, "model", 1, "n_patches", "patch_size", "grid_step", "cnn_channels")
+        check_least(self, "model", 1, "n_patches", "patch_size", "grid_step")
+        check_least(self, "model", 16, "cnn_channels")
         check_least(self, "model", 0, "grid_chunk")
         for name in ("view_scale", "cnn_scale"):
             if not 0 < getattr(self, name) <= 1:
@@ -172,6 +173,12 @@ class ExperimentConfig:
         """Refuse values that no run can have."""
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+        small = self.data.small_epochs if isinstance(self.data, MegapixelMNISTConfig) else 0
+        if small and not self.optim.updates and small >= self.optim.epochs:
+            raise ValueError(
+                f"data.small_epochs={small} leaves none of optim.epochs={self.optim.epochs} for images of full size; "
+                "set data.small_epochs to less, or to 0 for none on small images"
+            )
         if isinstance(self.data, SpeedLimitsConfig) and self.data.drawn_patches and self.model.positions:
             raise ValueError(
                 "data.drawn_patches teaches features from patches that lie nowhere, model.positions tells them where; "

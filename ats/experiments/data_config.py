@@ -115,7 +115,8 @@ class SpeedLimitsConfig(ImageConfig):
     a limit, which is then their label: a few hundred streets are soon learned by heart if each keeps its label."""
     drawn_patches: int = 0
     """Patches with drawn limits on which features learn to read beforehand; the training leaves them as they are then,
-    and learns where to look. 0: features learn from the photographs. A CNN has no features of patches."""
+    and learns where to look; in steps of 48, the last one full. 0: features learn from the photographs. A CNN has no
+    features of patches."""
 
     def __post_init__(self) -> None:
         """Refuse values that no change can have."""

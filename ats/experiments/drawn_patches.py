@@ -4,12 +4,19 @@ Attention learns from features that tell a sign from its street, and features le
 begin with there are neither, and few photographs. Patches with drawn limits need no attention, no labels and no boxes.
 """
 
+import io
+import math
+import time
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 
+from ats._files import write_whole
 from ats.datasets.drawn_limits import SIDES, put_limit, within
 from ats.datasets.example import ImageDataset
 from ats.experiments.augmentation import Change, apply_change, draw_change
@@ -22,7 +29,8 @@ from ats.experiments.schedule import learning_rate_factor
 from ats.models import ATSClassifier
 
 BATCH = 48
-REPORT_EVERY = 100  # steps
+REPORT_EVERY = 10.0  # seconds
+CHECKPOINT_EVERY = 20.0  # seconds
 SIGNS = 0.75
 """Share of the patches that show one: with fewer, features learn what is a sign, and no digits for long."""
 OFF_CENTRE = 16
@@ -66,10 +74,11 @@ def drawn_patches(
     return torch.stack(patches), torch.tensor(labels)
 
 
-def teach_features(model: Classifier, data: ExperimentData) -> None:
-    """Train feature network and head to tell what limit a patch shows, for as many patches as `data.drawn_patches`.
+def teach_features(model: Classifier, data: ExperimentData, checkpoint: Path) -> None:
+    """Train feature network and head to tell what limit a patch shows, for about `data.drawn_patches` patches.
 
-    Does nothing where none are asked for, nor to a CNN, which has no features of patches.
+    Does nothing where none are asked for, nor to a CNN, which has no features of patches. Writes `checkpoint` as it
+    goes, and goes on from there if it exists: features end up the same.
     """
     config, options, feature = data.config, data.config.data, patch_features(model)
     if not isinstance(options, SpeedLimitsConfig) or not options.drawn_patches or feature is None:
@@ -78,15 +87,19 @@ def teach_features(model: Classifier, data: ExperimentData) -> None:
     classify = model.classify if isinstance(model, ATSClassifier) else model.head
     images, optim = data.split("train"), config.optim
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, 0, 0, 2])))
-    steps = max(1, options.drawn_patches // BATCH)
+    steps = math.ceil(options.drawn_patches / BATCH)
     parameters = [*feature.parameters(), *model.head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, optim))
     device = model.head.weight.device
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in _normalisation(config))
     model.train()
-    recent = []
-    for step in range(1, steps + 1):
+    state = _State(feature, model.head, optimizer, schedule, random)
+    first = state.load(checkpoint, device) if checkpoint.exists() else 0
+    if first < steps:
+        _report(f"drawn patches, step {first}/{steps}")
+    recent, reported, written = [], time.monotonic(), time.monotonic()
+    for step in range(first + 1, steps + 1):
         patches, labels = drawn_patches(images, options, config.model.patch_size, BATCH, random)
         loss = F.cross_entropy(classify(feature((patches.to(device) / 255 - mean) / std)), labels.to(device))
         optimizer.zero_grad()
@@ -94,9 +107,50 @@ def teach_features(model: Classifier, data: ExperimentData) -> None:
         optimizer.step()
         schedule.step()
         recent.append(float(loss.detach()))
-        if step % REPORT_EVERY == 0 or step == steps:
+        now = time.monotonic()
+        if now - reported >= REPORT_EVERY or step == steps:
             _report(f"drawn patches, step {step}/{steps}  loss {sum(recent) / len(recent):.3f}")
-            recent = []
+            recent, reported = [], now
+        if now - written >= CHECKPOINT_EVERY or step == steps:
+            state.save(checkpoint, step)
+            written = now
+
+
+class _State:
+    """All that the teaching changes."""
+
+    def __init__(
+        self,
+        feature: nn.Module,
+        head: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        random: np.random.Generator,
+    ) -> None:
+        self._parts: dict[str, Any] = {"feature": feature, "head": head, "optimizer": optimizer, "schedule": schedule}
+        self._random = random
+
+    @rank_zero_only
+    def save(self, path: Path, step: int) -> None:
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        file = io.BytesIO()
+        torch.save(state | {"step": step, "random": _plain(self._random.bit_generator.state)}, file)
+        write_whole(path, file.getvalue())
+
+    def load(self, path: Path, device: torch.device) -> int:
+        """Set everything as it was saved, and return the step at which."""
+        state = torch.load(path, map_location=device, weights_only=True)
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        self._random.bit_generator.state = state["random"]
+        return int(state["step"])
+
+
+def _plain(state: Any) -> Any:
+    """A generator's state without arrays, which `torch.load` takes from no one; NumPy takes lists for them."""
+    if isinstance(state, dict):
+        return {name: _plain(value) for name, value in state.items()}
+    return state.tolist() if isinstance(state, np.ndarray) else state
 
 
 @rank_zero_only

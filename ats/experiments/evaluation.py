@@ -52,9 +52,10 @@ class Evaluation:
     `error` and `loss` are those of one draw of patches an image, averaged over `repeats` draws, and `error_spread`
     is the standard deviation of the error from draw to draw. `averaged_error` and `averaged_loss` are those of the
     class probabilities averaged over the draws. Deep MIL and CNNs draw nothing: for them `method` is their name,
-    and `n_patches` 0. With "anytime" `n_patches` is the mean over images and draws.
+    and `n_patches` 0. With "anytime" `n_patches` is the mean over images and draws. `data` says what the images are.
     """
 
+    data: str
     method: str
     n_patches: float
     images: int
@@ -114,15 +115,16 @@ def evaluate(
         if method == "anytime":
             classify = _Anytime(task.model, {"budget": budget, "tolerance": tolerance, "lead": lead})
             logits, labels = _logits(task, data, images, repeats, batch_size or 50, seed, classify)
-            return _evaluation(logits, labels, method, float(torch.cat(classify.used).double().mean()))
-        with _sampling(task.model, method, n_patches) as used:
+            used = float(torch.cat(classify.used).double().mean())
+            return _evaluation(logits, labels, data.source, method, used)
+        with _sampling(task.model, method, n_patches) as count:
             logits, labels = _logits(task, data, images, repeats, batch_size or 50, seed)
-        return _evaluation(logits, labels, method, used)
+        return _evaluation(logits, labels, data.source, method, count)
     name = task.config.model.method
     if (method, n_patches, repeats) != ("sample", None, 1):
         raise ValueError(f"{name} draws no patches: method, n_patches and repeats do not apply to it")
     logits, labels = _logits(task, data, images, repeats, batch_size or 1, seed)
-    return _evaluation(logits, labels, name, 0)
+    return _evaluation(logits, labels, data.source, name, 0)
 
 
 def held_out_data(task: ClassificationTask, images: int | None, folder: Path | None) -> ExperimentData:
@@ -168,12 +170,13 @@ def _sampling(model: ATSClassifier, method: str, n_patches: int | None) -> Itera
         sampler.n_patches, sampler.method, sampler.replace = before
 
 
-def _evaluation(logits: Tensor, labels: Tensor, method: str, n_patches: float) -> Evaluation:
+def _evaluation(logits: Tensor, labels: Tensor, source: str, method: str, n_patches: float) -> Evaluation:
     """From class logits (R, M, classes) of R draws, and labels (M,)."""
     repeats = len(logits)
     wrong = (logits.argmax(-1) != labels).double().mean(1)  # (R,)
     log_average = logits.log_softmax(-1).logsumexp(0) - torch.tensor(float(repeats)).log()  # (M, classes)
     return Evaluation(
+        data=source,
         method=method,
         n_patches=n_patches,
         images=len(labels),
@@ -200,7 +203,9 @@ def _logits(
     generator = torch.Generator(task.device).manual_seed(seed)
     logits, labels = [], []
     batches = torch.arange(images or len(data.labels("test"))).split(batch_size)
-    for indices in track(batches, description="evaluating", console=Console(stderr=True), transient=True):
+    console = Console(stderr=True)
+    # Where there is no terminal, all that is left of a bar is empty lines.
+    for indices in track(batches, "evaluating", console=console, transient=True, disable=not console.is_terminal):
         view, image, label = data.load("test", indices.to(task.device))
         draws = [classify(view, image, generator).double() for _ in range(repeats)]
         logits.append(torch.stack(draws))

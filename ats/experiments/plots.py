@@ -8,7 +8,8 @@ from typing import Any
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from ats.experiments.overlay import save, show_image
+from ats.datasets.example import Region
+from ats.experiments.overlay import mark, save, show_image
 
 # Okabe and Ito's colours; line styles and markers tell the lines apart without them.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
@@ -64,7 +65,9 @@ class Panel:
     attention: Tensor
 
 
-def draw_maps(image: Tensor, panels: Sequence[Panel], path: Path, *, title: str, source: str) -> None:
+def draw_maps(
+    image: Tensor, panels: Sequence[Panel], path: Path, *, title: str, source: str, targets: Sequence[Region] = ()
+) -> None:
     """A region of an image, and maps of attention on it, all on one scale.
 
     Args:
@@ -73,6 +76,7 @@ def draw_maps(image: Tensor, panels: Sequence[Panel], path: Path, *, title: str,
         path: of the PNG that is written.
         title: above the image.
         source: of the data, above all.
+        targets: what attention should be on, marked in the image and in every map.
     """
     columns = min(6, 1 + len(panels))
     rows = -(-(1 + len(panels)) // columns)
@@ -87,11 +91,15 @@ def draw_maps(image: Tensor, panels: Sequence[Panel], path: Path, *, title: str,
     show_image(axes[0], image)
     axes[0].set_title(title, fontsize=10)
     highest = max(float(panel.attention.max()) for panel in panels)
+    extent = (0, image.shape[2], image.shape[1], 0)
     for panel, place in zip(panels, axes[1:], strict=False):
-        shown = place.imshow(panel.attention.float().cpu().numpy(), cmap="viridis", vmin=0, vmax=highest)
+        shown = place.imshow(panel.attention.float().cpu().numpy(), cmap="viridis", vmin=0, vmax=highest, extent=extent)
         place.set(xticks=[], yticks=[])
         place.set_title(panel.title, fontsize=10)
-    figure.colorbar(shown, ax=axes, shrink=0.7, format="%.2g", label="attention of a cell")
+    for place in axes[: 1 + len(panels)]:
+        for region in targets:
+            mark(place, region)
+    figure.colorbar(shown, ax=axes, shrink=0.7, pad=0.01, format="%.2g", label="attention of a cell")
     save(figure, path)
 
 

@@ -10,6 +10,10 @@ from typing import Any
 from ats.experiments.config import ExperimentConfig, ModelConfig, OptimConfig, TrainerConfig
 from ats.experiments.data_config import ColonCancerConfig, MegapixelMNISTConfig, SpeedLimitsConfig
 
+# Less noise in what is pooled and in the attention's gradient (docs/estimators.md).
+_LESS_NOISE: dict[str, Any] = {"estimator": "unordered", "control_variate": True}
+
+_MNIST_MODEL = ModelConfig(**_LESS_NOISE)
 _MNIST = OptimConfig(
     batch_size=32, learning_rate=5e-3, weight_decay=0.05, warmup=0.03, schedule="cosine", entropy_weight=1e-3
 )
@@ -21,25 +25,25 @@ _MEGAPIXEL_MNIST = {
     "modern": ExperimentConfig(
         preset="modern",
         data=MegapixelMNISTConfig(small_epochs=8),
+        model=_MNIST_MODEL,
         optim=replace(_MNIST, epochs=50),
     ),
     "quick": ExperimentConfig(
         preset="quick",
         data=MegapixelMNISTConfig(small_epochs=8),
-        optim=replace(_MNIST, epochs=14),
+        model=_MNIST_MODEL,
+        optim=replace(_MNIST, epochs=20),
     ),
     "demo": ExperimentConfig(
         preset="demo",
         data=MegapixelMNISTConfig(digits="bundled", image_size=500, n_noise=10, train_images=14_000, test_images=500),
+        model=_MNIST_MODEL,
         optim=replace(_MNIST, epochs=3),
     ),
 }
 
 # Epochs of a few seconds: their checkpoints would take as long as they do.
 _SHORT_EPOCHS = TrainerConfig(checkpoint_seconds=20.0)
-
-# Less noise in what is pooled and in the attention's gradient, for both image experiments (docs/estimators.md).
-_LESS_NOISE: dict[str, Any] = {"estimator": "unordered", "control_variate": True}
 
 _COLON_MODEL = ModelConfig(n_patches=10, patch_size=27, view_scale=0.2, grid_step=10)
 _COLON = OptimConfig(

@@ -26,10 +26,10 @@ from torch import Tensor
 from ats._files import write_whole
 from ats.experiments.callbacks import AttentionDiagnostics
 from ats.experiments.config import ExperimentConfig, differences, from_dict, to_dict
-from ats.experiments.data import Batch
+from ats.experiments.data import Batch, ExperimentData
 from ats.experiments.drawn_patches import teach_features
 from ats.experiments.environment import hardware
-from ats.experiments.image_data import experiment_data
+from ats.experiments.image_data import ImageData, experiment_data
 from ats.experiments.task import ClassificationTask
 
 
@@ -45,25 +45,27 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
     that was never stopped; a complete run is left as it is.
 
     Raises:
-        ValueError: the folder holds a run with other options.
+        ValueError: the folder holds a run with other options, or on other data.
         InterruptedRunError: by the user.
     """
     folder = config.run_folder
     last = folder / "checkpoints" / "last.ckpt"
+    data = experiment_data(config)
     _claim(folder, config)
+    _claim_data(folder, data)
     if (folder / "training.json").exists():
         Console().print(f"{folder} is complete: nothing to train.")
         return last
     L.seed_everything(config.seed, workers=True, verbose=False)
     timer = Timer()
     trainer = _trainer(config, [timer, *_diagnostics(config), *callbacks])
-    task, data = ClassificationTask(config), experiment_data(config)
+    task = ClassificationTask(config)
     try:
         if not last.exists():
-            teach_features(task.model.to(trainer.strategy.root_device), data)
+            teach_features(task.model.to(trainer.strategy.root_device), data, folder / "checkpoints" / "taught.ckpt")
         trainer.fit(task, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
     except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into an exit
-        raise InterruptedRunError(f"stopped in {folder}; the same command goes on from the last full epoch") from stop
+        raise InterruptedRunError(f"stopped in {folder}; the same command goes on from its last checkpoint") from stop
     if trainer.is_global_zero:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         summary = {
@@ -231,6 +233,38 @@ def _claim(folder: Path, config: ExperimentConfig) -> None:
         raise ValueError(f"{folder} is not empty and holds no run; name another folder with --output")
     else:
         write_json(recorded, to_dict(config))
+
+
+def _claim_data(folder: Path, data: ExperimentData) -> None:
+    """Note which photographs a run is of, or check that they are the same. Megapixel MNIST is the same everywhere."""
+    if not isinstance(data, ImageData):
+        return
+    recorded = folder / "data.json"
+    complete = (folder / "training.json").exists()
+    if complete and data.config.data.folder == _recorded_folder(folder):
+        return  # asked for in the same words: nothing is read, so that the data need not be there any more
+    found = {"source": data.source} | {f"{name}_images": len(data.labels(name)) for name in ("train", "test")}
+    if recorded.exists():
+        known = json.loads(recorded.read_text())
+    elif complete:
+        summary = json.loads((folder / "training.json").read_text())
+        known = {"source": summary["data"]} | {name: summary[name] for name in ("train_images", "test_images")}
+    else:
+        write_json(recorded, found)
+        return
+    if known != found:
+        raise ValueError(
+            f"{folder} holds a run on {_described(known)}, not on {_described(found)}; name another folder with "
+            "--output, or remove that one"
+        )
+
+
+def _recorded_folder(folder: Path) -> Path | None:
+    return from_dict(json.loads((folder / "config.json").read_text())).data.folder
+
+
+def _described(data: dict[str, Any]) -> str:
+    return f"{data['source']} ({data['train_images']} training and {data['test_images']} test images)"
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ def sweep_entropy(preset: str, output: Path, data: Path | None, folder: Path) ->
         Panel(f"entropy weight {weight:g}", _map(config.run_folder, view, image)) for weight, config in configs.items()
     ]
     maps = folder / "entropy-maps.png"
-    draw_maps(image[0], panels, maps, title="test image", source=loaded.source)
+    _draw_maps(image[0], panels, maps, "test image", loaded)
     return [path, path.with_suffix(".json"), maps]
 
 
@@ -120,8 +120,14 @@ def _over_training(table: Table, config: ExperimentConfig, folder: Path) -> Path
         Panel(f"step {int(path.stem[5:])}", _crop(_map(path, view, image), image, rows, columns)) for path in snapshots
     ]
     path = folder / f"{table.name}-over-training.png"
-    draw_maps(image[0][:, rows, columns], panels, path, title=f"test image, {config.model.label}", source=data.source)
+    title = f"test image, {config.model.label.upper()}"
+    _draw_maps(image[0][:, rows, columns], panels, path, title, data)
     return path
+
+
+def _draw_maps(image: Tensor, panels: list[Panel], path: Path, title: str, data: ExperimentData) -> None:
+    targets = data.split("test").examples[_first_positive(data)].targets if isinstance(data, ImageData) else ()
+    draw_maps(image, panels, path, title=title, source=data.source, targets=targets)
 
 
 def _over_patches(table: Table, configs: dict[str, ExperimentConfig], folder: Path) -> Path:
@@ -133,7 +139,7 @@ def _over_patches(table: Table, configs: dict[str, ExperimentConfig], folder: Pa
         for name, config in configs.items()
     ]
     path = folder / f"{table.name}-over-patches.png"
-    draw_maps(image[0][:, rows, columns], panels, path, title="test image", source=data.source)
+    _draw_maps(image[0][:, rows, columns], panels, path, "test image", data)
     return path
 
 

@@ -15,9 +15,10 @@ from ats.experiments.data_config import ColonCancerConfig
 from ats.experiments.environment import describe
 from ats.experiments.presets import PRESETS
 from ats.experiments.reproduce.runs import DRAWS, REPEATS, Result
-from ats.experiments.reproduce.tables import Row, Table
+from ats.experiments.reproduce.tables import Published, Row, Table
 
-NOT_RUN = "not run"
+NOT_RUN, NOT_MEASURED = "not run", "not measured"
+_ATTENTION = ("mass", "uniform_mass", "times_uniform", "hit_rate", "draws_on_target", "average_precision")
 _MEASURED = ("train_loss", "test_error", "seconds_per_sample", "bytes_per_sample")
 
 
@@ -76,8 +77,7 @@ def row_values(
 def _attention(found: list[dict[str, Any]]) -> dict[str, float] | None:
     if not found:
         return None
-    names = ("mass", "uniform_mass", "times_uniform", "hit_rate", "draws_on_target", "average_precision")
-    return {name: math.fsum(run[name] for run in found) / len(found) for name in names}
+    return {name: math.fsum(run[name] for run in found) / len(found) for name in _ATTENTION}
 
 
 def write_report(
@@ -96,23 +96,38 @@ def write_report(
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    plain = [name for name, value in rows[0].items() if not isinstance(value, (dict, list)) and name != "paper"]
-    plain = [name for name in plain if name != "attention"]
-    published = [f"paper_{name}" for name in ("train_loss", "test_error", "seconds_per_sample", "bytes_per_sample")]
+    """All of the rows' values but versions, a column each: of what is nested, e.g. paper_test_error."""
+    nested = {
+        "seconds_per_sample_quartiles": ("lower", "upper"),
+        "attention": _ATTENTION,
+        "paper": tuple(field.name for field in dataclasses.fields(Published)),
+        "hardware": ("cpu", "threads"),
+    }
+    plain = [name for name in rows[0] if name not in (*nested, "versions", "trained_on", "not_run")]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*plain, *published])
+    writer.writerow([*plain, *(f"{name}_{part}" for name, parts in nested.items() for part in parts)])
     for row in rows:
-        cells = [NOT_RUN if name in row["not_run"] else row[name] for name in plain]
-        paper = row["paper"] or {}
-        writer.writerow([*cells, *(paper.get(name.removeprefix("paper_")) for name in published)])
+        cells = [_cell(row, name) for name in plain]
+        for name, parts in nested.items():
+            values = row[name] or {}
+            if isinstance(values, list):
+                values = dict(zip(parts, values, strict=True))
+            cells += [values.get(part) for part in parts]
+        writer.writerow(cells)
     return file.getvalue()
+
+
+def _cell(row: Mapping[str, Any], name: str) -> Any:
+    if name in row["not_run"]:
+        return NOT_RUN if name in ("train_loss", "test_error") else NOT_MEASURED
+    return " ".join(map(str, row[name])) if isinstance(row[name], list) else row[name]
 
 
 def markdown(table: Table, preset: str, config: ExperimentConfig, rows: Sequence[Mapping[str, Any]]) -> str:
     """The table for people, with the published figures beside ours and what must be known to read it below."""
     header = ["method", "scale", "train loss", "test error", "time/sample", "memory/sample", "runs"]
-    header += ["published: error", "time", "memory"]
+    header += ["published: train loss", "error", "time", "memory"]
     with_attention = any(row["attention"] for row in rows)
     if with_attention:
         header += ["attention on target", "× uniform", "draws that hit", "average precision"]
@@ -130,12 +145,13 @@ def markdown(table: Table, preset: str, config: ExperimentConfig, rows: Sequence
         paper = row["paper"]
         cells += (
             [
+                _plus_minus(paper["train_loss"], paper["train_loss_sem"]),
                 _plus_minus(paper["test_error"], paper["test_error_sem"]),
                 _milliseconds(paper["seconds_per_sample"]),
                 _megabytes(paper["bytes_per_sample"]),
             ]
             if paper
-            else ["", "", ""]
+            else [""] * 4
         )
         if with_attention:
             cells += _attention_cells(row["attention"])
@@ -150,12 +166,13 @@ def _notes(table: Table, preset: str, config: ExperimentConfig, rows: Sequence[M
     notes = [
         f"- Data: {first['data']}. Preset `{preset}`; seeds {', '.join(map(str, seeds)) or 'none'}.",
         "- Mean ± standard error over runs. Train loss: mean over the last epoch, augmentation included. Test error: "
-        f"of the last epoch's model, averaged over {REPEATS} draws of patches where it draws any. Nothing was chosen "
-        "on test images.",
+        f"of the last epoch's model, averaged over {REPEATS} draws of patches where it draws any: no epoch was chosen.",
         "- Time (median) and memory (peak) of one sample, forward and backward, batch size 1, reading the patches from "
         "main memory included, always at the published sizes and with the published networks.",
-        f"- Measured on {describe(first['hardware'])}; {software}. Published figures are from the authors' GPU.",
     ]
+    if any(row["seconds_per_sample"] is not None for row in rows):
+        measured = f"{describe(first['hardware'])}; {software}"
+        notes.append(f"- Costs were measured on {measured}. Published figures are from the authors' GPU.")
     if isinstance(config.data, ColonCancerConfig):
         notes.append(
             f"- The run with seed s tests on fold s of a stratified partition into {config.data.folds} "
@@ -184,7 +201,8 @@ def _by_method(table: Table, preset: str, rows: Sequence[Mapping[str, Any]]) -> 
         if values["runs"]:
             config = to_dict(table.config(row, preset, 0, Path(), None))
             options = [f"{name} {config[section][key]}" for name in names for section, key in [name.split(".")]]
-            described.append(f"{row.name}: {', '.join([*options, str(values['runs']) + ' runs'])}")
+            runs = f"{values['runs']} run{'s' if values['runs'] > 1 else ''}"
+            described.append(f"{row.name}: {', '.join([*options, runs])}")
     return f"- By method: {'; '.join(described) or 'none was run'}."
 
 
@@ -199,11 +217,11 @@ def _plus_minus(mean: float | None, error: float | None) -> str:
 
 
 def _milliseconds(seconds: float | None) -> str:
-    return NOT_RUN if seconds is None else f"{seconds * 1000:,.1f} ms"
+    return NOT_MEASURED if seconds is None else f"{seconds * 1000:,.1f} ms"
 
 
 def _megabytes(size: float | None) -> str:
-    return NOT_RUN if size is None else f"{size / 1e6:,.0f} MB"
+    return NOT_MEASURED if size is None else f"{size / 1e6:,.0f} MB"
 
 
 def _attention_cells(attention: Mapping[str, float] | None) -> list[str]:
