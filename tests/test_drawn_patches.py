@@ -138,6 +138,8 @@ def test_teaching_that_was_stopped_goes_on_and_ends_the_same(
     monkeypatch.setattr(drawn_patches, "drawn_patches", stop_at_the_fourth)
     with pytest.raises(InterruptedRunError, match="goes on from its last checkpoint"):
         train(config)
+    with pytest.raises(ValueError, match="holds a run with other options"):
+        train(dataclasses.replace(config, seed=1))
     torch.rand(3)  # whatever else has drawn from the global stream
     capsys.readouterr()
     assert_same(weights(train(config)), expected)

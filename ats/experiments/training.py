@@ -218,8 +218,7 @@ class ProgressLines(Callback):
 def _claim(folder: Path, config: ExperimentConfig) -> None:
     """Make the run's folder, or check that what lies there is the same run."""
     recorded = folder / "config.json"
-    started = any((folder / name).exists() for name in ("checkpoints/last.ckpt", "training.json"))
-    if recorded.exists() and started:
+    if recorded.exists() and _started(folder):
         try:
             found = differences(from_dict(json.loads(recorded.read_text())), config)
         except ValueError as error:  # JSON's errors are some, too
@@ -235,6 +234,13 @@ def _claim(folder: Path, config: ExperimentConfig) -> None:
         write_json(recorded, to_dict(config))
 
 
+def _started(folder: Path) -> bool:
+    """Whether a run's folder holds anything that was learned."""
+    return any(
+        (folder / name).exists() for name in ("checkpoints/last.ckpt", "checkpoints/taught.ckpt", "training.json")
+    )
+
+
 def _claim_data(folder: Path, data: ExperimentData) -> None:
     """Note which photographs a run is of, or check that they are the same. Megapixel MNIST is the same everywhere."""
     if not isinstance(data, ImageData):
@@ -244,7 +250,7 @@ def _claim_data(folder: Path, data: ExperimentData) -> None:
     if complete and data.config.data.folder == _recorded_folder(folder):
         return  # asked for in the same words: nothing is read, so that the data need not be there any more
     found = {"source": data.source} | {f"{name}_images": len(data.labels(name)) for name in ("train", "test")}
-    if recorded.exists():
+    if recorded.exists() and _started(folder):
         known = json.loads(recorded.read_text())
     elif complete:
         summary = json.loads((folder / "training.json").read_text())
