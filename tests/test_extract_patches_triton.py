@@ -243,7 +243,7 @@ class TestOnGpu:
         image = values(2, 3, 64, 64, dtype=torch.float32).to(device).requires_grad_()
         offsets = torch.zeros((2, 3, 2), dtype=torch.int64, device=device)
         extract_patches(image, offsets, 10, mean=MEAN, std=STD).sum().backward()
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error")  # raises at any wait for the GPU: that is the assertion
         try:
             extract_patches(image, offsets, 10, mean=MEAN, std=STD).sum().backward()
         finally:
