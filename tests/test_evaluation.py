@@ -74,7 +74,8 @@ def test_anytime_reads_what_it_needs(checkpoint: Path, tmp_path: Path, capsys: p
     line = f"evaluate {checkpoint} --method anytime --lead 2 --budget 14 --images 6 --output {result}"
     assert commands.run(line.split()) == 0
     assert "patches, anytime" in " ".join(capsys.readouterr().out.split())
-    assert 8 <= json.loads(result.read_text())["n_patches"] <= 14
+    (written,) = json.loads(result.read_text())
+    assert 8 <= written["n_patches"] <= 14
     for options, message in [
         ({"method": "anytime"}, "needs a tolerance or a lead"),
         ({"method": "anytime", "lead": 2.0, "n_patches": 5}, "give it a budget, not n_patches=5"),
@@ -147,14 +148,14 @@ def test_training_and_evaluating_from_the_command_line(tmp_path: Path, capsys: p
     assert (recorded["seed"], recorded["data"]["image_size"], recorded["model"]["n_patches"]) == (4, 140, 3)
     assert recorded["optim"]["learning_rate"] == PRESETS["megapixel-mnist"]["demo"].optim.learning_rate
     checkpoint, result = run / "checkpoints" / "last.ckpt", tmp_path / "result.json"
-    evaluation = f"evaluate {checkpoint} --method topk --n-patches 5 --images 6 --output {result}"
+    evaluation = f"evaluate {checkpoint} --method topk --n-patches 5 --images 6 --n-patches 2 --output {result}"
     assert commands.run(evaluation.split()) == 0
     assert "6 test images of Megapixel MNIST of the bundled digits, 5 patches, topk" in " ".join(
         capsys.readouterr().out.split()
     )
     written = json.loads(result.read_text())
-    assert written["images"] == 6
-    assert 0 <= written["error"] <= 1
+    assert [(row["n_patches"], row["images"]) for row in written] == [(5, 6), (2, 6)]
+    assert all(0 <= row["error"] <= 1 for row in written)
 
 
 def test_positions_from_the_command_line(tmp_path: Path) -> None:
@@ -186,6 +187,7 @@ def test_positions_from_the_command_line(tmp_path: Path) -> None:
             2,
             "unordered needs model.replace=False",
         ),
+        ("evaluate", 2, "name a run, or a checkpoint"),
         ("evaluate nowhere.ckpt", 1, "no checkpoint at nowhere.ckpt"),
     ],
 )

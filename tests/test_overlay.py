@@ -61,7 +61,7 @@ def test_the_command_draws_an_image_of_any_size(
     picture = tmp_path / "attention.png"
     command = ["attention", str(tmp_path / "run"), str(tmp_path / "mine.png"), "--output", str(picture)]
     assert commands.run(command) == 0
-    assert "with probability" in capsys.readouterr().out
+    assert 'epithelial nucleus" with probability' in capsys.readouterr().out
     with Image.open(picture) as drawn:
         assert drawn.width > 1000
         assert len(drawn.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 100

@@ -88,7 +88,9 @@ def colon_cancer_folds(
     labels = torch.as_tensor(labels, dtype=torch.int64)
     fewest = int(labels.unique(return_counts=True)[1].min()) if len(labels) else 0
     if not 2 <= folds <= fewest:
-        raise ValueError(f"folds must be between 2 and {fewest}, the images of the rarest class, got {folds}")
+        raise ValueError(
+            f"folds must be at least 2, and at most the images of the rarest class, which has {fewest}; got {folds}"
+        )
     random = Integers(np.random.Philox(key=seed))
     parts: list[list[int]] = [[] for _ in range(folds)]
     dealt = 0  # the next class goes on where the last one stopped, so that folds end up equally large

@@ -60,7 +60,7 @@ def draw_image(options: AttentionOptions) -> str:
     logits, sample = task.model(view, image, generator=torch.Generator().manual_seed(options.seed))
     drawn = [] if sample is None else [(int(top), int(left)) for top, left in sample.offsets[0].tolist()]
     said, probability = int(logits.argmax()), float(logits.softmax(-1).max())
-    answer = f"class {said} with probability {probability:.2f}"
+    answer = f'class "{task.classes[said]}" with probability {probability:.2f}'
     title = f"{options.image.name}, {image.shape[2]}×{image.shape[3]}: {answer}"
     draw_overlay(image[0], Attention(weights[0], offsets, patch_size), options.output, title=title, drawn=drawn)
     return f"{answer}; where it looked: {options.output}"

@@ -15,7 +15,7 @@ from rich.table import Table
 from ats.experiments.attention import AttentionOptions, draw_image
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.demo import run_demo
-from ats.experiments.evaluation import evaluate, load_task
+from ats.experiments.evaluation import Evaluation, evaluate, load_task
 from ats.experiments.presets import PRESETS
 from ats.experiments.reproduce.command import ReproduceOptions, reproduce
 from ats.experiments.study.commands import run_study
@@ -42,14 +42,14 @@ commands:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Error and loss of a trained model on images that it was not trained on."""
+    """Error and loss of trained models on images that they were not trained on."""
 
-    checkpoint: tyro.conf.Positional[Path]
-    """A run's folder, or its checkpoints/last.ckpt, as `ats train` wrote it."""
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
+    """Runs' folders, or their checkpoints/last.ckpt, as `ats train` wrote them."""
     method: Literal["sample", "topk", "anytime"] = "sample"
     """Draw the patches, take the most probable ones, or draw as many as each image needs (docs/inference.md)."""
-    n_patches: int | None = None
-    """sample, topk: patches an image; default: what the model was trained with."""
+    n_patches: tyro.conf.UseAppendAction[tuple[int, ...]] = ()
+    """sample, topk: patches an image; default: what the model was trained with. Give it again for another number."""
     budget: int = 100
     """anytime: patches an image at most."""
     tolerance: float | None = None
@@ -58,8 +58,8 @@ class EvaluateOptions:
     """anytime: stop once the best class leads every other by this many standard errors of their difference."""
     repeats: int = 1
     """Draws an image. Error and loss are averaged over them; the error of the averaged prediction is given too."""
-    data: Path | None = None
-    """Folder of the data, where it is not the one that the run was trained with."""
+    data_folder: Path | None = None
+    """Folder of the data set, where it is not the one that the run was trained with."""
     images: int | None = None
     """How many test images; default: as configured for the run."""
     seed: int = 0
@@ -67,7 +67,12 @@ class EvaluateOptions:
     device: str = "cpu"
     """cpu, cuda, …"""
     output: Path | None = None
-    """Also write the numbers to this JSON file."""
+    """Also write the numbers to this JSON file: a list with an object for each model and number of patches."""
+
+    def __post_init__(self) -> None:
+        """Refuse to evaluate nothing."""
+        if not self.checkpoints:
+            raise ValueError("name a run, or a checkpoint, to evaluate")
 
 
 @dataclass(frozen=True)
@@ -148,32 +153,42 @@ def _train(arguments: list[str]) -> None:
         config=(tyro.conf.AvoidSubcommands,),  # the preset has the experiment's own kind of data
     )
     checkpoint = train(config)
-    Console().print(f"Trained. Evaluate with: ats evaluate {checkpoint}")
+    Console().print(f"Evaluate with: ats evaluate {checkpoint}")
 
 
 def _evaluate(arguments: list[str]) -> None:
     options = tyro.cli(EvaluateOptions, prog="ats evaluate", args=arguments)
     if options.output is not None and options.output.is_dir():
         raise ValueError(f"--output {options.output} is a folder; name a file")
-    task = load_task(options.checkpoint)
-    try:
-        task = task.to(torch.device(options.device))
-    except (RuntimeError, AssertionError) as error:  # torch's for a device that it does not know or have
-        raise ValueError(f"--device {options.device} cannot be used here: {error}") from error
-    result = evaluate(
-        task,
-        method=options.method,
-        n_patches=options.n_patches,
-        budget=options.budget,
-        tolerance=options.tolerance,
-        lead=options.lead,
-        repeats=options.repeats,
-        images=options.images,
-        folder=options.data,
-        seed=options.seed,
-    )
+    found = []
+    for checkpoint in options.checkpoints:
+        task = load_task(checkpoint)
+        try:
+            task = task.to(torch.device(options.device))
+        except (RuntimeError, AssertionError) as error:  # torch's for a device that it does not know or have
+            raise ValueError(f"--device {options.device} cannot be used here: {error}") from error
+        for n_patches in options.n_patches or (None,):
+            result = evaluate(
+                task,
+                method=options.method,
+                n_patches=n_patches,
+                budget=options.budget,
+                tolerance=options.tolerance,
+                lead=options.lead,
+                repeats=options.repeats,
+                images=options.images,
+                folder=options.data_folder,
+                seed=options.seed,
+            )
+            Console().print(_evaluation_table(checkpoint, result))
+            found.append({"checkpoint": str(checkpoint), "seed": options.seed} | result.to_dict())
+    if options.output is not None:
+        write_json(options.output, found)
+
+
+def _evaluation_table(checkpoint: Path, result: Evaluation) -> Table:
     patches = f"{result.n_patches:.4g} patches, " if result.n_patches else ""
-    table = Table(title=f"{options.checkpoint}: {result.images} test images of {result.data}, {patches}{result.method}")
+    table = Table(title=f"{checkpoint}: {result.images} test images of {result.data}, {patches}{result.method}")
     for column in ("", "error", "loss"):
         table.add_column(column, justify="left" if not column else "right")
     spread = f" ± {result.error_spread:.4f}" if result.repeats > 1 else ""
@@ -182,9 +197,7 @@ def _evaluate(arguments: list[str]) -> None:
     if result.repeats > 1:
         averaged = f"{result.averaged_error:.4f}", f"{result.averaged_loss:.4f}"
         table.add_row(f"prediction averaged over {result.repeats} draws", *averaged)
-    Console().print(table)
-    if options.output is not None:
-        write_json(options.output, {"checkpoint": str(options.checkpoint), "seed": options.seed} | result.to_dict())
+    return table
 
 
 def _attention(arguments: list[str]) -> None:

@@ -158,7 +158,7 @@ class ExperimentConfig:
     """One training run."""
 
     preset: Literal["demo", "paper", "modern", "quick"] = "modern"
-    """Where the defaults of all other options come from."""
+    """Where the defaults of all other options come from. "demo" is of Megapixel MNIST alone."""
     output: Path | None = None
     """Folder of the run; default runs/EXPERIMENT-PRESET-METHOD-seed-SEED. A run that stopped goes on from there."""
     seed: int = 0

@@ -29,6 +29,11 @@ class ExperimentData(L.LightningDataModule):
     def source(self) -> str:
         """What the images are, for reports."""
 
+    @property
+    @abstractmethod
+    def classes(self) -> tuple[str, ...]:
+        """The classes' names; a label is an index into them."""
+
     @abstractmethod
     def labels(self, name: str) -> Tensor:
         """Labels (n,) int64 of a split's images."""
@@ -110,6 +115,10 @@ class MegapixelMNISTData(ExperimentData):
     @property
     def source(self) -> str:
         return "Megapixel MNIST" if self.data.digits == "full" else "Megapixel MNIST of the bundled digits"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(map(str, range(self.data.n_classes)))
 
     def prepare_data(self) -> None:
         if self.data.digits == "full":

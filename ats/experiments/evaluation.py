@@ -40,7 +40,8 @@ def load_task(checkpoint: Path) -> ClassificationTask:
     try:
         task = ClassificationTask(from_dict(values))
         task.load_state_dict(content["state_dict"])
-    except (ValueError, RuntimeError) as error:
+        task.on_load_checkpoint(content)
+    except (ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{checkpoint} was written by another version of ats: {error}") from error
     return task.eval()
 

@@ -25,6 +25,10 @@ class ImageData(ExperimentData):
     def source(self) -> str:
         return self.split("train").source
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.split("train").classes
+
     def split(self, name: str) -> ImageDataset:
         """The images of a split."""
         if not self._sets:

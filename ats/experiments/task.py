@@ -30,6 +30,8 @@ class ClassificationTask(L.LightningModule):
         self.model = build_model(self.config)
         self.has_dropout = any(isinstance(layer, nn.Dropout) for layer in self.model.modules())
         self.class_weights: Tensor | None = None
+        self.classes = tuple(map(str, range(self.config.data.n_classes)))
+        """The classes' names, as the data that it was trained on has them."""
         n_classes = self.config.data.n_classes
         self.train_loss, self.validation_loss = MeanMetric(), MeanMetric()
         self.train_error = MulticlassHammingDistance(n_classes, average="micro")
@@ -60,9 +62,16 @@ class ClassificationTask(L.LightningModule):
         return torch.Generator(self.device).manual_seed(int(words[0]) >> 1)
 
     def on_fit_start(self) -> None:
+        self.classes = self.trainer.datamodule.classes  # type: ignore[attr-defined]
         if self.config.optim.class_weights:
             weights: Tensor = self.trainer.datamodule.class_weights()  # type: ignore[attr-defined]
             self.class_weights = weights.to(self.device, torch.float32)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["classes"] = list(self.classes)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.classes = tuple(checkpoint["classes"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         view, image, label = batch

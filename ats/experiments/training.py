@@ -252,9 +252,6 @@ def _claim_data(folder: Path, data: ExperimentData) -> None:
     found = {"source": data.source} | {f"{name}_images": len(data.labels(name)) for name in ("train", "test")}
     if recorded.exists() and _started(folder):
         known = json.loads(recorded.read_text())
-    elif complete:
-        summary = json.loads((folder / "training.json").read_text())
-        known = {"source": summary["data"]} | {name: summary[name] for name in ("train_images", "test_images")}
     else:
         write_json(recorded, found)
         return
@@ -273,6 +270,6 @@ def _described(data: dict[str, Any]) -> str:
     return f"{data['source']} ({data['train_images']} training and {data['test_images']} test images)"
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Write `values` so that the file is either old or new, never half."""
     write_whole(path, (json.dumps(values, indent=2) + "\n").encode())

@@ -52,8 +52,8 @@ class InferenceCommand:
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]
     """Runs' folders, or their checkpoints/last.ckpt, as `ats train` wrote them."""
     options: Annotated[InferenceOptions, tyro.conf.arg(name="")] = field(default_factory=InferenceOptions)
-    data: Path | None = None
-    """Folder of the data, where it is not the one that the runs were trained with."""
+    data_folder: Path | None = None
+    """Folder of the data set, where it is not the one that the runs were trained with."""
     output: Path | None = None
     """Folder for results/inference.json and results/inference.md. By default the tables are only shown."""
 
@@ -74,6 +74,6 @@ def run_study(arguments: list[str]) -> None:
         study_training(training.options, training.output)
     elif study == "inference":
         inference = tyro.cli(InferenceCommand, prog="ats study inference", args=rest)
-        study_inference(inference.checkpoints, inference.options, inference.data, inference.output)
+        study_inference(inference.checkpoints, inference.options, inference.data_folder, inference.output)
     else:
         raise ValueError(f"unknown study {study!r}, expected 'variance', 'training' or 'inference'")
