@@ -244,7 +244,7 @@ def test_presets_are_the_papers_where_they_say_so() -> None:
     values = to_dict(PRESETS["megapixel-mnist"]["paper"])
     assert values["data"] | {"folder": None} == {
         "digits": "full", "folder": None, "image_size": 1500, "n_noise": 50,
-        "train_images": 5000, "validation_images": 0, "test_images": 1000, "small_epochs": 0,
+        "train_images": 5000, "validation_images": 0, "test_images": 1000, "small_epochs": 0, "medium_epochs": 0,
     }  # fmt: skip
     assert values["optim"] == {
         "epochs": 500, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup": 0.0,

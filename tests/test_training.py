@@ -127,18 +127,25 @@ def test_diagnostics_change_nothing_and_a_watched_run_goes_on_as_it_was(uninterr
 
 def test_the_first_epochs_can_have_smaller_images(tmp_path: Path) -> None:
     config = tiny(tmp_path / "run")
-    larger = dataclasses.replace(config.data, small_epochs=1, image_size=420, n_noise=5)
-    config = dataclasses.replace(config, data=larger, optim=dataclasses.replace(config.optim, epochs=2))
+    larger = dataclasses.replace(config.data, small_epochs=2, medium_epochs=1, image_size=420, n_noise=5)
+    config = dataclasses.replace(config, data=larger, optim=dataclasses.replace(config.optim, epochs=4))
     data = experiment_data(config)
     assert isinstance(data, MegapixelMNISTData)
     indices = torch.tensor([3, 0, 5])
-    for name, epoch, expected in (("train", 0, 140), ("train", 1, 420), ("train", None, 420), ("test", None, 420)):
+    for name, epoch, expected in (
+        ("train", 0, 140), ("train", 1, 140), ("train", 2, 210), ("train", 3, 420), ("train", None, 420),
+        ("test", None, 420),
+    ):  # fmt: skip
         view, image, label = data.load(name, indices, epoch=epoch)
         assert image.shape == (3, 1, expected, expected)
         assert view.shape[2:] == view_size(config, (expected, expected))
-        assert torch.equal(label, data.split("small" if epoch == 0 else name).labels[indices])
-    assert len(data.split("small")) == len(data.split("train"))
-    assert data.split("small").labels.tolist() != data.split("train").labels.tolist()
+        split = data.split(name) if epoch is None else data.trained_on(epoch)
+        assert torch.equal(label, split.labels[indices])
+        assert split.glyph_ids.shape == (len(data.split(name)), 5 + (1 if expected == 140 else 5))
+    assert data.trained_on(3) is data.split("train")
+    used = [data.trained_on(epoch).glyph_ids[:, :5].tolist() for epoch in (0, 1, 2, 3, 0)]
+    assert used[0] == used[4]  # whether the epoch before was seen, as in a run that goes on, or not
+    assert len({str(ids) for ids in used}) == 4
     shapes = []
 
     class Note(L.Callback):
@@ -146,15 +153,11 @@ def test_the_first_epochs_can_have_smaller_images(tmp_path: Path) -> None:
             shapes.append(batch[1].shape[-1])
 
     train(config, callbacks=(Note(),))
-    assert shapes == [140] * 3 + [420] * 3
+    assert shapes == [140] * 6 + [210] * 3 + [420] * 3
     with pytest.raises(ValueError, match=r"data\.small_epochs must be at least 0"):
         MegapixelMNISTConfig(small_epochs=-1)
-    with pytest.raises(
-        ValueError, match=r"data\.small_epochs=3 leaves none of optim\.epochs=3 for images of full size"
-    ):
-        dataclasses.replace(
-            config, data=dataclasses.replace(larger, small_epochs=3), optim=dataclasses.replace(config.optim, epochs=3)
-        )
+    with pytest.raises(ValueError, match=r"small_epochs=2 and data\.medium_epochs=1 leave none of optim\.epochs=3 for"):
+        dataclasses.replace(config, optim=dataclasses.replace(config.optim, epochs=3))
 
 
 @pytest.mark.parametrize(("option", "value"), [("every", -1), ("gradient_draws", -1), ("gradient_draws", 1)])

@@ -17,7 +17,7 @@ from ats.datasets.mnist import Digits
 
 GLYPH = 28  # pixels, a side of a digit or a patch of noise
 N_CLASSES = 10
-_SPLITS = {"train": 0, "validation": 1, "test": 2, "small": 3}
+_SPLITS = {"train": 0, "validation": 1, "test": 2, "small": 3, "medium": 4}
 _N_NOISE_GLYPHS = 2000
 _TRIES = 1000
 
@@ -32,7 +32,8 @@ class MegapixelMNIST(Dataset[tuple[Tensor, int]]):
         n_noise: patches of noise an image, each two random strokes in 28×28, anywhere.
         n_digits: digits an image, none overlapping another.
         n_target: how many of them are of the target class; more than half.
-        seed, split: which images; "train", "validation" or "test", or "small" for more to train on.
+        seed, split: which images; "train", "validation" or "test", or "small" or "medium" for more to train on.
+        first: how many of the split's images to leave out before the first.
 
     Raises:
         ValueError: sizes that do not fit each other, an unknown split, a class without digits.
@@ -49,11 +50,12 @@ class MegapixelMNIST(Dataset[tuple[Tensor, int]]):
         n_target: int = 3,
         seed: int = 0,
         split: str = "train",
+        first: int = 0,
     ) -> None:
         if split not in _SPLITS:
             raise ValueError(f"unknown split {split!r}, expected one of {', '.join(map(repr, _SPLITS))}")
-        if n_images < 0 or n_noise < 0:
-            raise ValueError(f"n_images and n_noise must be at least 0, got {n_images} and {n_noise}")
+        if min(n_images, n_noise, first) < 0:
+            raise ValueError(f"n_images, n_noise and first must be at least 0, got {n_images}, {n_noise} and {first}")
         if image_size < GLYPH:
             raise ValueError(f"image_size must be at least {GLYPH}, a digit's size, got {image_size}")
         if not n_digits / 2 < n_target <= n_digits:
@@ -70,7 +72,7 @@ class MegapixelMNIST(Dataset[tuple[Tensor, int]]):
         self.places = torch.empty(n_images, n_digits + n_noise, 2, dtype=torch.int32)  # top-left (y, x)
         first_noise = len(digits.images)
         for index in range(n_images):
-            random = Integers(np.random.Philox(key=[seed, _key(split, index)]), 4 * (n_digits + n_noise) + 1)
+            random = Integers(np.random.Philox(key=[seed, _key(split, first + index)]), 4 * (n_digits + n_noise) + 1)
             target = random.below(N_CLASSES)
             others = [(target + 1 + random.below(N_CLASSES - 1)) % N_CLASSES for _ in range(n_digits - n_target)]
             members = [by_class[label] for label in [target] * n_target + others]

@@ -173,12 +173,14 @@ class ExperimentConfig:
         """Refuse values that no run can have."""
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
-        small = self.data.small_epochs if isinstance(self.data, MegapixelMNISTConfig) else 0
-        if small and not self.optim.updates and small >= self.optim.epochs:
-            raise ValueError(
-                f"data.small_epochs={small} leaves none of optim.epochs={self.optim.epochs} for images of full size; "
-                "set data.small_epochs to less, or to 0 for none on small images"
-            )
+        data = self.data
+        if isinstance(data, MegapixelMNISTConfig) and not self.optim.updates:
+            before = data.small_epochs + data.medium_epochs
+            if before and before >= self.optim.epochs:
+                raise ValueError(
+                    f"data.small_epochs={data.small_epochs} and data.medium_epochs={data.medium_epochs} leave none of "
+                    f"optim.epochs={self.optim.epochs} for images of full size; set them to less, or to 0 for none"
+                )
         if isinstance(self.data, SpeedLimitsConfig) and self.data.drawn_patches and self.model.positions:
             raise ValueError(
                 "data.drawn_patches teaches features from patches that lie nowhere, model.positions tells them where; "

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ats.datasets.megapixel_mnist import MegapixelMNIST
-from ats.datasets.mnist import fetch_mnist, load_digits
+from ats.datasets.mnist import Digits, fetch_mnist, load_digits
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.data_config import MegapixelMNISTConfig, data_folder
 from ats.experiments.networks import normalisation, view_size
@@ -104,13 +104,15 @@ class ExperimentData(L.LightningDataModule):
 
 
 class MegapixelMNISTData(ExperimentData):
-    """Megapixel MNIST, rendered on the device. Every image is another one already: epochs change nothing."""
+    """Megapixel MNIST, rendered on the device. Images of full size are the same in each epoch."""
 
     def __init__(self, config: ExperimentConfig) -> None:
         super().__init__(config)
         assert isinstance(config.data, MegapixelMNISTConfig)
         self.data = config.data
+        self._digits: dict[str, Digits] = {}
         self._sets: dict[str, MegapixelMNIST] = {}
+        self._smaller: tuple[int, MegapixelMNIST] | None = None  # those of one epoch
 
     @property
     def source(self) -> str:
@@ -125,24 +127,44 @@ class MegapixelMNISTData(ExperimentData):
             fetch_mnist(data_folder(self.data))
 
     def split(self, name: str) -> MegapixelMNIST:
-        """The images of a split; those of "validation" and "small" are other images of the training digits."""
+        """The images of a split; those of "validation" are other images of the training digits."""
         if name not in self._sets:
-            folder = data_folder(self.data) if self.data.digits == "full" else None
-            small = name == "small"
-            self._sets[name] = MegapixelMNIST(
-                load_digits("test" if name == "test" else "train", folder),
-                getattr(self.data, "train_images" if small else f"{name}_images"),
-                image_size=self.data.image_size // 3 if small else self.data.image_size,
-                n_noise=self.data.n_noise // 5 if small else self.data.n_noise,
-                seed=self.config.seed,
-                split=name,
-            )
+            self._sets[name] = self._images(name, getattr(self.data, f"{name}_images"))
         return self._sets[name]
 
     def labels(self, name: str) -> Tensor:
         return self.split(name).labels
 
     def examples(self, name: str, indices: Tensor, epoch: int | None = None) -> tuple[Tensor, Tensor]:
-        small = name == "train" and epoch is not None and epoch < self.data.small_epochs
-        split = self.split("small" if small else name)
+        split = self.split(name) if name != "train" or epoch is None else self.trained_on(epoch)
         return split.render(indices, indices.device), split.labels[indices.cpu()].to(indices.device)
+
+    def trained_on(self, epoch: int) -> MegapixelMNIST:
+        """The images of an epoch: those of "train", or smaller ones that no other epoch has."""
+        small, medium = self.data.small_epochs, self.data.medium_epochs
+        if epoch >= small + medium:
+            return self.split("train")
+        if self._smaller is None or self._smaller[0] != epoch:
+            count = self.data.train_images
+            if epoch < small:
+                images = self._images("small", count, shrink=3, less_noise=5, first=epoch * count)
+            else:
+                images = self._images("medium", count, shrink=2, first=(epoch - small) * count)
+            self._smaller = epoch, images
+        return self._smaller[1]
+
+    def _images(
+        self, split: str, count: int, *, shrink: int = 1, less_noise: int = 1, first: int = 0
+    ) -> MegapixelMNIST:
+        of = "test" if split == "test" else "train"
+        if of not in self._digits:
+            self._digits[of] = load_digits(of, data_folder(self.data) if self.data.digits == "full" else None)
+        return MegapixelMNIST(
+            self._digits[of],
+            count,
+            image_size=self.data.image_size // shrink,
+            n_noise=self.data.n_noise // less_noise,
+            seed=self.config.seed,
+            split=split,
+            first=first,
+        )

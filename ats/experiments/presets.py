@@ -24,15 +24,15 @@ _MEGAPIXEL_MNIST = {
     ),
     "modern": ExperimentConfig(
         preset="modern",
-        data=MegapixelMNISTConfig(small_epochs=8),
+        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=54),
         model=_MNIST_MODEL,
-        optim=replace(_MNIST, epochs=50),
+        optim=replace(_MNIST, batch_size=16, epochs=100),
     ),
     "quick": ExperimentConfig(
         preset="quick",
-        data=MegapixelMNISTConfig(small_epochs=8),
+        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=40),
         model=_MNIST_MODEL,
-        optim=replace(_MNIST, epochs=20),
+        optim=replace(_MNIST, batch_size=16, epochs=52),
     ),
     "demo": ExperimentConfig(
         preset="demo",

@@ -12,7 +12,7 @@ from ats.experiments.evaluation import evaluate, load_task
 from ats.experiments.reproduce.runs import read_json
 from ats.experiments.training import write_json
 
-IMAGES = 200
+IMAGES = 500
 """Test images that a point of a curve is an error on, at most."""
 
 
