@@ -46,7 +46,10 @@ def test_a_seed_a_split_and_an_index_make_an_image(digits):
     longer = MegapixelMNIST(digits, 9, image_size=200, seed=3)
     assert torch.equal(longer.render(range(6)), small.render(range(6)))
     assert torch.equal(longer.labels[:6], small.labels)
-    others = [{"seed": 3, "split": "validation"}, {"seed": 3, "split": "test"}, {"seed": 4}]
+    later = MegapixelMNIST(digits, 3, image_size=200, seed=3, first=6)
+    assert torch.equal(later.render(range(3)), longer.render([6, 7, 8]))
+    assert torch.equal(later.labels, longer.labels[6:])
+    others = [{"seed": 4}] + [{"seed": 3, "split": split} for split in ("validation", "test", "small", "medium")]
     sets = [small] + [MegapixelMNIST(digits, 6, image_size=200, **other) for other in others]
     images = [image.numpy().tobytes() for one in sets for image in one.render(range(6))]
     assert len(set(images)) == len(images), "two images are equal that have nothing to do with each other"
