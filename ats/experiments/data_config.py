@@ -38,7 +38,7 @@ class MegapixelMNISTConfig:
     noise, where digits are found sooner."""
     medium_epochs: int = 0
     """Epochs, after those, on as many other images, new ones in each, of half the size with all of the noise: what is
-    noise is as hard to tell as at full size, and an epoch takes less than half as long."""
+    noise is as hard to tell as at full size, and an epoch takes about half as long."""
     validation_images: int = 0
     """Images, made of training digits, to validate on after each epoch; 0 for none."""
     test_images: int = 1000
