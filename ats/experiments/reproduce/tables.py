@@ -129,7 +129,7 @@ def _cnn(scale: float, published: Published | None = None, quick: dict[str, Any]
 _SHORTER = {"optim.epochs": 60, "optim.batch_size": 7}
 _BAGS = {"optim.epochs": 20, "optim.batch_size": 2, "optim.learning_rate": 1e-3}  # as many steps from fewer images
 _SLIMMER = {"optim.epochs": 12, "model.cnn_channels": 16}
-_FEWER = {"optim.epochs": 20}  # of bags of 252 patches
+_FEWER = {"optim.epochs": 20}  # of bags of 286 patches
 _BLIND = {"optim.epochs": 40}  # of street scenes: uniform draws hardly ever show the sign, more epochs learn by heart
 
 
