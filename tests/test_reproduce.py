@@ -267,7 +267,7 @@ def test_memory_beyond_the_images_does_not_hold_them() -> None:
     """What a step takes beyond images and views that are given is the same for images of another size."""
     config = cost.published("megapixel-mnist", ModelConfig(n_patches=10))
     side = 3000  # 9 MB
-    # One process in some twenty has megabytes more or less than all others: the median of three.
+    # Now and then a process has megabytes more or less than the others: the median of three.
     given, whole = (
         sorted(cost.measure_bytes(config, image_size=(side, side), given=given) for _ in range(3))[1]
         for given in (True, False)

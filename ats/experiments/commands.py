@@ -160,11 +160,11 @@ def _evaluate(arguments: list[str]) -> None:
     options = tyro.cli(EvaluateOptions, prog="ats evaluate", args=arguments)
     if options.output is not None and options.output.is_dir():
         raise ValueError(f"--output {options.output} is a folder; name a file")
+    tasks = [load_task(checkpoint) for checkpoint in options.checkpoints]  # a bad one is not found an hour later
     found = []
-    for checkpoint in options.checkpoints:
-        task = load_task(checkpoint)
+    for checkpoint, task in zip(options.checkpoints, tasks, strict=True):
         try:
-            task = task.to(torch.device(options.device))
+            task.to(torch.device(options.device))
         except (RuntimeError, AssertionError) as error:  # torch's for a device that it does not know or have
             raise ValueError(f"--device {options.device} cannot be used here: {error}") from error
         for n_patches in options.n_patches or (None,):
