@@ -39,7 +39,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 kernels: $(READY)
-	$(BIN)/python -m ats_kernels._offline $(KERNELS_ARGS)
+	$(BIN)/python -m tools.offline.compile $(KERNELS_ARGS)
 
 # The oldest Triton that is supported, put before the environment's own; compiling does not use torch.
 OLDEST_TRITON := $(VENV)/triton-3.6.0
@@ -48,7 +48,7 @@ $(OLDEST_TRITON)/.ready: $(READY)
 	@touch $@
 
 kernels-oldest: $(OLDEST_TRITON)/.ready
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m ats_kernels._offline --ignore-budgets $(KERNELS_ARGS)
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m tools.offline.compile --ignore-budgets $(KERNELS_ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench $(BENCH_ARGS)

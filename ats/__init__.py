@@ -12,10 +12,11 @@ from ats.functional import (
     expectation,
     sample_patches,
 )
-from ats.geometry import cell_offsets, patch_positions, receptive_field
+from ats.grid import cell_offsets, patch_positions
 from ats.inference import Prediction, anytime, predict
-from ats.variance import Estimate, estimate
+from ats.probe import receptive_field
 from ats.version import __version__
+from ats_kernels.pooling.variance import Estimate, estimate
 
 __all__ = [
     "Estimate",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ats_kernels._checks import check_count, check_floating, check_log_probabilities, check_pair, check_tensor
+from ats_kernels.checks import check_count, check_floating, check_log_probabilities, check_pair, check_tensor
 
 _FEW_CELLS = 2.0  # attention on fewer, in effect, has collapsed
 _AT_CHANCE = 0.98  # of the loss at chance: a model has learned nothing until it is below

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 import ats_kernels
-from ats.geometry import cell_offsets
+from ats.grid import cell_offsets
 from ats_kernels import area_downsample, estimator_weights, expectation
-from ats_kernels._checks import Normalisation, check_count, check_floating, check_image, check_pair, check_tensor
+from ats_kernels.checks import Normalisation, check_count, check_floating, check_image, check_pair, check_tensor
 
 __all__ = ["PatchSample", "area_downsample", "estimator_weights", "expectation", "extract_cells", "sample_patches"]
 
@@ -80,7 +80,7 @@ def sample_patches(
         ValueError: wrong ranks, channels that seem to come last, batches that differ, more patches than cells that
             can be drawn, NaN or +inf logits, a row with every cell masked, unknown options, sizes that do not fit.
 
-    Source: paper, section 3; the cell-to-pixel map is described in `ats.geometry`.
+    Source: paper, section 3; the cell-to-pixel map is described in `ats.grid`.
     """
     check_image(image)
     grid = _check_grid(image, logits)

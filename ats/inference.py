@@ -1,9 +1,9 @@
 """Predict with a trained model, and say how sure the prediction is.
 
 The classifier is linear in the pooled features, so it may come before the pooling: the class logits of single patches
-are pooled in their place, and `ats.variance` tells the standard error. Drawn without replacement, they are pooled by
-the unordered estimator whatever the model was trained with: both estimate the same model without bias, it with less
-variance.
+are pooled in their place, and `ats_kernels.pooling.variance` tells the standard error. Drawn without replacement, they
+are pooled by the unordered estimator whatever the model was trained with: both estimate the same model without bias, it
+with less variance.
 """
 
 import functools
@@ -16,9 +16,9 @@ from torch import Tensor
 
 import ats_kernels
 from ats.nn import AttentionSampling
-from ats.variance import estimate
-from ats_kernels._checks import check_choice, check_count
-from ats_kernels.sample import METHODS
+from ats_kernels.checks import check_choice, check_count
+from ats_kernels.pooling.variance import estimate
+from ats_kernels.sampling.draws import METHODS
 
 Head = Callable[[Tensor], Tensor]
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from ats import functional
 from ats.functional import PatchSample
-from ats.geometry import lost_and_step, patch_positions
-from ats_kernels._checks import Normalisation, check_choice, check_count, check_pair
-from ats_kernels.expectation import check_estimator
-from ats_kernels.extract_patches import PADDINGS
-from ats_kernels.sample import METHODS
+from ats.grid import patch_positions
+from ats.probe import lost_and_step
+from ats_kernels.checks import Normalisation, check_choice, check_count, check_pair
+from ats_kernels.patches.op import PADDINGS
+from ats_kernels.pooling.op import check_estimator
+from ats_kernels.sampling.draws import METHODS
 
 
 class SamplePatches(nn.Module):

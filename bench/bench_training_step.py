@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import ats
 from ats.experiments import cost
+from ats.experiments.build import build_model
 from ats.experiments.config import ExperimentConfig, ModelConfig
-from ats.experiments.networks import build_model
 from ats.models.classifier import ATSClassifier, ChannelsLast
 from bench.measure import Rounds, synchronise
 from bench.report import Group, Report

@@ -6,8 +6,8 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from ats.experiments.overlay import save
-from ats.experiments.plots import look
+from ats.experiments.plotting.overlay import save
+from ats.experiments.plotting.plots import look
 
 Groups = Sequence[Mapping[str, Any]]
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ats_kernels import area_downsample, area_downsample_cpu
+from ats_kernels import area_downsample
+from ats_kernels.views import cpu as area_downsample_cpu
 from tests.helpers import assert_close, seeded
 
 SIZES = [((8, 12), (4, 3)), ((9, 10), (4, 7)), ((7, 5), (7, 5)), ((13, 6), (1, 1)), ((30, 17), (11, 16))]

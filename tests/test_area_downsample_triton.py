@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from ats_kernels import area_downsample, area_downsample_ref
-from ats_kernels._checks import IMAGE_DTYPES
+from ats_kernels.checks import IMAGE_DTYPES
 from tests.helpers import assert_close
 from tests.test_area_downsample import LAYOUTS, slow_view, values
 
 pytestmark = pytest.mark.interpreter
 
-triton_kernels = pytest.importorskip("ats_kernels.area_downsample_triton")
+triton_kernels = pytest.importorskip("ats_kernels.views.triton")
 
 SIZES = [((8, 12), (4, 3)), ((9, 10), (4, 7)), ((7, 5), (7, 5)), ((25, 64), (3, 9))]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ats_kernels._checks import check_generator, check_image, check_log_probabilities
+from ats_kernels.checks import check_generator, check_image, check_log_probabilities
 from tests.helpers import randn
 
 

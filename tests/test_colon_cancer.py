@@ -19,9 +19,9 @@ from ats.datasets.colon_cancer import (
     colon_cancer_split,
     load_colon_cancer,
 )
-from ats.datasets.example import Example, ImageDataset
+from ats.datasets.image_dataset import Example, ImageDataset
 from ats.datasets.image_files import SYNTHETIC_MARKER, default_folder
-from ats.datasets.synthetic import write_colon_cancer
+from ats.datasets.synthetic.write import write_colon_cancer
 
 REAL = Path(os.environ.get("ATS_DATA", "")) / "colon-cancer"
 needs_release = pytest.mark.skipif(

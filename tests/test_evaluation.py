@@ -12,12 +12,12 @@ from PIL import Image
 
 import ats
 from ats.experiments import commands
+from ats.experiments.build import view_size
+from ats.experiments.commands.demo import run_demo
 from ats.experiments.config import ExperimentConfig, to_dict
-from ats.experiments.demo import run_demo
 from ats.experiments.evaluation import evaluate, load_task
-from ats.experiments.networks import view_size
+from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.presets import PRESETS
-from ats.experiments.task import ClassificationTask
 from ats.experiments.training import train
 from ats.models import ATSClassifier
 from ats.models.classifier import PlacedFeatures

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ats_kernels import estimator_weights, estimator_weights_ref, expectation, sample
-from ats_kernels.expectation import ESTIMATORS
+from ats_kernels.pooling.op import ESTIMATORS
 from tests.enumeration import attention_logits, enumerate_draws, mass_left, step_probabilities
 from tests.helpers import assert_close, seeded
 

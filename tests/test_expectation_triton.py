@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from ats_kernels import estimator_weights, estimator_weights_ref, expectation, expectation_ref
-from ats_kernels._weights import estimator_weights_lean
+from ats_kernels.pooling.weights import estimator_weights_lean
 from tests.helpers import assert_close, seeded
 
 pytestmark = pytest.mark.interpreter
 
 WAYS = [(True, "ordered"), (False, "ordered"), (False, "unordered")]  # (replace, estimator)
 
-triton_kernels = pytest.importorskip("ats_kernels.expectation_triton")
+triton_kernels = pytest.importorskip("ats_kernels.pooling.triton")
 
 
 @pytest.fixture(autouse=True)

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ats.datasets.synthetic import write_colon_cancer, write_german
+from ats.datasets.synthetic.write import write_colon_cancer, write_german
 from ats.experiments import commands
+from ats.experiments.build import normalisation
 from ats.experiments.config import ExperimentConfig, ModelConfig, OptimConfig, TrainerConfig
 from ats.experiments.data_config import ColonCancerConfig, SpeedLimitsConfig
 from ats.experiments.evaluation import evaluate, load_task
 from ats.experiments.image_data import ImageData, experiment_data
-from ats.experiments.networks import normalisation
+from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.presets import PRESETS
-from ats.experiments.task import ClassificationTask
 from ats.experiments.training import AveragedWeights, InterruptedRunError, train
 from ats.models import ATSClassifier
 from tests.test_training import StopAt, assert_same, weights

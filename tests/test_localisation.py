@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ats.datasets.example import Region
-from ats.datasets.synthetic import write_colon_cancer
+from ats.datasets.image_dataset import Region
+from ats.datasets.synthetic.write import write_colon_cancer
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.data_config import ColonCancerConfig
 from ats.experiments.image_data import ImageData
+from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.localisation import attention_map, localise, on_target
 from ats.experiments.presets import PRESETS
-from ats.experiments.task import ClassificationTask
 from ats.models import ATSClassifier
 
 

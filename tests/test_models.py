@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ats
-from ats.experiments.networks import build_model, view_size
+from ats.experiments.build import build_model, view_size
 from ats.experiments.presets import PRESETS
 from ats.models import ATSClassifier, UniformAttention, colon_cancer, megapixel_mnist, speed_limits
 from ats.models.classifier import NETWORKS, SoftBound

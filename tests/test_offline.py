@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ats_kernels import _offline
-from ats_kernels._offline import TARGETS, Compiled, OfflineCase, compile_case
 from tests.conftest import INTERPRETED
+from tools.offline import compile as offline
+from tools.offline.compile import TARGETS, Compiled, OfflineCase, compile_case
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: nothing can be compiled")
 tl = pytest.importorskip("triton.language")
@@ -55,7 +55,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     """All cases of all ops, compiled in one process without the interpreter, by op and target."""
     path = tmp_path_factory.mktemp("offline") / "kernels.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "ats_kernels._offline", "--output", str(path)]
+    command = [sys.executable, "-m", "tools.offline.compile", "--output", str(path)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert path.exists(), f"{command} failed:\n{run.stdout}{run.stderr}"
     results: dict[tuple[str, str], list[Compiled]] = {}
@@ -65,7 +65,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("op", _offline.ops())
+@pytest.mark.parametrize("op", offline.ops())
 def test_kernels_compile_within_their_budgets(
     op: str, target: str, compiled: dict[tuple[str, str], list[Compiled]]
 ) -> None:
@@ -131,7 +131,7 @@ def test_refuses_a_signature_that_is_not_the_kernels(signature: dict[str, str]) 
 def test_the_table_shows_what_failed() -> None:
     failed = Compiled("gather", "bad", "sm_90", error="CompilationError: no")
     good = Compiled("gather", "good", "sm_90", 32, 1024, 0, 50, 6.25, 8.0, 44.7, "2^24 elements", 20.0)
-    lines = _offline.table([good, failed]).splitlines()
+    lines = offline.table([good, failed]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
         "gather", "good", "sm_90", "32", "1024", "0", "6.2", "20", "8", "44.7 (2^24 elements)",

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ats.datasets.example import Region
-from ats.datasets.synthetic import write_colon_cancer
+from ats.datasets.image_dataset import Region
+from ats.datasets.synthetic.write import write_colon_cancer
 from ats.experiments import commands
 from ats.experiments.localisation import attention_map
-from ats.experiments.overlay import Attention, draw_comparison, weight_map
+from ats.experiments.plotting.overlay import Attention, draw_comparison, weight_map
 from ats.experiments.training import train
 from ats.models import MILClassifier
 from tests.helpers import seeded

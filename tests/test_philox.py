@@ -1,10 +1,10 @@
-"""`ats_kernels._philox`: the published generator, whichever way its numbers are made."""
+"""`ats_kernels.philox`: the published generator, whichever way its numbers are made."""
 
 import numpy as np
 import torch
 from torch.testing import assert_close
 
-from ats_kernels import _philox
+from ats_kernels import philox
 
 
 def test_philox_known_answers():
@@ -18,17 +18,17 @@ def test_philox_known_answers():
             [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
         ),
     ]:
-        output = _philox.philox4x32(torch.tensor(counter).unbind(), torch.tensor(key).unbind())
+        output = philox.philox4x32(torch.tensor(counter).unbind(), torch.tensor(key).unbind())
         assert torch.stack(output).tolist() == words
 
 
 def test_paired_random_numbers():
     seed = torch.tensor(2**62 + 12345)
     row = torch.arange(3).unsqueeze(-1)
-    expected = _philox.random_bits(seed, torch.arange(14), row, _philox.CELLS)
-    paired = _philox.paired_bits(int(seed), np.arange(7), row.numpy(), _philox.CELLS)
+    expected = philox.random_bits(seed, torch.arange(14), row, philox.CELLS)
+    paired = philox.paired_bits(int(seed), np.arange(7), row.numpy(), philox.CELLS)
     assert torch.equal(torch.from_numpy(paired), expected)
-    assert_close(torch.from_numpy(_philox.log_exponential_numpy(paired)), _philox.log_exponential(expected))
+    assert_close(torch.from_numpy(philox.log_exponential_numpy(paired)), philox.log_exponential(expected))
     assert expected.min() >= 0
     assert expected.max() < 2**53
     assert len(expected.unique()) == 3 * 14

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ats.datasets.synthetic import write_colon_cancer
+from ats.datasets.synthetic.write import write_colon_cancer
 from ats.experiments import commands, cost
 from ats.experiments.config import ExperimentConfig, ModelConfig, OptimConfig
 from ats.experiments.data import MegapixelMNISTData

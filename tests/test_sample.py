@@ -5,7 +5,8 @@ from decimal import Decimal, localcontext
 import pytest
 import torch
 
-from ats_kernels import estimator_weights, expectation, sample, sample_cpu
+from ats_kernels import estimator_weights, expectation, sample
+from ats_kernels.sampling import cpu as sample_cpu
 from tests.helpers import assert_close, randn, seeded
 
 INF = float("inf")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from ats_kernels import _philox, sample, sample_cpu, sample_ref
+from ats_kernels import philox, sample, sample_ref
+from ats_kernels.sampling import cpu as sample_cpu
 from tests.enumeration import attention_logits, enumerate_draws
 from tests.helpers import assert_close, randn, seeded
 
@@ -220,14 +221,14 @@ def test_masked_cells_are_never_drawn(dtype):
 @pytest.mark.parametrize("small", [0, 2**12])
 def test_extreme_random_numbers(bits, small, monkeypatch):
     """The least and the largest uniform must neither draw a masked cell, nor a cell twice, nor one past the end."""
-    monkeypatch.setattr(_philox, "random_bits", lambda _, index, row, __: index * 0 + row * 0 + bits)
-    monkeypatch.setattr(_philox, "paired_bits", lambda _, pair, row, __: (pair * 0 + row * 0).repeat(2, -1) + bits)
+    monkeypatch.setattr(philox, "random_bits", lambda _, index, row, __: index * 0 + row * 0 + bits)
+    monkeypatch.setattr(philox, "paired_bits", lambda _, pair, row, __: (pair * 0 + row * 0).repeat(2, -1) + bits)
     monkeypatch.setattr(sample_cpu, "_SMALL", small)
     logits = torch.tensor([[-INF, 0.0, 1.0, -INF, 0.5, -INF]])
     assert sample(logits, 3).indices[0].sort().values.tolist() == [1, 2, 4]
     assert set(sample(logits, 3, replace=True).indices[0].tolist()) <= {1, 2, 4}
-    assert _philox.log_exponential(torch.tensor(bits)).isfinite()
-    assert np.isfinite(_philox.log_exponential_numpy(np.array([bits])))
+    assert philox.log_exponential(torch.tensor(bits)).isfinite()
+    assert np.isfinite(philox.log_exponential_numpy(np.array([bits])))
 
 
 def test_same_seed_same_draw():

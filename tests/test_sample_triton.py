@@ -173,8 +173,8 @@ def test_more_rows_than_a_grid_has_in_its_other_dimensions(device, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"replace": True}, {"method": "topk"}], ids=["without", "with", "topk"])
 def test_same_draws_on_every_device(rows, cells, n, options, device, monkeypatch):
     """The CPU path given the GPU's seed draws the same cells: at full size, where float32 sums differ most."""
-    from ats_kernels.sample_cpu import sample_cpu
-    from ats_kernels.sample_triton import sample_triton
+    from ats_kernels.sampling.cpu import sample_cpu
+    from ats_kernels.sampling.triton import sample_triton
 
     monkeypatch.undo()
     logits = make_logits(device, rows, cells, 2.0)

@@ -13,9 +13,9 @@ from ats.datasets.colon_cancer import NUCLEI, load_colon_cancer
 from ats.datasets.image_files import SYNTHETIC_MARKER
 from ats.datasets.integers import Integers
 from ats.datasets.speed_limits import load_speed_limits
-from ats.datasets.synthetic import write_colon_cancer, write_german, write_swedish
-from ats.experiments import synthesise
-from ats.experiments.commands import run
+from ats.datasets.synthetic.write import write_colon_cancer, write_german, write_swedish
+from ats.experiments.commands import synthesise
+from ats.experiments.commands.run import run
 from ats.functional import area_downsample
 
 SMALL = {"size": (80, 120), "sign_size": (12, 20)}

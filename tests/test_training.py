@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ats.experiments.build import build_model, view_size
 from ats.experiments.config import (
     DiagnosticsConfig,
     ExperimentConfig,
@@ -28,10 +29,9 @@ from ats.experiments.config import (
 from ats.experiments.data import Batch, MegapixelMNISTData
 from ats.experiments.data_config import MegapixelMNISTConfig, data_folder
 from ats.experiments.image_data import experiment_data
-from ats.experiments.networks import build_model, view_size
+from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.presets import PRESETS
 from ats.experiments.schedule import learning_rate_factor
-from ats.experiments.task import ClassificationTask
 from ats.experiments.training import InterruptedRunError, ProgressLines, train
 
 EPOCHS = 4

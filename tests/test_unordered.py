@@ -10,7 +10,7 @@ from torch import Tensor
 
 import ats_kernels
 from ats_kernels import estimator_weights, estimator_weights_ref, expectation, sample
-from ats_kernels._unordered import unordered_weights
+from ats_kernels.pooling.unordered import unordered_weights
 from tests.enumeration import attention_logits, enumerate_draws
 from tests.helpers import assert_close, seeded
 

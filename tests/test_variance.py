@@ -1,4 +1,4 @@
-"""`ats.variance`: variances against enumeration of every draw, which proves them unbiased."""
+"""`ats_kernels.pooling.variance`: variances against enumeration of every draw, which proves them unbiased."""
 
 import pytest
 import torch

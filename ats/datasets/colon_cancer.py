@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ats.datasets.example import Example, ImageDataset, Region
+from ats.datasets.image_dataset import Example, ImageDataset, Region
 from ats.datasets.image_files import check_same_size, default_folder, find_image, is_synthetic, needed, read_size
 from ats.datasets.integers import Integers
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ats.datasets.example import Example, ImageDataset, Region
+from ats.datasets.image_dataset import Example, ImageDataset, Region
 from ats.datasets.image_files import check_same_size, default_folder, is_synthetic, read_size
 from ats.datasets.traffic_signs import GERMAN_LIMITS, Frame, read_german, read_swedish
 

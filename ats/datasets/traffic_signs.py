@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ats.datasets.example import Region
+from ats.datasets.image_dataset import Region
 from ats.datasets.image_files import find_image
 
 VISIBILITIES = ("VISIBLE", "BLURRED", "SIDE_ROAD", "OCCLUDED")

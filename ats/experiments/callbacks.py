@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from ats import diagnostics
 from ats.functional import PatchSample, estimator_weights
 from ats.nn import AttentionSampling
-from ats.variance import estimate
-from ats_kernels._checks import check_count
+from ats_kernels.checks import check_count
+from ats_kernels.pooling.variance import estimate
 
 
 class AttentionWarning(UserWarning):

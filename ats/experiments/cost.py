@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ats.experiments.build import build_model, normalisation, view_size
 from ats.experiments.config import ExperimentConfig, ModelConfig
-from ats.experiments.networks import build_model, normalisation, view_size
 from ats.experiments.presets import PRESETS
 from ats.functional import area_downsample
 

@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from ats.datasets.megapixel_mnist import MegapixelMNIST
 from ats.datasets.mnist import Digits, fetch_mnist, load_digits
+from ats.experiments.build import normalisation, view_size
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.data_config import MegapixelMNISTConfig, data_folder
-from ats.experiments.networks import normalisation, view_size
 from ats.functional import area_downsample
 
 Batch = tuple[Tensor, Tensor, Tensor]  # view (B, C, h, w), image (B, C, H, W) uint8, label (B,)

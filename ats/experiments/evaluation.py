@@ -16,7 +16,7 @@ from ats.experiments.config import from_dict
 from ats.experiments.data import ExperimentData
 from ats.experiments.data_config import MegapixelMNISTConfig
 from ats.experiments.image_data import experiment_data
-from ats.experiments.task import ClassificationTask
+from ats.experiments.lightning_module import ClassificationTask
 from ats.inference import anytime
 from ats.models import ATSClassifier
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from ats.datasets.colon_cancer import colon_cancer_folds, load_colon_cancer
-from ats.datasets.drawn_limits import MOST, put_limit, within
-from ats.datasets.example import ImageDataset
+from ats.datasets.image_dataset import ImageDataset
+from ats.datasets.painted_signs import MOST, put_limit, within
 from ats.datasets.speed_limits import load_speed_limits
 from ats.experiments.augmentation import apply_change, draw_change
 from ats.experiments.config import ExperimentConfig

@@ -13,11 +13,11 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision
 
 import ats_kernels
-from ats.datasets.example import Region
+from ats.datasets.image_dataset import Region
+from ats.experiments.build import Classifier
 from ats.experiments.image_data import ImageData
-from ats.experiments.networks import Classifier
-from ats.experiments.task import ClassificationTask
-from ats.geometry import cell_offsets
+from ats.experiments.lightning_module import ClassificationTask
+from ats.grid import cell_offsets
 from ats.models import ATSClassifier, MILClassifier
 
 

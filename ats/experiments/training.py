@@ -27,10 +27,10 @@ from ats._files import write_whole
 from ats.experiments.callbacks import AttentionDiagnostics
 from ats.experiments.config import ExperimentConfig, differences, from_dict, to_dict
 from ats.experiments.data import Batch, ExperimentData
-from ats.experiments.drawn_patches import teach_features
 from ats.experiments.environment import hardware
 from ats.experiments.image_data import ImageData, experiment_data
-from ats.experiments.task import ClassificationTask
+from ats.experiments.lightning_module import ClassificationTask
+from ats.experiments.pretrain_features import teach_features
 
 
 class InterruptedRunError(Exception):

@@ -14,8 +14,8 @@ from ats.experiments.data import ExperimentData, MegapixelMNISTData
 from ats.experiments.evaluation import load_task
 from ats.experiments.image_data import ImageData, experiment_data
 from ats.experiments.localisation import attention_map
-from ats.experiments.overlay import Attention, draw_comparison
-from ats.experiments.plots import Panel, draw_curves, draw_lines, draw_maps
+from ats.experiments.plotting.overlay import Attention, draw_comparison
+from ats.experiments.plotting.plots import Panel, draw_curves, draw_lines, draw_maps
 from ats.experiments.reproduce.curves import curve_of, entropies
 from ats.experiments.reproduce.runs import Job, result_of, run_jobs
 from ats.experiments.reproduce.tables import TABLE_1, Table

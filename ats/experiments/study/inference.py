@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ats.experiments.evaluation import held_out_data, load_task
-from ats.experiments.task import ClassificationTask
+from ats.experiments.lightning_module import ClassificationTask
 from ats.inference import Prediction, anytime, predict
 from ats.models import ATSClassifier
 

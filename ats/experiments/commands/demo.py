@@ -1,0 +1,123 @@
+"""The demo: attention sampling beside uniform sampling on Megapixel MNIST, from scratch, in minutes on a CPU."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ats.experiments.config import ExperimentConfig
+from ats.experiments.data import MegapixelMNISTData
+from ats.experiments.data_config import MegapixelMNISTConfig
+from ats.experiments.evaluation import Evaluation, evaluate, load_task
+from ats.experiments.plotting.figures import draw_attention
+from ats.experiments.presets import PRESETS
+from ats.experiments.training import train, write_json
+from ats.models import ATSClassifier
+
+# By the name of the run's folder.
+_METHODS: dict[str, Literal["ats", "uniform"]] = {"learned": "ats", "uniform": "uniform"}
+_SHOWN = 4  # images in the picture
+_REPEATS = 5  # draws an image for the averaged prediction
+_TEST_PATCHES = 16  # testing is cheap beside training, and more patches leave less to chance
+
+
+def run_demo(folder: Path, seed: int, config: ExperimentConfig = PRESETS["megapixel-mnist"]["demo"]) -> None:
+    """Train both models, print a table, and write metrics.json and attention.png to `folder`.
+
+    A demo that was interrupted goes on; one that is complete is kept beside the new one, under another name.
+
+    Raises:
+        ValueError: a folder that cannot be renamed, because it is the current one or holds it, or that is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file; name a folder, e.g. --output runs/demo")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"--output {folder} is the current folder or one around it; name one for the demo alone, "
+            "e.g. --output runs/demo"
+        )
+    console, data = Console(), config.data
+    assert isinstance(data, MegapixelMNISTConfig)
+    if (folder / "metrics.json").exists() and (folder / "learned" / "config.json").exists():
+        kept = _set_aside(folder)
+        console.print(f"The demo that was in {folder} is now in {kept}.")
+    results: dict[str, tuple[Evaluation, float]] = {}
+    for attention, method in _METHODS.items():
+        run = dataclasses.replace(
+            config,
+            seed=seed,
+            output=folder / attention,
+            model=dataclasses.replace(config.model, method=method),
+        )
+        console.print(
+            f"Training with {attention} attention: {data.train_images:,} images of {data.image_size}×"
+            f"{data.image_size}, {run.optim.epochs} epochs, {run.model.n_patches} patches an image"
+        )
+        checkpoint = train(run)
+        seconds = json.loads((folder / attention / "training.json").read_text())["seconds"]
+        task = load_task(checkpoint)
+        results[attention] = evaluate(task, n_patches=_TEST_PATCHES, repeats=_REPEATS, seed=seed), seconds
+
+    picture = folder / "attention.png"
+    _draw(folder / "learned" / "checkpoints" / "last.ckpt", picture, seed)
+    (ours, seconds), (uniform, uniform_seconds) = results["learned"], results["uniform"]
+    metrics = {
+        "test_error": ours.error,
+        "test_error_averaged": ours.averaged_error,
+        "test_loss": ours.loss,
+        "uniform_test_error": uniform.error,
+        "uniform_test_error_averaged": uniform.averaged_error,
+        "uniform_test_loss": uniform.loss,
+        "seconds": seconds,
+        "uniform_seconds": uniform_seconds,
+        "n_patches": ours.n_patches,
+        "train_n_patches": config.model.n_patches,
+        "image_size": data.image_size,
+        "train_images": data.train_images,
+        "test_images": ours.images,
+        "epochs": config.optim.epochs,
+        "repeats": _REPEATS,
+        "seed": seed,
+    }
+    write_json(folder / "metrics.json", metrics)
+    console.print(_table(results, config.model.patch_size, data.image_size))
+    console.print(f"What it looked at: {picture}\nThe numbers: {folder / 'metrics.json'}")
+
+
+def _table(results: dict[str, tuple[Evaluation, float]], patch_size: int, image_size: int) -> Table:
+    evaluation = results["learned"][0]
+    read = evaluation.n_patches * patch_size**2 / image_size**2
+    table = Table(title=f"Megapixel MNIST, {evaluation.images} unseen images, {read:.0%} of the pixels read")
+    for column in ("", "test error", "± from draw to draw", f"{_REPEATS} draws averaged", "test loss", "training"):
+        table.add_column(column, justify="left" if not column else "right")
+    names = {"learned": f"ATS-{evaluation.n_patches}", "uniform": f"uniform-{evaluation.n_patches}"}
+    for attention, (result, seconds) in results.items():
+        table.add_row(
+            names[attention],
+            f"{result.error:.3f}",
+            f"{result.error_spread:.3f}",
+            f"{result.averaged_error:.3f}",
+            f"{result.loss:.3f}",
+            f"{seconds:.0f} s",
+        )
+    table.add_row("guessing", "0.900", "", "", "2.303", "")
+    return table
+
+
+def _draw(checkpoint: Path, path: Path, seed: int) -> None:
+    task = load_task(checkpoint)
+    view, image, label = MegapixelMNISTData(task.config).load("test", torch.arange(_SHOWN))
+    assert isinstance(task.model, ATSClassifier)
+    draw_attention(task.model, view, image, label, path, generator=torch.Generator().manual_seed(seed))
+
+
+def _set_aside(folder: Path) -> Path:
+    number = 1
+    while (kept := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    folder.rename(kept)
+    return kept

@@ -1,0 +1,221 @@
+"""The commands behind ``ats``: their options, and errors as one line rather than a traceback."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from rich.table import Table
+
+from ats.experiments.commands.attention import AttentionOptions, draw_image
+from ats.experiments.commands.demo import run_demo
+from ats.experiments.commands.synthesise import SynthesiseOptions, synthesise
+from ats.experiments.config import ExperimentConfig
+from ats.experiments.evaluation import Evaluation, evaluate, load_task
+from ats.experiments.presets import PRESETS
+from ats.experiments.reproduce.command import ReproduceOptions, reproduce
+from ats.experiments.study.commands import run_study
+from ats.experiments.training import InterruptedRunError, train, write_json
+from ats.version import __version__
+
+_HELP = f"""usage: ats COMMAND [OPTIONS]
+
+Attention sampling: learn from images too large to process whole.
+
+commands:
+  train EXPERIMENT      train a model; experiments: {", ".join(PRESETS)}
+  evaluate CHECKPOINT   error and loss on images that were not trained on
+  attention RUN IMAGE   where a trained model looks in any image, as a picture
+  reproduce TABLE       the paper's tables: table1, table2, mnist, figures or all; runs what is missing
+  synthesise DATA TO    write a small synthetic data set, laid out as a real one is
+  demo                  attention sampling beside uniform sampling, in minutes on a CPU
+  study STUDY           variance: of the estimators; training: by their gradients; inference: with trained models
+
+`ats COMMAND --help` lists a command's options; `ats --version` prints the version.
+"""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Error and loss of trained models on images that they were not trained on."""
+
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
+    """Runs' folders, or their checkpoints/last.ckpt, as `ats train` wrote them."""
+    method: Literal["sample", "topk", "anytime"] = "sample"
+    """Draw the patches, take the most probable ones, or draw as many as each image needs (docs/inference.md)."""
+    n_patches: tyro.conf.UseAppendAction[tuple[int, ...]] = ()
+    """sample, topk: patches an image; default: what the model was trained with. Give it again for another number."""
+    budget: int = 100
+    """anytime: patches an image at most."""
+    tolerance: float | None = None
+    """anytime: stop once the standard error of every class logit is at most this."""
+    lead: float | None = None
+    """anytime: stop once the best class leads every other by this many standard errors of their difference."""
+    repeats: int = 1
+    """Draws an image. Error and loss are averaged over them; the error of the averaged prediction is given too."""
+    data_folder: Path | None = None
+    """Folder of the data set, where it is not the one that the run was trained with."""
+    images: int | None = None
+    """How many test images; default: as configured for the run."""
+    seed: int = 0
+    """Of the draws."""
+    device: str = "cpu"
+    """cpu, cuda, …"""
+    output: Path | None = None
+    """Also write the numbers to this JSON file: a list with an object for each model and number of patches."""
+
+    def __post_init__(self) -> None:
+        """Refuse to evaluate nothing."""
+        if not self.checkpoints:
+            raise ValueError("name a run, or a checkpoint, to evaluate")
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Attention sampling beside uniform sampling on Megapixel MNIST, from scratch on the CPU."""
+
+    seed: int = 0
+    """Of the images, the weights, the order of the data and the draws."""
+    output: Path = Path("runs/demo")
+    """Folder for the two runs, metrics.json and attention.png. A complete demo there is renamed, not overwritten."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line, without the program's name, and return the exit status."""
+    command, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "attention": _attention,
+        "reproduce": _reproduce,
+        "synthesise": _synthesise,
+        "demo": _demo,
+        "study": run_study,
+    }
+    if command in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    if command == "--version":
+        print(__version__)
+        return 0
+    errors = Console(stderr=True, soft_wrap=True)
+    if command not in commands:
+        errors.print(f"ats: unknown command {command!r}, expected one of {', '.join(commands)}", markup=False)
+        return 2
+    try:
+        commands[command](rest)
+    except SystemExit as stop:  # the options' parser has said what is wrong, or helped
+        return int(stop.code or 0)
+    except (InterruptedRunError, KeyboardInterrupt) as stop:
+        errors.print(f"ats: {stop or 'interrupted'}", markup=False)
+        return 130
+    except (
+        ValueError,
+        OSError,
+        MisconfigurationException,
+    ) as error:  # what a user can mend; a defect keeps its traceback
+        errors.print(f"ats: {_said(error)}", markup=False)
+        return 1
+    return 0
+
+
+def _said(error: Exception) -> str:
+    """An error as a line. The system's own begin with a number."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _train(arguments: list[str]) -> None:
+    experiment = arguments[0] if arguments else "--help"
+    if experiment in ("-h", "--help"):
+        print(f"usage: ats train {{{','.join(PRESETS)}}} [OPTIONS]\n\nats train EXPERIMENT --help lists them.")
+        return
+    if experiment not in PRESETS:
+        raise ValueError(f"unknown experiment {experiment!r}, expected one of {', '.join(PRESETS)}")
+    # The preset decides what the other options default to, so it is looked for first.
+    first = argparse.ArgumentParser(prog=f"ats train {experiment}", add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default=ExperimentConfig().preset)
+    preset = first.parse_known_args(arguments[1:])[0].preset
+    presets = PRESETS[experiment]
+    if preset not in presets:
+        raise ValueError(f"unknown preset {preset!r} of {experiment}, expected one of {', '.join(presets)}")
+    config = tyro.cli(
+        ExperimentConfig,
+        prog=f"ats train {experiment}",
+        default=presets[preset],
+        args=arguments[1:],
+        config=(tyro.conf.AvoidSubcommands,),  # the preset has the experiment's own kind of data
+    )
+    checkpoint = train(config)
+    Console().print(f"Evaluate with: ats evaluate {checkpoint}")
+
+
+def _evaluate(arguments: list[str]) -> None:
+    options = tyro.cli(EvaluateOptions, prog="ats evaluate", args=arguments)
+    if options.output is not None and options.output.is_dir():
+        raise ValueError(f"--output {options.output} is a folder; name a file")
+    tasks = [load_task(checkpoint) for checkpoint in options.checkpoints]  # a bad one is not found an hour later
+    found = []
+    for checkpoint, task in zip(options.checkpoints, tasks, strict=True):
+        try:
+            task.to(torch.device(options.device))
+        except (RuntimeError, AssertionError) as error:  # torch's for a device that it does not know or have
+            raise ValueError(f"--device {options.device} cannot be used here: {error}") from error
+        for n_patches in options.n_patches or (None,):
+            result = evaluate(
+                task,
+                method=options.method,
+                n_patches=n_patches,
+                budget=options.budget,
+                tolerance=options.tolerance,
+                lead=options.lead,
+                repeats=options.repeats,
+                images=options.images,
+                folder=options.data_folder,
+                seed=options.seed,
+            )
+            Console().print(_evaluation_table(checkpoint, result))
+            found.append({"checkpoint": str(checkpoint), "seed": options.seed} | result.to_dict())
+    if options.output is not None:
+        write_json(options.output, found)
+
+
+def _evaluation_table(checkpoint: Path, result: Evaluation) -> Table:
+    patches = f"{result.n_patches:.4g} patches, " if result.n_patches else ""
+    table = Table(title=f"{checkpoint}: {result.images} test images of {result.data}, {patches}{result.method}")
+    for column in ("", "error", "loss"):
+        table.add_column(column, justify="left" if not column else "right")
+    spread = f" ± {result.error_spread:.4f}" if result.repeats > 1 else ""
+    first = f"one draw (mean of {result.repeats})" if result.n_patches else ""
+    table.add_row(first, f"{result.error:.4f}{spread}", f"{result.loss:.4f}")
+    if result.repeats > 1:
+        averaged = f"{result.averaged_error:.4f}", f"{result.averaged_loss:.4f}"
+        table.add_row(f"prediction averaged over {result.repeats} draws", *averaged)
+    return table
+
+
+def _attention(arguments: list[str]) -> None:
+    answer = draw_image(tyro.cli(AttentionOptions, prog="ats attention", args=arguments))
+    Console(soft_wrap=True).print(answer, markup=False, highlight=False)
+
+
+def _reproduce(arguments: list[str]) -> None:
+    reproduce(tyro.cli(ReproduceOptions, prog="ats reproduce", args=arguments))
+
+
+def _synthesise(arguments: list[str]) -> None:
+    options = tyro.cli(SynthesiseOptions, prog="ats synthesise", args=arguments)
+    for line in synthesise(options):
+        Console(soft_wrap=True).print(line, markup=False, highlight=False)
+    Console(soft_wrap=True).print(f"Train on it with: --data.folder {options.folder}", markup=False, highlight=False)
+
+
+def _demo(arguments: list[str]) -> None:
+    options = tyro.cli(DemoOptions, prog="ats demo", args=arguments)
+    run_demo(options.output, options.seed)

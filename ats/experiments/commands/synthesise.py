@@ -1,0 +1,48 @@
+"""`ats synthesise`: a small synthetic data set for those who lack the real one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from ats.datasets.colon_cancer import load_colon_cancer
+from ats.datasets.image_dataset import ImageDataset
+from ats.datasets.speed_limits import load_speed_limits
+from ats.datasets.synthetic.write import write_colon_cancer, write_german, write_swedish
+
+
+@dataclass(frozen=True)
+class SynthesiseOptions:
+    """Write a small synthetic data set, laid out on disk as a real one is. Reports on it say that it is synthetic."""
+
+    data: tyro.conf.Positional[Literal["colon-cancer", "speed-limits-german", "speed-limits-swedish"]]
+    """Whose task and layout."""
+    folder: tyro.conf.Positional[Path]
+    """Where to; new or empty. Give it to `ats train` as --data.folder."""
+    images: int = 100
+    """Images: of colon-cancer in all, of speed-limits-… to train on; half as many come to test on."""
+    seed: int = 0
+    """Of all that is random."""
+
+
+def synthesise(options: SynthesiseOptions) -> list[str]:
+    """Write the data set, read it back and describe it, a line for each split.
+
+    Raises:
+        FileExistsError: the folder is not empty.
+        ValueError: a number of images that the data set cannot have.
+    """
+    if options.data == "colon-cancer":
+        write_colon_cancer(options.folder, options.images, seed=options.seed)
+        return [_described("all", load_colon_cancer(options.folder))]
+    write: Callable[..., None] = write_german if options.data == "speed-limits-german" else write_swedish
+    write(options.folder, options.images, options.images // 2, seed=options.seed)
+    return [_described(split, load_speed_limits(options.folder, split)) for split in ("train", "test")]
+
+
+def _described(split: str, data: ImageDataset) -> str:
+    counts = ", ".join(f"{name}: {count}" for name, count in zip(data.classes, data.class_counts.tolist(), strict=True))
+    height, width = data.image_size
+    return f"{data.source}, {split}: {len(data)} images of {height}×{width} pixels ({counts})"

@@ -1,0 +1,127 @@
+"""The classifier as a LightningModule: loss, metrics, optimiser, and draws that a seed repeats."""
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassHammingDistance
+
+from ats.experiments.build import build_model, patch_features
+from ats.experiments.config import ExperimentConfig, from_dict, to_dict
+from ats.experiments.data import Batch
+from ats.experiments.data_config import SpeedLimitsConfig
+from ats.experiments.schedule import entropy_weight, learning_rate_factor
+from ats.functional import PatchSample
+from ats.models import ATSClassifier
+
+
+class ClassificationTask(L.LightningModule):
+    """Cross-entropy less λ times the attention's entropy (paper, eq. 21), with Adam."""
+
+    def __init__(self, config: ExperimentConfig | dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config if isinstance(config, ExperimentConfig) else from_dict(config)
+        self.save_hyperparameters({"config": to_dict(self.config)})
+        self.model = build_model(self.config)
+        self.has_dropout = any(isinstance(layer, nn.Dropout) for layer in self.model.modules())
+        self.class_weights: Tensor | None = None
+        self.classes = tuple(map(str, range(self.config.data.n_classes)))
+        """The classes' names, as the data that it was trained on has them."""
+        n_classes = self.config.data.n_classes
+        self.train_loss, self.validation_loss = MeanMetric(), MeanMetric()
+        self.train_error = MulticlassHammingDistance(n_classes, average="micro")
+        self.validation_error = MulticlassHammingDistance(n_classes, average="micro")
+
+    @property
+    def taught_features(self) -> nn.Module | None:
+        """The feature network where drawn patches teach it beforehand, and the training leaves it as it is."""
+        data = self.config.data
+        return patch_features(self.model) if isinstance(data, SpeedLimitsConfig) and data.drawn_patches else None
+
+    def setup(self, stage: str) -> None:
+        if self.taught_features is not None:
+            self.taught_features.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "ClassificationTask":
+        super().train(mode)
+        if self.taught_features is not None:
+            self.taught_features.eval()
+        return self
+
+    def draw_generator(self, *where: int) -> torch.Generator:
+        """Random numbers for the draws of one step, a function of the seed, the rank and `where` alone.
+
+        So a resumed run draws what it would have drawn, and data-parallel ranks draw apart.
+        """
+        words = np.random.SeedSequence([self.config.seed, self.global_rank, *where]).generate_state(1, np.uint64)
+        return torch.Generator(self.device).manual_seed(int(words[0]) >> 1)
+
+    def on_fit_start(self) -> None:
+        self.classes = self.trainer.datamodule.classes  # type: ignore[attr-defined]
+        if self.config.optim.class_weights:
+            weights: Tensor = self.trainer.datamodule.class_weights()  # type: ignore[attr-defined]
+            self.class_weights = weights.to(self.device, torch.float32)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["classes"] = list(self.classes)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.classes = tuple(checkpoint["classes"])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        view, image, label = batch
+        generator = self.draw_generator(0, self.global_step)
+        if self.has_dropout:  # it draws from the global stream only
+            torch.manual_seed(self.draw_generator(2, self.global_step).initial_seed())
+        logits, sample = self._several_draws(view, image, generator)
+        label = label.repeat(len(logits) // len(label))
+        loss = self.loss(logits, label)
+        self.train_loss.update(loss.detach())
+        self.train_error.update(logits.detach(), label)
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
+        self.log("train/error", self.train_error, on_step=False, on_epoch=True, prog_bar=True)
+        if sample is None:  # nothing was drawn
+            return {"loss": loss}
+        entropy = sample.entropy.mean()
+        self.log("train/entropy", entropy.detach(), on_step=False, on_epoch=True, sync_dist=True)
+        bonus = entropy_weight(self.global_step, self.total_steps(), self.config.optim) * entropy
+        return {"loss": loss - bonus, "task_loss": loss.detach()}
+
+    def _several_draws(
+        self, view: Tensor, image: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, PatchSample | None]:
+        draws = self.config.optim.draws
+        if draws == 1 or not isinstance(self.model, ATSClassifier):
+            return self.model(view, image, generator=generator)
+        return self.model(view, image, generator=generator, draws=draws)
+
+    def loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Cross-entropy, weighted by class if so configured: the mean weight is 1 over the training images."""
+        if self.class_weights is None:
+            return F.cross_entropy(logits, label)
+        # Not divided by the batch's own weights: a batch without a rare class must not count its others for more.
+        return (self.class_weights[label] * F.cross_entropy(logits, label, reduction="none")).mean()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        view, image, label = batch
+        logits, _ = self.model(view, image, generator=self.draw_generator(1, batch_idx))
+        self.validation_loss.update(F.cross_entropy(logits, label), weight=len(label))
+        self.validation_error.update(logits, label)
+        self.log("validation/loss", self.validation_loss, prog_bar=True)
+        self.log("validation/error", self.validation_error, prog_bar=True)
+
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole training."""
+        return int(self.trainer.estimated_stepping_batches)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        optim = self.config.optim
+        optimizer = torch.optim.AdamW(self.parameters(), lr=optim.learning_rate, weight_decay=optim.weight_decay)
+        total = self.total_steps()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, optim))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

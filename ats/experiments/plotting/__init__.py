@@ -1,0 +1,1 @@
+"""Figures: what attention is on, curves, and overlays."""

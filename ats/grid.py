@@ -1,0 +1,121 @@
+"""Where the cells of an attention map lie in the full-resolution image.
+
+Along one axis, with H pixels in the image, h in the view, and cells that begin at view pixel o and are s view pixels
+apart,
+
+    centre_i = (o + (i + ½)·s)·H/h          top_i = round(centre_i − p/2)
+
+rounded half to even. All of it is rational, so it is computed in integers: the same on every device, and a half is a
+half. An unpadded network that loses rf view pixels begins at o = rf/2 and has s = (h − rf)/g, g the cells;
+`ats.receptive_field` measures networks.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Affine(NamedTuple):
+    """The first pixel of cell i's patch along an axis: (a·i + b)/d, rounded half to even."""
+
+    a: int
+    b: int
+    d: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells of an attention map, and how they lie in an image.
+
+    Attributes:
+        cells: (gh, gw).
+        image: pixels (H, W) of the full-resolution image.
+        view: pixels (h, w) of the view that the attention network saw.
+        origin: view pixels (y, x) at which the first cell begins: its centre less half a step.
+        step: view pixels (y, x) from one cell to the next; None: what the cells divide the view into, less the origin
+            at both ends.
+    """
+
+    cells: tuple[int, int]
+    image: tuple[int, int]
+    view: tuple[int, int]
+    origin: tuple[Fraction, Fraction] = (Fraction(0), Fraction(0))
+    step: tuple[Fraction, Fraction] | None = None
+
+    def affine(self, patch_size: tuple[int, int]) -> tuple[Affine, Affine]:
+        """What turns the rows and the columns of cells into the first pixels of their patches (ph, pw)."""
+        return self._along(0, patch_size[0]), self._along(1, patch_size[1])
+
+    def _along(self, axis: int, patch: int) -> Affine:
+        cells, image, view = self.cells[axis], self.image[axis], self.view[axis]
+        on, od = self.origin[axis].numerator, self.origin[axis].denominator
+        if self.step is None:
+            covered = view * od - 2 * on  # view pixels that the cells cover, times od
+            a, d = 2 * covered * image, 2 * od * view * cells
+            b = covered * image + (2 * on * image - patch * od * view) * cells
+        else:
+            sn, sd = self.step[axis].numerator, self.step[axis].denominator
+            a, d = 2 * sn * od * image, 2 * od * sd * view
+            b = sn * od * image + 2 * on * sd * image - patch * od * sd * view
+        return Affine(a, b, d)
+
+    def offsets(self, indices: Tensor, patch_size: tuple[int, int]) -> Tensor:
+        """The top-left pixels (…, 2) int64 (y, x) of the patches centred on flat cells (…) int64."""
+        rows, columns = self.affine(patch_size)
+        width = self.cells[1]
+        return torch.stack([_first_pixel(indices // width, rows), _first_pixel(indices % width, columns)], dim=-1)
+
+
+def _first_pixel(cell: Tensor, affine: Affine) -> Tensor:
+    numerator = affine.a * cell + affine.b
+    quotient = numerator.div(affine.d, rounding_mode="floor")
+    twice_rest = 2 * (numerator - quotient * affine.d)
+    round_up = (twice_rest > affine.d) | ((twice_rest == affine.d) & (quotient % 2 == 1))
+    return quotient + round_up
+
+
+def cell_offsets(
+    indices: Tensor,
+    grid_size: tuple[int, int],
+    image_size: tuple[int, int],
+    patch_size: tuple[int, int],
+    *,
+    view_size: tuple[int, int] | None = None,
+    receptive_field: int = 0,
+) -> Tensor:
+    """Top-left pixels of the patches centred on cells.
+
+    Args:
+        indices: (…) int64, flat cells of a row-major grid.
+        grid_size: cells (gh, gw).
+        image_size: pixels (H, W).
+        patch_size: pixels (ph, pw).
+        view_size: pixels (h, w) of the view; needed only where receptive_field > 0.
+        receptive_field: view pixels that the attention network loses along an axis, see `ats.receptive_field`.
+
+    Returns:
+        (…, 2) int64 pixels (y, x). Patches near the border start or end outside the image.
+    """
+    origin = Fraction(receptive_field, 2)
+    grid = Grid(grid_size, image_size, view_size or image_size, (origin, origin))  # without a loss the view cancels out
+    return grid.offsets(indices, patch_size)
+
+
+def patch_positions(offsets: Tensor, patch_size: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
+    """Where the centres of patches lie in the image: 0 its top or left edge, 1 its bottom or right edge.
+
+    Args:
+        offsets: (…, 2) int64, top-left pixels (y, x), as `cell_offsets` gives them.
+        patch_size: pixels (ph, pw).
+        image_size: pixels (H, W).
+
+    Returns:
+        (…, 2) float32 in [0, 1], (y, x).
+
+    Source: paper, end of section 3.4.
+    """
+    centres = offsets.double() + torch.tensor(patch_size, dtype=torch.float64, device=offsets.device) / 2
+    return (centres / torch.tensor(image_size, dtype=torch.float64, device=offsets.device)).float()

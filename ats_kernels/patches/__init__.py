@@ -1,0 +1,1 @@
+"""Cut patches out of full-resolution images."""

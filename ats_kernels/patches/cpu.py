@@ -1,0 +1,224 @@
+"""The CPU path of `extract_patches`: one `index_select` from an overlapping view of all windows of the images.
+
+Nothing is allocated but the windows' places: bytes that become floats are first gathered into the end of the result
+itself. Patches that cross the border are read from the nearest place inside and then shifted. Places are worked out by
+NumPy, whose small operations cost half of PyTorch's.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ats_kernels.checks import compute_dtype
+
+_SCRATCH = 1 << 18  # bytes where some is needed: small beside any batch of patches, and it stays in a core's cache
+
+
+def extract_patches_cpu(
+    image: Tensor,  # (B, C, H, W), at least as large as a patch
+    offsets: Tensor,  # (B, N, 2) int64
+    out: Tensor,  # (B, N, C, ph, pw), contiguous or with the channels last
+    *,
+    padding: str,
+    means: list[float] | None,
+    stds: list[float] | None,
+) -> None:
+    """Write the patches to `out`. Arguments as `extract_patches` checks them."""
+    if out.numel() == 0:
+        return
+    channels_last = out.stride(2) < out.stride(4)
+    patches = (out.movedim(2, -1) if channels_last else out).flatten(0, 1)  # (B·N, …), as it lies in memory
+    wanted = offsets.numpy()
+    # (B, N, 2): the nearest windows that cross no border
+    inside = np.minimum(np.maximum(wanted, 0), (image.shape[2] - out.shape[3], image.shape[3] - out.shape[4]))
+    windows = _Windows(image, inside, (out.shape[3], out.shape[4]), channels_last)
+
+    work = compute_dtype(image.dtype, out.dtype)
+    affine = _Affine(means, stds, image, work, out.shape[4], channels_last)
+    direct = work == out.dtype or affine.is_identity
+    if direct and image.dtype == out.dtype:
+        windows.read(0, patches)
+        affine.apply(patches)
+    elif direct and image.dtype.itemsize < out.dtype.itemsize:
+        _read_narrower(windows, patches, image.dtype)
+        affine.apply(patches)
+    else:
+        few = max(1, _SCRATCH // (patches[0].numel() * work.itemsize))
+        scratch = patches.new_empty((min(few, len(patches)), *patches.shape[1:]), dtype=image.dtype)
+        for first, part in zip(range(0, len(patches), few), patches.split(few), strict=True):
+            raw = scratch[: len(part)]
+            windows.read(first, raw)
+            values = raw.to(work)
+            affine.apply(values)
+            part.copy_(values)
+
+    if (inside != wanted).any():
+        _shift_crossing(out, wanted, inside, image, padding)
+
+
+class _Windows:
+    """Every window of an image, from one border to the other, as one view (starts, …) of its memory, to select from."""
+
+    def __init__(self, image: Tensor, corners: np.ndarray, size: tuple[int, int], channels_last: bool) -> None:
+        batch, channels, height, width = image.shape
+        stride_b, stride_c, stride_h, stride_w = image.stride()
+        window, strides = (channels, *size), (stride_c, stride_h, stride_w)
+        if channels_last:
+            window, strides = (*size, channels), (stride_h, stride_w, stride_c)
+        most = (batch - 1) * stride_b + (height - size[0]) * stride_h + (width - size[1]) * stride_w
+        # Windows overlap in this view: element i of the image's memory is where window i begins.
+        self.windows = image.detach().as_strided((most + 1, *window), (1, *strides))
+        starts = np.arange(batch)[:, None] * stride_b + corners @ np.array((stride_h, stride_w))
+        self.starts = torch.from_numpy(starts.ravel())  # (B·N,)
+
+    def read(self, first: int, raw: Tensor) -> None:
+        """Copy the windows from number `first` on to `raw` (windows, …), as many as it takes."""
+        torch.index_select(self.windows, 0, self.starts[first : first + len(raw)], out=raw)
+
+
+def _read_narrower(windows: _Windows, patches: Tensor, raw_dtype: torch.dtype) -> None:
+    """Read all windows of an image whose pixels are narrower than those of `patches`, and convert them.
+
+    They are read into the end of the result. From there they are converted in a few steps, each of as many patches as
+    fit before the raw pixels of those to come.
+    """
+    raw = patches.view(-1).view(raw_dtype)[-patches.numel() :].view(patches.shape)
+    windows.read(0, raw)
+    first, total, ratio = 0, len(patches), patches.dtype.itemsize // raw_dtype.itemsize
+    while first < total:
+        left = total - first
+        part = left - -(-left // ratio)
+        # The last patch lies on its own raw pixels.
+        patches[first : first + max(part, 1)] = raw[first : first + part] if part else raw[first:].clone()
+        first += max(part, 1)
+
+
+class _Affine:
+    """Normalisation on the image's own values: ``(x − center)·scale`` by channel, of bytes ``x·scale + shift``."""
+
+    def __init__(
+        self,
+        means: list[float] | None,
+        stds: list[float] | None,
+        image: Tensor,
+        work: torch.dtype,
+        width: int,
+        channels_last: bool,
+    ) -> None:
+        self.channels_last = channels_last
+        is_byte = image.dtype == torch.uint8
+        unit = 255.0 if is_byte else 1.0
+        if stds is None and is_byte:
+            stds = [1.0] * image.shape[1]
+        self.is_identity = means is None and stds is None
+
+        def row(values: list[float]) -> Tensor:
+            return _row(tuple(values), width, channels_last, np.float64 if work == torch.float64 else np.float32)
+
+        self.center: Tensor | None = None
+        self.scale: Tensor | None = None
+        self.shift: Tensor | None = None
+        if stds is not None:
+            self.scale = row([1 / (unit * std) for std in stds])
+        if means is not None and stds is not None and is_byte:
+            # One pass. Bytes lose nothing by it; large numbers near their mean would.
+            self.shift = row([-mean / std for mean, std in zip(means, stds, strict=True)])
+        elif means is not None:
+            self.center = row(means)
+
+    def apply(self, patches: Tensor) -> None:
+        """Normalise patches (M, C, ph, pw), or (M, ph, pw, C) with the channels last, in place."""
+        rows = patches.flatten(-2) if self.channels_last else patches
+        if self.shift is not None and self.scale is not None:
+            torch.addcmul(self.shift, rows, self.scale, out=rows)
+            return
+        if self.center is not None:
+            rows.sub_(self.center)
+        if self.scale is not None:
+            rows.mul_(self.scale)
+
+
+@lru_cache
+def _row(values: tuple[float, ...], width: int, channels_last: bool, number: type) -> Tensor:
+    """One value a channel along a row of pixels, (pw·C) or (C, 1, pw): not written to.
+
+    Broadcasting a few channels along the innermost dimension is slow, whole rows are not.
+    """
+    channel: np.ndarray = np.array(values, number)
+    if channels_last:
+        return torch.from_numpy(np.tile(channel, width))
+    return torch.from_numpy(channel.repeat(width)).view(len(values), 1, width)
+
+
+def _shift_crossing(out: Tensor, offsets: np.ndarray, inside: np.ndarray, image: Tensor, padding: str) -> None:
+    """Move the pixels of patches that cross the border to their place, and pad around them."""
+    height, width = image.shape[2:]
+    size = out.shape[3], out.shape[4]
+    for b, n in np.argwhere((offsets != inside).any(-1)).tolist():
+        (y, x), (read_y, read_x), patch = offsets[b, n].tolist(), inside[b, n].tolist(), out[b, n]
+        if padding == "edge":
+            rows, columns = _nearest(y, size[0], height) - read_y, _nearest(x, size[1], width) - read_x
+            patch.copy_(patch.index_select(1, rows).index_select(2, columns))
+            continue
+        rows, columns = _overlap(y, size[0], height), _overlap(x, size[1], width)
+        pixels = patch[:, _moved(rows, y - read_y), _moved(columns, x - read_x)].clone()
+        patch.zero_()
+        patch[:, rows, columns] = pixels
+
+
+def _nearest(start: int, length: int, limit: int) -> Tensor:
+    """Pixel numbers start, …, start + length − 1, those outside the image replaced by the nearest inside."""
+    start = min(max(start, -length), limit)  # farther out reads the same, and does not overflow
+    return torch.arange(start, start + length).clamp(0, limit - 1)
+
+
+def _overlap(start: int, length: int, limit: int) -> slice:
+    """The part of a patch that lies inside the image, along one axis."""
+    low = min(max(-start, 0), length)
+    return slice(low, max(min(length, limit - start), low))
+
+
+def _moved(part: slice, by: int) -> slice:
+    return slice(0, 0) if part.start == part.stop else slice(part.start + by, part.stop + by)
+
+
+def scatter_patches_cpu(
+    grad_patches: Tensor,  # (B, N, C, ph, pw), any strides
+    offsets: Tensor,  # (B, N, 2) int64
+    grad_image: Tensor,  # (B, C, H, W), zero
+    *,
+    padding: str,
+    stds: list[float] | None,
+) -> None:
+    """Add the patches' gradients up in `grad_image`, one patch after the other: deterministic."""
+    height, width = grad_image.shape[2:]
+    size = grad_patches.shape[3], grad_patches.shape[4]
+    work = compute_dtype(grad_patches.dtype, grad_image.dtype)
+    scale = None if stds is None else torch.tensor([1 / std for std in stds], dtype=work).view(-1, 1, 1)
+    for b, corners in enumerate(offsets.tolist()):
+        for n, (y, x) in enumerate(corners):
+            rows, columns = _overlap(y, size[0], height), _overlap(x, size[1], width)
+            crosses = rows.stop - rows.start < size[0] or columns.stop - columns.start < size[1]
+            grad = grad_patches[b, n]
+            if crosses and padding == "edge":
+                grad = grad.to(work)
+                grad, y = _fold(grad, 1, y, height)
+                grad, x = _fold(grad, 2, x, width)
+                rows, columns = slice(0, grad.shape[1]), slice(0, grad.shape[2])
+            elif rows.start == rows.stop or columns.start == columns.stop:
+                continue
+            grad = grad[:, rows, columns]
+            if scale is not None:
+                grad = grad * scale
+            grad_image[b, :, _moved(rows, y), _moved(columns, x)].add_(grad)
+
+
+def _fold(grad: Tensor, dim: int, start: int, limit: int) -> tuple[Tensor, int]:
+    """Add what lies outside the image along `dim` to the nearest pixel inside; also that dim's first pixel number."""
+    nearest = _nearest(start, grad.shape[dim], limit)
+    first, last = int(nearest[0]), int(nearest[-1])
+    shape = list(grad.shape)
+    shape[dim] = last - first + 1
+    return grad.new_zeros(shape).index_add_(dim, nearest - first, grad), first

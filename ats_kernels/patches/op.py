@@ -1,0 +1,191 @@
+"""Cut patches out of full-resolution images.
+
+``patches[b, n, c, y, x] = image[b, c, offsets[b, n, 0] + y, offsets[b, n, 1] + x]``: T(x, i) of the paper
+(eq. 3). Only the patches are read. A patch may lie partly or wholly outside its image: there it reads zeros,
+put in after normalisation, or the nearest pixel.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ats_kernels.backend import backend_for
+from ats_kernels.checks import (
+    Normalisation,
+    check_choice,
+    check_image,
+    check_normalisation,
+    check_pair,
+    check_tensor,
+    compute_dtype,
+    is_channels_last,
+    normalise,
+    output_dtype,
+)
+from ats_kernels.patches.cpu import extract_patches_cpu, scatter_patches_cpu
+
+PADDINGS = ("zeros", "edge")
+
+
+def extract_patches_ref(
+    image: Tensor,  # (B, C, H, W)
+    offsets: Tensor,  # (B, N, 2)
+    patch_size: tuple[int, int],
+    *,
+    padding: str = "zeros",
+    means: list[float] | None = None,
+    stds: list[float] | None = None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The op in plain PyTorch, differentiable in a floating-point image. Arguments as `extract_patches` passes."""
+    batch, _, height, width = image.shape
+    rows = offsets[..., 0, None] + torch.arange(patch_size[0], device=offsets.device)  # (B, N, ph)
+    columns = offsets[..., 1, None] + torch.arange(patch_size[1], device=offsets.device)  # (B, N, pw)
+    inside = ((rows >= 0) & (rows < height)).unsqueeze(-1) & ((columns >= 0) & (columns < width)).unsqueeze(-2)
+    which = torch.arange(batch, device=offsets.device).view(-1, 1, 1, 1)
+    # Indexing around the channels puts them last: (B, N, ph, pw, C).
+    pixels = image[which, :, rows.clamp(0, height - 1).unsqueeze(-1), columns.clamp(0, width - 1).unsqueeze(-2)]
+    patches = pixels.movedim(-1, 2).to(compute_dtype(image.dtype, dtype))  # (B, N, C, ph, pw)
+    patches = normalise(patches, means, stds, channel_dim=2, is_byte=image.dtype == torch.uint8)
+    if padding == "zeros":
+        patches = patches.masked_fill(~inside.unsqueeze(2), 0.0)
+    patches = patches.to(dtype)
+    if is_channels_last(image):
+        return patches.movedim(2, -1).contiguous().movedim(-1, 2)
+    return patches.contiguous()
+
+
+def _empty_patches(image: Tensor, offsets: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    shape = (*offsets.shape[:2], image.shape[1], *size)  # (B, N, C, ph, pw)
+    if is_channels_last(image):
+        return torch.empty((*shape[:2], *size, shape[2]), dtype=dtype, device=offsets.device).movedim(-1, 2)
+    return torch.empty(shape, dtype=dtype, device=offsets.device)
+
+
+def _extract(
+    image: Tensor,
+    offsets: Tensor,
+    size: tuple[int, int],
+    padding: str,
+    means: list[float] | None,
+    stds: list[float] | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    patches = _empty_patches(image, offsets, size, dtype)
+    if backend == "triton":
+        from ats_kernels.patches.triton import extract_patches_triton
+
+        extract_patches_triton(image, offsets, patches, padding=padding, means=means, stds=stds)
+    else:
+        extract_patches_cpu(image, offsets.long(), patches, padding=padding, means=means, stds=stds)
+    return patches
+
+
+class _ExtractPatches(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Tensor,
+        offsets: Tensor,
+        size: tuple[int, int],
+        padding: str,
+        means: list[float] | None,
+        stds: list[float] | None,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(offsets)
+        ctx.image = image.shape, image.dtype, image.device, is_channels_last(image)
+        ctx.padding, ctx.stds, ctx.backend = padding, stds, backend
+        return _extract(image, offsets, size, padding, means, stds, dtype, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_patches: Tensor) -> tuple[Tensor | None, ...]:
+        (offsets,) = ctx.saved_tensors
+        shape, dtype, device, channels_last = ctx.image
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        grad_image = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format).zero_()
+        scatter: Callable[..., None] = scatter_patches_cpu
+        if ctx.backend == "triton" and device == offsets.device:
+            from ats_kernels.patches.triton import scatter_patches_triton
+
+            scatter = scatter_patches_triton
+        # An image in host memory gets its gradient there, even where its patches were read by a GPU.
+        grad_patches, offsets = grad_patches.to(device), offsets.to(device).long()
+        scatter(grad_patches, offsets, grad_image, padding=ctx.padding, stds=ctx.stds)
+        return grad_image, None, None, None, None, None, None, None
+
+
+def _backend(image: Tensor, offsets: Tensor, size: tuple[int, int]) -> str:
+    """The implementation that runs; "copy": the patches are cut on the CPU and copied to the offsets' device."""
+    if image.device == offsets.device:
+        backend = backend_for(image)
+        # The lean path looks at values, which a compiler cannot trace; and it fuses the reference into one loop.
+        larger = size[0] > image.shape[2] or size[1] > image.shape[3]
+        return "reference" if backend == "cpu" and (larger or torch.compiler.is_compiling()) else backend
+    if image.device.type != "cpu" or offsets.device.type == "meta":
+        raise ValueError(f"image is on {image.device} but offsets are on {offsets.device}; move one to the other")
+    return "triton" if backend_for(offsets) == "triton" and image.is_pinned() else "copy"
+
+
+def extract_patches(
+    image: Tensor,
+    offsets: Tensor,
+    patch_size: int | tuple[int, int],
+    *,
+    padding: str = "zeros",
+    mean: Normalisation = None,
+    std: Normalisation = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Cut N patches out of each image.
+
+    Args:
+        image: (B, C, H, W) uint8, float16, bfloat16, float32 or float64, any strides; on the offsets' device, or on
+            the CPU while they are on a GPU: then only the patches cross the bus, read by the GPU itself from pinned
+            memory, else cut on the CPU and copied (which makes the host wait for the offsets).
+        offsets: (B, N, 2) int32 or int64, top-left pixels (y, x); they may lie outside the image.
+        patch_size: pixels, an int or (ph, pw).
+        padding: what is read outside: "zeros", after normalisation, or "edge", the nearest pixel.
+        mean, std: a float, or one a channel: patches are (x − mean) / std. A uint8 image is scaled by 1/255 before,
+            so that its mean and std are those of values in [0, 1].
+        dtype: of the patches; float32 for uint8 images and the image's own otherwise.
+
+    Returns:
+        (B, N, C, ph, pw) patches on the offsets' device, differentiable in a floating-point image. In memory their
+        channels come last, as networks in channels-last want them, if those of the image do.
+
+    Raises:
+        TypeError: an image or offsets of a dtype that does not fit, a `dtype` that is not floating point.
+        ValueError: a wrong rank, channels that seem to come last, batches that differ, an empty image,
+            patch_size < 1, unknown padding, a mean or std of the wrong length or a std that is not positive, devices
+            that do not go together.
+
+    Source: paper, eq. 3.
+    """
+    check_image(image)
+    check_tensor("offsets", offsets)
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"offsets must be int32 or int64, got {offsets.dtype}; round and convert with offsets.long()")
+    if offsets.ndim != 3 or offsets.shape[2] != 2:
+        raise ValueError(f"offsets must be (B, N, 2), pairs (y, x), got {tuple(offsets.shape)}")
+    if offsets.shape[0] != image.shape[0]:
+        raise ValueError(f"image has batch size {image.shape[0]} but offsets have {offsets.shape[0]}; they must agree")
+    size = check_pair("patch_size", patch_size)
+    backend = _backend(image, offsets, size)
+    check_choice("padding", padding, PADDINGS)
+    means, stds = check_normalisation(mean, std, image.shape[1])
+    dtype = output_dtype(image, dtype)
+    if backend == "copy":
+        patches = extract_patches(image, offsets.cpu(), size, padding=padding, mean=means, std=stds, dtype=dtype)
+        return patches.to(offsets.device, non_blocking=True)
+    if backend == "reference":
+        return extract_patches_ref(image, offsets.long(), size, padding=padding, means=means, stds=stds, dtype=dtype)
+    if image.requires_grad and torch.is_grad_enabled():
+        return _ExtractPatches.apply(image, offsets, size, padding, means, stds, dtype, backend)
+    return _extract(image, offsets, size, padding, means, stds, dtype, backend)

@@ -1,0 +1,1 @@
+"""Estimate the attention's expectation of the features from drawn cells."""

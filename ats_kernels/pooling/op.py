@@ -1,0 +1,236 @@
+"""Estimate Φ = Σ_i a_i f_i, the attention's expectation of the features, from N drawn cells.
+
+    Φ̂ = Σ_k w_k f_{q_k}          w_k = 1/N                            with replacement (paper, eq. 4)
+                                  w_k = (m_k + (N − k) a_{q_k}) / N    without (paper, eq. 13-17)
+
+where ``m_k = 1 − Σ_{j<k} a_{q_j}`` is the mass still there at draw k. Σ_k w_k = 1, and Φ̂ is unbiased.
+The gradient is taken in log space with the weights held fixed,
+
+    ∂Φ̂/∂f_{q_k} = w_k            ∂Φ̂/∂log a_{q_k} = w_k f_{q_k}
+
+which estimates ∂Φ/∂θ = Σ_i ∂(a_i f_i)/∂θ without bias for either way of drawing: the terms of that sum are
+a_i (f_i ∂log a_i + ∂f_i), and Σ_k w_k h_{q_k} is unbiased for Σ_i a_i h_i whatever h is. It is not the
+derivative of Φ̂'s formula, whose expectation is another quantity.
+"""
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ats_kernels.backend import backend_for
+from ats_kernels.checks import check_choice, check_floating, check_log_probabilities, compute_dtype
+from ats_kernels.pooling.weights import centred_coefficients, estimator_weights_lean, estimator_weights_ref
+
+ESTIMATORS = ("ordered", "unordered")
+
+
+def expectation_ref(features: Tensor, weights: Tensor) -> Tensor:
+    """Σ_k w_k f_k over dim 1: features (B, N, …), weights (B, N) -> (B, …), accumulated in float32 or float64."""
+    flat = _flat(features).to(weights.dtype)  # (B, N, D)
+    pooled = torch.bmm(weights.unsqueeze(1), flat)  # (B, 1, D)
+    return pooled.view(features.shape[:1] + features.shape[2:]).to(features.dtype)
+
+
+def _flat(features: Tensor) -> Tensor:
+    if features.ndim == 3:
+        return features
+    return features.reshape(*features.shape[:2], math.prod(features.shape[2:]))  # (B, N, D)
+
+
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """A batched product under autocast would round the weights to half precision."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
+class _Expectation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        log_attention: Tensor,
+        replace: bool,
+        estimator: str,
+        control_variate: bool,
+        backend: str,
+    ) -> Tensor:
+        ctx.replace, ctx.estimator, ctx.control_variate, ctx.backend = replace, estimator, control_variate, backend
+        dtype = compute_dtype(features.dtype, log_attention.dtype)
+        if backend == "triton":
+            from ats_kernels.pooling.triton import expectation_triton
+
+            given = None  # the kernel weighs the draws, but for the unordered estimator
+            if estimator == "unordered":
+                given = _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend=backend)
+            pooled, weights = expectation_triton(_flat(features), log_attention, given, replace=replace)
+            pooled = pooled.view(features.shape[:1] + features.shape[2:])
+        else:
+            weights = _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend=backend)
+            with _without_autocast(features):
+                pooled = expectation_ref(features, weights)
+        ctx.save_for_backward(features, log_attention, weights)
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        features, log_attention, weights = ctx.saved_tensors
+        needs_features, needs_log_attention = ctx.needs_input_grad[:2]
+        grad = _flat(grad_out.unsqueeze(1)).squeeze(1)  # (B, D)
+        gradients = _gradients_triton if ctx.backend == "triton" else _gradients
+        centred = ctx.control_variate and needs_log_attention
+        grad_features, grad_log_attention = gradients(
+            grad,
+            features,
+            weights,
+            needs_features=needs_features,
+            needs_log_attention=needs_log_attention and not centred,
+        )
+        if centred:
+            ones = torch.ones_like(weights)  # for ⟨g, f_k⟩ itself
+            _, inner = gradients(grad, features, ones, needs_features=False, needs_log_attention=True)
+            assert inner is not None
+            grad_log_attention = centred_coefficients(
+                inner, weights, log_attention, replace=ctx.replace, estimator=ctx.estimator
+            )
+        if grad_log_attention is not None:
+            grad_log_attention = grad_log_attention.to(log_attention.dtype)
+        return grad_features, grad_log_attention, None, None, None, None
+
+
+def _weigh(log_attention: Tensor, dtype: torch.dtype, *, replace: bool, estimator: str, backend: str) -> Tensor:
+    """The weights (B, N) of `dtype`."""
+    if backend == "reference":
+        weights = estimator_weights_ref(log_attention, replace=replace, estimator=estimator)
+    else:
+        weights = estimator_weights_lean(log_attention, dtype, replace=replace, estimator=estimator)
+    return weights.to(dtype)
+
+
+def _gradients(
+    grad: Tensor,  # (B, D)
+    features: Tensor,  # (B, N, …)
+    weights: Tensor,  # (B, N)
+    *,
+    needs_features: bool,
+    needs_log_attention: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """w_k g, as the features are, and w_k ⟨g, f_k⟩ (B, N), as the weights are; None for one that is not needed."""
+    grad_features = grad_log_attention = None
+    grad = grad.to(weights.dtype).unsqueeze(1)  # (B, 1, D)
+    if needs_features:
+        grad_features = (weights.unsqueeze(-1) * grad).view(features.shape).to(features.dtype)
+    if needs_log_attention:
+        with _without_autocast(features):
+            inner = torch.bmm(_flat(features).to(weights.dtype), grad.transpose(1, 2)).squeeze(-1)  # (B, N)
+        grad_log_attention = weights * inner
+    return grad_features, grad_log_attention
+
+
+def _gradients_triton(
+    grad: Tensor, features: Tensor, weights: Tensor, *, needs_features: bool, needs_log_attention: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """`_gradients` in one launch."""
+    from ats_kernels.pooling.triton import expectation_backward_triton
+
+    grad_features, grad_log_attention = expectation_backward_triton(
+        grad,
+        _flat(features),
+        weights,
+        needs_features=needs_features,
+        needs_log_attention=needs_log_attention,
+    )
+    return None if grad_features is None else grad_features.view(features.shape), grad_log_attention
+
+
+def estimator_weights(log_attention: Tensor, *, replace: bool = False, estimator: str = "ordered") -> Tensor:
+    """The weights w with which `expectation` pools features; constants to autograd.
+
+    Args:
+        log_attention: (B, N) log a of the drawn cells, in draw order, as `sample` returns it.
+        replace: whether they were drawn with replacement.
+        estimator: "ordered", the paper's, or "unordered", as in `expectation`.
+
+    Returns:
+        (B, N) of log_attention's dtype (float32 at least); each row sums to 1.
+
+    Raises:
+        TypeError: log_attention that is not floating point.
+        ValueError: log_attention that is not (B, N) with N ≥ 1, or is above 0 (looked at on the CPU only); an
+            unknown estimator; "unordered" with `replace`.
+
+    Source: paper, eq. 4 and 13-17; without replacement also Des Raj, 1956, and unordered Murthy, 1957.
+    """
+    check_estimator(estimator, replace=replace)
+    _check_log_attention(log_attention)
+    dtype = compute_dtype(log_attention.dtype)
+    return _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend=backend_for(log_attention))
+
+
+def expectation(
+    features: Tensor,
+    log_attention: Tensor,
+    *,
+    replace: bool = False,
+    estimator: str = "ordered",
+    control_variate: bool = False,
+) -> Tensor:
+    """Pool the features of drawn cells into an unbiased estimate of Σ_i a_i f_i over all cells.
+
+    Args:
+        features: (B, N, …) floating point, of the drawn cells in draw order.
+        log_attention: (B, N) log a of the same cells, as `sample` returns it.
+        replace: whether they were drawn with replacement.
+        estimator: "ordered", the paper's, or "unordered", its mean over all orders of the draw: never a larger
+            variance, and a much smaller one where the attention is sharp.
+        control_variate: take a baseline made of the other draws off the features in log_attention's gradient, which
+            stays unbiased. Its variance falls where features have much in common, as those of a network that ends in
+            a ReLU do, and rises where they have not. Nothing else changes.
+
+    Returns:
+        (B, …) of the features' dtype. Its gradient with respect to both arguments makes the gradient of the
+        whole model unbiased; there is no second derivative.
+
+    Raises:
+        TypeError: arguments that are not floating point.
+        ValueError: features that are not (B, N, …), a log_attention that does not match them in batch, draws
+            and device, or is above 0 (looked at on the CPU only); an unknown estimator; "unordered" with `replace`.
+
+    Source: paper, eq. 4, 12 and 13-17; the unordered estimator is Murthy's, 1957, its baseline Kool et al.'s, 2020.
+    """
+    check_estimator(estimator, replace=replace)
+    check_floating("features", features)
+    _check_log_attention(log_attention)
+    if features.ndim < 2 or features.shape[:2] != log_attention.shape:
+        raise ValueError(
+            f"features must be (B, N, …) with (B, N) = {tuple(log_attention.shape)} as log_attention has, got "
+            f"{tuple(features.shape)}; patches that went through a network as one batch need "
+            "features.unflatten(0, (B, N))"
+        )
+    if features.device != log_attention.device:
+        raise ValueError(
+            f"features are on {features.device} but log_attention is on {log_attention.device}; move one to the other"
+        )
+    return _Expectation.apply(features, log_attention, replace, estimator, control_variate, backend_for(features))
+
+
+def check_estimator(estimator: str, *, replace: bool) -> None:
+    """Raise unless `estimator` is known and goes with the way of drawing."""
+    check_choice("estimator", estimator, ESTIMATORS)
+    if replace and estimator == "unordered":
+        raise ValueError(
+            "estimator='unordered' is for cells drawn without replacement, got replace=True; draw with replace=False, "
+            "or leave the estimator out"
+        )
+
+
+def _check_log_attention(log_attention: Tensor) -> None:
+    check_floating("log_attention", log_attention)
+    if log_attention.ndim != 2 or log_attention.shape[1] == 0:
+        raise ValueError(f"log_attention must be (B, N) with N ≥ 1, got {tuple(log_attention.shape)}")
+    if backend_for(log_attention) != "triton":  # where kernels run nothing may read a value
+        check_log_probabilities("log_attention", log_attention)

@@ -1,0 +1,1 @@
+"""Draw cells of an attention map."""

@@ -1,0 +1,339 @@
+"""The CPU path of `sample`: one read of the logits, few and coarse operations, no compiler needed.
+
+Same algorithm, random numbers and draws as the reference in `sample`. It reads the logits in chunks that stay in cache
+for each block's sum of exponentials and for the entropy, in the logits' precision (float32 at least; float64 with
+replacement, where the order of the draws rests on the total of all sums), relative to one of the row's largest logits.
+Where that loses what could decide a draw, and for the most probable cells, relative to each block's own. Only what
+decides the draw and the precision of log a is computed again in float64: the blocks that may hold drawn cells, and the
+block of most mass.
+
+All but the chunks is small and NumPy's: an operation costs it half of what it costs PyTorch, and wakes no threads. The
+chunks are raised to base 2, for which PyTorch has a vectorised loop of its own: the exponential to base e is MKL's, and
+takes twice the time on some processors.
+"""
+
+import math
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ats_kernels import philox
+from ats_kernels.checks import compute_dtype
+from ats_kernels.sampling.draws import Draw, Statistics, block_size, repeats, ring_times
+
+# Logits a chunk: its arrays stay in cache, and the work outweighs what starting an operation and its threads costs.
+_CHUNK = 2**20
+
+# Up to so many logits in all, operations cost more than what they work on: every block is a candidate.
+_SMALL = 2**12
+
+# Ring times of blocks from float32 sums are off by about 1e-6. Where the n-th and the next are no farther apart than
+# NEAR, blocks beyond the n first are taken: one missing then would need that many others as near.
+NEAR = 1e-4
+SPARE_BLOCKS = 4
+
+# Sums relative to one logit for the whole row: that of so many blocks, and what has lost nothing to underflow. A block
+# that rings first and sums to less, or one that sums to more than its inverse, has each block summed by itself.
+_SAMPLED_BLOCKS = 32
+_LEAST_SUM = 2.0**-90
+_LOWEST_PEAK = -1e38  # where all cells are masked; finite to base 2, too
+
+_scratch = threading.local()
+
+_LOG2_E = 1 / math.log(2)
+_NO_LOG = -1e300  # in place of log 0 where it is multiplied by 0
+
+
+class _Sums(NamedTuple):
+    """Sums over blocks, relative to a logit near the largest of each block (T is K/block) or of the row (T is 1)."""
+
+    reference: np.ndarray  # (B, T) that logit, float64 as all of these; −inf for a block that is masked whole
+    mass: np.ndarray  # (B, K/block) Σ exp(z − reference)
+    spread: np.ndarray  # (B, T) Σ (z − reference) exp(z − reference)
+
+
+class _Candidates(NamedTuple):
+    """Statistics of whole rows, and the blocks that may hold drawn cells; all float64 but `chosen`."""
+
+    top: np.ndarray  # (B,) the largest logit, or that of the block with most mass
+    rest: np.ndarray  # (B,) Σ exp(z − top) over all cells but that one
+    spread: np.ndarray  # (B,) Σ (z − top) exp(z − top)
+    chosen: np.ndarray  # (B, S) int64, numbers of blocks
+    log_mass: np.ndarray  # (B, S, block) their logits less that one, −inf past the last cell
+    log_e: tuple[np.ndarray, np.ndarray] | None  # log-exponentials (B, S) of blocks and (B, S, block) of cells
+
+
+def sample_cpu(logits: Tensor, n: int, replace: bool, method: str, seed: Tensor | None) -> tuple[Draw, Statistics]:
+    """Draw from logits (B, K) on the CPU; like `_sample_ref`, `method` being what `seed` is None for."""
+    if torch.compiler.is_compiling():
+        *draw, peak, log_total = _opaque_sample(logits, n, replace, seed)
+        return Draw(*draw), Statistics(peak, log_total, draw[3])
+    return _sample(logits.detach(), n, replace, seed)
+
+
+def _sample(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Draw, Statistics]:
+    rows, cells = logits.shape
+    block = block_size(cells)
+    distinct = min(n, cells)
+    key = None if seed is None else int(seed)
+    row = np.arange(rows)[:, None]  # (B, 1)
+    with np.errstate(all="ignore"):  # −inf − −inf and the like make NaN, as they should
+        if logits.numel() <= _SMALL:
+            found = _every_block(logits, block, key, row)
+        else:
+            found = _likely_blocks(logits, block, distinct, replace, key, row)
+        top, rest, spread, chosen, log_mass, log_e = found
+        log_total = np.log1p(rest)
+        entropy = log_total - spread / (1 + rest)
+        flat = log_mass.reshape(rows, -1)  # (B, S·block)
+        if log_e is None:
+            order = np.argsort(-flat, axis=-1, kind="stable")[:, :distinct]
+        else:
+            times = ring_times(*(torch.from_numpy(values) for values in (log_mass, *log_e)))
+            _, order = _smallest(times.flatten(1), distinct)
+    indices = chosen[row, order // block] * block + order % block  # (B, min(n, K))
+    log_attention = flat[row, order] - log_total[:, None]
+    bad = np.isnan(rest) | (log_attention[:, 0 if replace else -1] == -np.inf)
+    if replace and seed is not None:
+        again = repeats(torch.from_numpy(np.exp(log_attention)), n, seed).numpy()  # (B, n)
+        indices, log_attention = indices[row, again], log_attention[row, again]
+    if bad.any():
+        indices[bad] = -1
+        for value in (log_attention, log_total, entropy):
+            value[bad] = np.nan
+    values = indices, log_attention, top + log_total, entropy, top, log_total
+    *draw, peak, log_totals = (torch.from_numpy(value) for value in values)
+    return Draw(*draw), Statistics(peak, log_totals, draw[3])
+
+
+@torch.library.custom_op(
+    "ats_kernels::sample_cpu",
+    mutates_args=(),
+    schema="(Tensor logits, int n, bool replace, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _opaque_sample(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Tensor, ...]:
+    """`_sample` as one operator to a compiler, which cannot look into NumPy."""
+    draw, statistics = _sample(logits.detach(), n, replace, seed)
+    return *draw, statistics.peak, statistics.log_total
+
+
+@_opaque_sample.register_fake
+def _(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Tensor, ...]:
+    rows = logits.shape[0]
+    drawn = logits.new_empty((rows, n), dtype=torch.float64)
+    return (torch.empty_like(drawn, dtype=torch.int64), drawn, *(drawn.new_empty(rows) for _ in range(4)))
+
+
+def _every_block(logits: Tensor, block: int, key: int | None, row: np.ndarray) -> _Candidates:
+    """All blocks, in float64 throughout."""
+    rows, cells = logits.shape
+    n_blocks = -(-cells // block)
+    padded = np.full((rows, n_blocks * block), -np.inf)
+    padded[:, :cells] = logits.double().numpy()
+    top = padded.max(-1, keepdims=True)  # (B, 1)
+    log_mass = padded - top
+    mass = np.exp(log_mass)
+    # The peak's own 1 is left out of the sum, so that log a stays exact where one cell holds nearly all.
+    mass[row[:, 0], log_mass.argmax(-1)] = 0
+    rest = mass.sum(-1)
+    mass *= np.maximum(log_mass, _NO_LOG)
+    log_e = None
+    if key is not None:  # all random numbers are made in one go
+        pairs = np.arange((n_blocks + 1) // 2), np.arange(n_blocks * block // 2)
+        stream = np.repeat((philox.BLOCKS, philox.CELLS), [len(pair) for pair in pairs])
+        numbers = philox.log_exponential_numpy(philox.paired_bits(key, np.concatenate(pairs), row, stream))
+        log_e = numbers[:, :n_blocks], numbers[:, 2 * len(pairs[0]) :].reshape(rows, n_blocks, block)
+    chosen = np.zeros_like(row) + np.arange(n_blocks)
+    return _Candidates(top[:, 0], rest, mass.sum(-1), chosen, log_mass.reshape(rows, n_blocks, block), log_e)
+
+
+def _likely_blocks(
+    logits: Tensor, block: int, distinct: int, replace: bool, key: int | None, row: np.ndarray
+) -> _Candidates:
+    """The blocks that hold the first `distinct` cells, from sums over all blocks."""
+    if key is not None:
+        found = _candidates(logits, _block_sums(logits, block, wide=replace, each=False), block, distinct, key, row)
+        if found is not None:
+            return found
+    found = _candidates(logits, _block_sums(logits, block, wide=replace, each=True), block, distinct, key, row)
+    assert found is not None
+    return found
+
+
+def _candidates(
+    logits: Tensor, sums: _Sums, block: int, distinct: int, key: int | None, row: np.ndarray
+) -> _Candidates | None:
+    """`_likely_blocks` from `sums`; None if these have lost too much to overflow or underflow."""
+    n_blocks = sums.mass.shape[1]
+    least, most = (0.0, np.inf) if sums.reference.shape == sums.mass.shape else (_LEAST_SUM, 1 / _LEAST_SUM)
+    if (sums.mass > most).any():
+        return None
+    log_mass = np.maximum(sums.mass, least)
+    torch.from_numpy(log_mass).log_()
+    log_mass += sums.reference  # (B, K/block)
+    top_block = log_mass.argmax(-1)[:, None]  # (B, 1)
+    few = distinct + SPARE_BLOCKS < n_blocks
+    chosen = np.zeros_like(row) + np.arange(n_blocks)
+    log_e = None
+    if key is not None:
+        bits = philox.paired_bits(key, np.arange((n_blocks + 1) // 2), row, philox.BLOCKS)[:, :n_blocks]
+        block_log_e = philox.log_exponential_numpy(bits)
+        if few:
+            times, chosen = _smallest(torch.from_numpy(block_log_e - log_mass), distinct + SPARE_BLOCKS)
+            if SPARE_BLOCKS and (times[:, distinct] > times[:, distinct - 1] + NEAR).all():
+                chosen = chosen[:, :distinct]
+            if (sums.mass[row, chosen] < least).any():
+                return None
+            block_log_e = block_log_e[row, chosen]
+        pair = (chosen * (block // 2))[..., None] + np.arange(block // 2)  # (B, S, block/2)
+        bits = philox.paired_bits(key, pair, row[..., None], philox.CELLS)
+        log_e = block_log_e, philox.log_exponential_numpy(bits)  # (B, S), (B, S, block)
+    elif few:
+        chosen = np.argsort(-sums.reference, axis=-1, kind="stable")[:, :distinct]
+        chosen.sort(axis=-1)  # ascending, so that ties go to the cell of the lowest index
+
+    # The block of most mass goes along, so that what is not the peak's can be summed to its full precision. Where the
+    # row's largest logit lies elsewhere, this block's is as good: the rest is then not small.
+    cells = _gather_blocks(logits, np.concatenate((chosen, top_block), -1), block)
+    top = cells[:, -1].max(-1)
+    cells -= top[:, None, None]
+    top_mass = np.exp(cells[:, -1])  # (B, block)
+    top_mass[row[:, 0], top_mass.argmax(-1)] = 0
+    below = sums.reference - top[:, None]  # (B, T)
+    scale = np.exp(below)
+    mass = sums.mass * scale  # (B, K/block) Σ exp(z − top)
+    total = mass if sums.reference.shape == mass.shape else mass.sum(-1, keepdims=True)  # (B, T)
+    spread = (scale * sums.spread + total * np.maximum(below, _NO_LOG)).sum(-1)
+    mass[row, top_block] = 0
+    rest = top_mass.sum(-1) + mass.sum(-1)
+    return _Candidates(top, rest, spread, chosen, cells[:, :-1], log_e)
+
+
+def _smallest(keys: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's smallest keys (B, count), in ascending order, and their places."""
+    values, places = keys.topk(count, largest=False)  # NumPy's selection takes three times as long
+    return values.numpy(), places.numpy()
+
+
+def _chunks(rows: int, columns: int, width: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Slices of rows and of columns, `width` logits each, with about _CHUNK logits together."""
+    step = max(1, min(columns, _CHUNK // width))
+    height = max(1, _CHUNK // (step * width))
+    for first in range(0, rows, height):
+        for left in range(0, columns, step):
+            yield slice(first, min(first + height, rows)), slice(left, min(left + step, columns))
+
+
+def _parts(logits: Tensor, block: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor, slice, slice]]:
+    """Logits (R, S, block) chunk by chunk, two buffers of their shape and of `dtype`, their rows and their blocks."""
+    rows, cells = logits.shape
+    whole = cells // block
+    buffers = _kept_buffers(min(rows * cells, max(_CHUNK, block)), dtype)
+    for r, b in _chunks(rows, whole, block):
+        x = logits[r, b.start * block : b.stop * block].unflatten(-1, (-1, block))
+        below, mass = (buffer[: x.numel()].view(x.shape) for buffer in buffers)
+        yield x, below, mass, r, b
+    if cells % block:
+        tail = logits[:, whole * block :].unsqueeze(1)  # a narrower block
+        below, mass = tail.new_empty(2, *tail.shape, dtype=dtype)
+        yield tail, below, mass, slice(None), slice(whole, whole + 1)
+
+
+def _block_sums(logits: Tensor, block: int, *, wide: bool, each: bool) -> _Sums:
+    """Sums over blocks, relative to the largest logit of `each` block or to one of the largest of the row."""
+    n_blocks = -(-logits.shape[1] // block)
+    dtype = torch.float64 if wide else compute_dtype(logits.dtype)
+    if not each and logits.shape[0] * n_blocks * block <= _CHUNK:
+        return _sums_at_once(logits, block, dtype)
+    mass = torch.empty(logits.shape[0], n_blocks, dtype=dtype, device="cpu")
+    if each:
+        reference = torch.empty_like(mass)
+    else:
+        some = logits.unfold(-1, min(block, logits.shape[1]), block * max(1, n_blocks // _SAMPLED_BLOCKS))
+        shift = some.amax((-2, -1)).to(dtype).clamp_(min=_LOWEST_PEAK).mul_(-_LOG2_E).unsqueeze(-1)  # (B, 1)
+        reference = shift.double() / -float(torch.tensor(_LOG2_E, dtype=dtype))  # what the rounded numbers stand for
+    spread = torch.zeros(reference.shape, dtype=dtype, device="cpu")
+    for x, below, part, r, b in _parts(logits, block, dtype):
+        if x.dtype != dtype:
+            x = below.copy_(x)
+        if each:
+            torch.amax(x, -1, out=reference[r, b])
+            torch.sub(x, reference[r, b].clamp(min=_LOWEST_PEAK).unsqueeze(-1), out=below).mul_(_LOG2_E)
+        else:  # a multiplication and an addition that round once: logits far from 0 lose nothing
+            torch.add(shift[r].unsqueeze(-1), x, alpha=_LOG2_E, out=below)
+        torch.exp2(below, out=part)
+        torch.sum(part, -1, out=mass[r, b])
+        part.mul_(below)
+        # 0 · −inf at a masked cell is NaN, and means 0
+        spread[r, b if each else slice(None)] += torch.nansum(part if each else part.flatten(1).unsqueeze(1), -1)
+    return _Sums(*(value.double().numpy() for value in (reference, mass, spread * math.log(2))))
+
+
+def _sums_at_once(logits: Tensor, block: int, dtype: torch.dtype) -> _Sums:
+    """Sums over the blocks of logits that fit one chunk, relative to the largest of the row: as few steps as can be."""
+    rows, cells = logits.shape
+    length = -(-cells // block) * block
+    below, mass = _kept_buffers(rows * length, dtype).view(2, rows, length)
+    below[:, :cells] = logits
+    below[:, cells:] = -math.inf
+    reference = below.amax(-1, keepdim=True).clamp_(min=_LOWEST_PEAK)  # (B, 1)
+    torch.exp2(below.sub_(reference).mul_(_LOG2_E), out=mass)
+    sums = mass.view(rows, -1, block).sum(-1)
+    spread = torch.nansum(mass.mul_(below), -1, keepdim=True)  # 0 · −inf at a masked cell is NaN, and means 0
+    return _Sums(*(value.double().numpy() for value in (reference, sums, spread.double().mul_(math.log(2)))))
+
+
+def _kept_buffers(length: int, dtype: torch.dtype) -> Tensor:
+    """(2, length) that all chunks and all calls of a thread share: fresh pages would cost as much as reading a map."""
+    size = 2 * length * dtype.itemsize
+    kept = getattr(_scratch, "bytes", None)
+    if kept is None or len(kept) < size:
+        with torch.inference_mode(False):  # or it could not be written to later, outside of that mode
+            kept = _scratch.bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
+    return kept[:size].view(dtype).view(2, length)
+
+
+def _gather_blocks(logits: Tensor, chosen: np.ndarray, block: int) -> np.ndarray:
+    """The logits (B, S, block) of the chosen blocks (B, S) in float64, −inf past the last cell."""
+    rows, cells = logits.shape
+    index = (chosen * block)[..., None] + np.arange(block)  # (B, S, block)
+    inside = index if cells % block == 0 else np.minimum(index, cells - 1)
+    values = logits.gather(-1, torch.from_numpy(inside.reshape(rows, -1))).double().numpy().reshape(index.shape)
+    if inside is not index:
+        values[index >= cells] = -np.inf
+    return values
+
+
+def grad_cpu(logits: Tensor, indices: Tensor, statistics: Statistics, grads: tuple[Tensor, ...]) -> Tensor:
+    """The gradient (B, K) of the logits in one read and one write, chunk by chunk in cache.
+
+    With w = z − peak and T = logsumexp − peak it is ``e^w (A − g_H e^-T w)``, A = (g_lse − Σ g − g_H (H − T)) e^-T, and
+    at drawn cells g more. z − peak is exact where it matters; z − logsumexp would lose what a large logsumexp has no
+    digits for.
+    """
+    rows, cells = logits.shape
+    dtype = compute_dtype(logits.dtype)
+    floor = -150.0 if dtype == torch.float32 else -1080.0  # 2 to this is 0, and so is 0 · floor
+    grad_log_attention, grad_logsumexp, grad_entropy = grads
+    peak, log_total, entropy = statistics  # (B,) float64
+    constant = grad_logsumexp - grad_log_attention.sum(-1, dtype=torch.float64)
+    constant = constant - grad_entropy * (entropy - log_total)
+    scale = log_total.neg().exp()
+    constant, slope, peak = (
+        value.to(dtype).unsqueeze(-1) for value in (constant * scale, grad_entropy * scale * -math.log(2), peak)
+    )  # (B, 1)
+    grad = logits.new_empty(logits.shape)
+    buffers = logits.new_empty(2, min(rows * cells, _CHUNK), dtype=dtype)
+    for r, c in _chunks(rows, cells):
+        x, out = logits[r, c], grad[r, c]
+        below, mass = (buffer[: x.numel()].view(x.shape) for buffer in buffers)
+        torch.sub(x, peak[r], out=below).mul_(_LOG2_E).clamp_(min=floor)
+        torch.exp2(below, out=mass)
+        below.mul_(slope[r]).add_(constant[r])
+        torch.mul(below, mass, out=out)
+    # Few cells: not worth rounding to half precision twice.
+    return grad.scatter_add_(-1, indices.clamp(min=0), grad_log_attention.to(grad.dtype))

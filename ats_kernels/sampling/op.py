@@ -1,0 +1,146 @@
+"""Draw cells of an attention map: logits in, draws out.
+
+With ``a = softmax(z)`` over the K cells of a row, cells q_1..q_N are drawn one after the other,
+
+    P(q_k | q_1..q_{k−1}) = a_{q_k} / (1 − Σ_{j<k} a_{q_j})        without replacement (paper, eq. 13-14)
+    P(q_k) = a_{q_k}                                               with replacement (paper, eq. 4)
+
+in draw order, which the estimator's weights depend on. On the side come log a of the drawn cells, the
+logsumexp of the logits and the entropy ``H = −Σ a log a`` in nats (paper, eq. 21), all differentiable:
+
+    ∂/∂z_i = Σ_k g_k ([i = q_k] − a_i) + g_lse a_i − g_H a_i (log a_i + H)
+
+The drawn indices are constants: how they enter the gradient is the estimator's business (see `expectation`).
+
+How it is drawn, by every backend. Let cell i ring at time E_i / a_i with E_i exponential: the first N cells to ring, in
+order, are a draw without replacement (Gumbel top-k in other words: −log of the time is log a_i + Gumbel noise). A block
+of cells first rings at E_b / a_b, a_b its total mass, so one random number a block tells which blocks hold the first N,
+and only their cells need numbers of their own: drawn as if alone, then, the exponential being memoryless, moved so
+that the first of the block rings when the block does (Kool et al., "Stochastic beams", ICML 2019). The random numbers
+are functions of seed, row and cell (see `ats_kernels.philox`), what decides the order is computed in float64, and so
+the same seed gives the same draws on every device.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ats_kernels.backend import backend_for, device_guard
+from ats_kernels.checks import check_choice, check_count, check_floating, check_generator, compute_dtype
+from ats_kernels.sampling.cpu import grad_cpu, sample_cpu
+from ats_kernels.sampling.draws import METHODS, Draw, Statistics, draw_seed
+from ats_kernels.sampling.reference import draw_cells_ref, grad_ref
+
+
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, n: int, replace: bool, method: str, seed: Tensor | None, backend: str
+    ) -> tuple[Tensor, ...]:
+        if backend == "triton":
+            from ats_kernels.sampling.triton import sample_triton as draw_cells
+        else:
+            draw_cells = sample_cpu if backend == "cpu" else draw_cells_ref
+        with device_guard(logits):
+            draw, statistics = draw_cells(logits, n, replace, method, seed)
+        ctx.save_for_backward(logits, draw.indices, *statistics)
+        ctx.backend, ctx.replace = backend, replace
+        ctx.mark_non_differentiable(draw.indices)
+        dtype = compute_dtype(logits.dtype)
+        return draw.indices, *(value.to(dtype) for value in draw[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, indices, *values = ctx.saved_tensors
+        statistics = Statistics(*values)
+        if ctx.backend == "triton":
+            from ats_kernels.sampling.triton import grad_triton
+
+            with device_guard(logits):
+                grad_logits = grad_triton(logits, indices, statistics, grads, ctx.replace)
+        elif ctx.backend == "cpu":
+            grad_logits = grad_cpu(logits, indices, statistics, grads)
+        else:
+            grad_logits = grad_ref(logits, indices, statistics, grads)
+        return grad_logits, None, None, None, None, None
+
+
+def sample(
+    logits: Tensor,
+    n: int,
+    *,
+    replace: bool = False,
+    method: str = "sample",
+    generator: torch.Generator | None = None,
+    validate: bool | None = None,
+) -> Draw:
+    """Draw `n` cells a row from ``softmax(logits)``, in draw order.
+
+    Args:
+        logits: (B, K) floating point; −inf masks a cell. float16 and bfloat16 give float32 results.
+        n: cells to draw a row.
+        replace: draw with replacement; without is the default.
+        method: "sample", or "topk": the n most probable cells, most probable first, no randomness.
+        generator: random numbers on the logits' device; torch's default generator where None.
+        validate: look at the values, which makes the host wait for the device. None: on the CPU only.
+
+    Returns:
+        `Draw`: indices (B, n) int64, log_attention (B, n), logsumexp (B,) and entropy (B,) in nats, the last
+        three differentiable with respect to the logits. Without validation, a row that cannot be drawn from
+        comes back with index −1 and NaN everywhere else.
+
+    Raises:
+        TypeError: logits that are not floating point, an `n` that is not an int, a `generator` that is none.
+        ValueError: logits that are not (B, K); n < 1 or more than can be drawn; an unknown method; "topk" with
+            replacement; a generator on another device; with validation also NaN or +inf logits and rows with too few
+            unmasked cells.
+
+    Source: paper, section 3.1 (with replacement) and 3.3 (without).
+    """
+    check_floating("logits", logits)
+    n = check_count("n", n)
+    check_choice("method", method, METHODS)
+    check_generator(generator, logits.device)
+    if logits.ndim != 2 or logits.numel() == 0:
+        raise ValueError(f"logits must be (B, K), both at least 1, got {tuple(logits.shape)}")
+    if method == "topk" and replace:
+        raise ValueError(
+            "method='topk' takes distinct cells and cannot be combined with replace=True; drop one of them"
+        )
+    if not replace and n > logits.shape[1]:
+        raise ValueError(
+            f"cannot draw n={n} cells without replacement from K={logits.shape[1]}; draw fewer or use replace=True"
+        )
+    backend = "reference" if logits.dtype == torch.float64 and logits.device.type != "cpu" else backend_for(logits)
+    seed = draw_seed(logits, method, generator)
+    draw = Draw(*_Sample.apply(logits, n, replace, method, seed, backend))
+    if validate is None:
+        validate = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    if validate and (draw.indices[:, 0] < 0).any():
+        _raise_for_bad_rows(logits.detach(), n, replace)
+    return draw
+
+
+def _raise_for_bad_rows(logits: Tensor, n: int, replace: bool) -> None:
+    """Raise the error that says why a row cannot be drawn from."""
+    if torch.isnan(logits).any():
+        raise ValueError(_first_row("NaN", torch.isnan(logits)) + "; look for a diverged attention network")
+    if torch.isposinf(logits).any():
+        raise ValueError(_first_row("+inf", torch.isposinf(logits)) + "; only −inf, for a masked cell, is allowed")
+    available = (~torch.isneginf(logits)).sum(-1)
+    fewest, row = (int(value) for value in available.min(0))
+    if fewest == 0:
+        raise ValueError(f"logits of row {row} are all −inf: every cell is masked, nothing can be drawn")
+    if not replace and fewest < n:
+        raise ValueError(
+            f"cannot draw n={n} cells without replacement from row {row}: only {fewest} of its "
+            f"{logits.shape[1]} cells are not masked; draw fewer or use replace=True"
+        )
+
+
+def _first_row(what: str, where: Tensor) -> str:
+    row, cell = (int(value) for value in where.nonzero()[0])
+    return f"logits hold {int(where.sum())} {what} value(s), first in row {row}, cell {cell}"

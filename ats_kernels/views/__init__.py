@@ -1,0 +1,1 @@
+"""The low-resolution view of an image: the mean over each pixel's area."""

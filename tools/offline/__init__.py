@@ -1,0 +1,1 @@
+"""Compile every kernel for GPUs that are not there."""

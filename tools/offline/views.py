@@ -1,0 +1,112 @@
+"""How `area_downsample`'s kernels are launched, for `tools.offline.compile`."""
+
+import math
+
+import triton
+import triton.language as tl
+
+from ats_kernels.views.kernels import area_downsample_bwd_kernel, area_downsample_fwd_kernel
+from ats_kernels.views.triton import (
+    AFFINE_CHANNELS,
+    BWD_TILE,
+    OUT_ROWS,
+    fwd_blocks,
+    longest_bin,
+    rows_in_flight,
+)
+from tools.offline.compile import OfflineCase
+
+
+def offline_cases() -> list[OfflineCase]:
+    """The MNIST and gigapixel views, whose rows are multiples of 4 and of 16 bytes, and a float image's gradient."""
+    launches = [  # name, image, H = W, h = w, channels, interleaved, workload
+        ("uint8 1500 -> 180", "u8", 1500, 180, 1, 1, ("MNIST", 128 * 1500**2)),
+        ("uint8 40000 -> 4096", "u8", 40000, 4096, 3, 1, ("gigapixel", 3 * 40000**2)),
+        ("uint8 40000 -> 4096 NHWC", "u8", 40000, 4096, 3, 3, ("gigapixel", 3 * 40000**2)),
+        ("bf16 1280 -> 384", "bf16", 1280, 384, 3, 1, ("signs", 32 * 3 * 960 * 1280)),
+        ("fp32 1280 -> 384", "fp32", 1280, 384, 3, 1, ("signs", 32 * 3 * 960 * 1280)),
+    ]
+    cases = []
+    for name, image, side, view, channels, interleaved, workload in launches:
+        item = {"u8": 1, "bf16": 2, "fp32": 4}[image]
+        unit = math.gcd(16 // item, side * interleaved)
+        _, columns, block_w, num_warps = fwd_blocks(side, view, interleaved, unit, item)
+        longest = longest_bin(side, view)
+        sizes = dict.fromkeys(("in_height", "in_width", "out_height", "out_width"), "i32")
+        strides = dict.fromkeys(("units_image_b", "units_image_c", "units_image_h"), "i32")
+        out_strides = dict.fromkeys(("stride_out_b", "stride_out_c", "stride_out_h"), "i32")
+        constants = {f"{what}_{c}": "fp32" for what in ("mean", "std") for c in range(AFFINE_CHANNELS)}
+        layout = {"PLANES": channels // interleaved, "INTERLEAVED": interleaved, "UNIT": unit}
+        cases.append(
+            OfflineCase(
+                name=f"fwd {name}",
+                kernel=area_downsample_fwd_kernel,
+                signature={
+                    "image_ptr": f"*{image}",
+                    "out_ptr": "*fp32",
+                    **sizes,
+                    **strides,
+                    "stride_image_w": "i32",
+                    **out_strides,
+                    "stride_out_w": "i32",
+                    **constants,
+                },
+                constexprs={
+                    **layout,
+                    "CONTIGUOUS": True,
+                    "BYTES": image == "u8",
+                    "AFFINE": True,
+                    "COMPUTE": tl.float32,
+                    "TOTAL": tl.int32 if image == "u8" else tl.float32,
+                    "INDEX": tl.int32,
+                    "WIDE": False,
+                    "COLUMNS": columns,
+                    "OUT_ROWS": OUT_ROWS,
+                    "BLOCK_J": triton.next_power_of_2(columns),
+                    "BLOCK_K": triton.next_power_of_2(longest),
+                    "BLOCK_W": block_w,
+                    "ROWS": rows_in_flight(longest, block_w // (32 * num_warps), item, unit, True),
+                },
+                divisible_by_16=("image_ptr", "out_ptr"),
+                num_warps=num_warps,
+                elements=columns * interleaved * side // view * longest,
+                bytes_per_element=item + 4 * (view / side) ** 2,
+                # What depends on columns only counts whole, though it runs once for OUT_ROWS rows.
+                budget=14 if image == "u8" else 50,
+                needs=(r"ld\.global\S*\.v4\.b32",) if unit * item == 16 else (r"ld\.global\S*\.b32",),
+                workload=workload,
+            )
+        )
+        if image == "u8":
+            continue
+        cases.append(
+            OfflineCase(
+                name=f"bwd {name}",
+                kernel=area_downsample_bwd_kernel,
+                signature={
+                    "grad_out_ptr": f"*{image}",
+                    "grad_image_ptr": f"*{image}",
+                    **sizes,
+                    **strides,
+                    **out_strides,
+                    **{name: kind for name, kind in constants.items() if name.startswith("std")},
+                },
+                constexprs={
+                    "stride_out_w": 1,
+                    **layout,
+                    "AFFINE": True,
+                    "COMPUTE": tl.float32,
+                    "INDEX": tl.int32,
+                    "BLOCK_W": BWD_TILE[0],
+                    "ROWS": BWD_TILE[1],
+                },
+                divisible_by_16=("grad_out_ptr", "grad_image_ptr"),
+                num_warps=4,
+                elements=BWD_TILE[0],
+                bytes_per_element=item + item * (view / side) ** 2,
+                budget=155,  # of which 120 are the columns' code, run once for all rows of a tile
+                needs=(r"st\.global\S*\.v[24]\.b32",),
+                workload=workload,
+            )
+        )
+    return cases
