@@ -110,6 +110,23 @@ def test_patches_larger_than_the_image(dtype, padding):
     assert_close(patches, slow_patches(image, offsets, (12, 16), padding))
 
 
+@pytest.mark.parametrize("padding", ["zeros", "edge"])
+@pytest.mark.parametrize("size", [(3, 4), (12, 16)], ids=["smaller", "larger"])
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_offsets_at_the_ends_of_int64(backend, size, padding, monkeypatch):
+    """They read the farthest edge, or zeros, on their own side: nothing wraps round."""
+    monkeypatch.setenv("ATS_BACKEND", backend)
+    image = make_image("contiguous", torch.float32)
+    ends = torch.tensor([[2**63 - 1, -(2**63)], [-(2**63), 2**63 - 1], [2**63 - 3, 2], [1, 3 - 2**63]])
+    near = ends.clamp(-100, 100)
+    patches, expected = (
+        extract_patches(image, offsets.expand(2, -1, -1), size, padding=padding) for offsets in (ends, near)
+    )
+    assert torch.equal(patches, expected)
+    if padding == "edge":
+        assert (patches[:, 0] == image[:, None, :, -1:, :1].squeeze(1)).all()
+
+
 @pytest.mark.parametrize("out", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtype_argument(dtype, out, offsets):

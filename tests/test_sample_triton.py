@@ -73,6 +73,23 @@ def test_same_draws_and_values_as_the_reference(rows, cells, n, options, device,
     assert_close(grad, expected_grad)
 
 
+@pytest.mark.parametrize("options", [{}, {"replace": True}], ids=["without", "with"])
+@pytest.mark.parametrize("cells", [6, 700])
+def test_logits_near_the_ends_of_their_range(cells, options, device, monkeypatch):
+    """A row of the lowest number is uniform, and a difference that float32 cannot hold is no mask."""
+    lowest = torch.finfo(torch.float32).min
+    logits = torch.full((2, cells), lowest, device=device)
+    logits[1, :2] = -lowest
+    draw, grad = draw_and_gradient("triton", logits, 3, monkeypatch, **options)
+    expected, expected_grad = draw_and_gradient("reference", logits, 3, monkeypatch, **options)
+    assert torch.equal(draw.indices[:, :2], expected.indices[:, :2])  # the third of row 1 has no order to come in
+    assert torch.equal(draw.indices[0], expected.indices[0])
+    for got, want in zip(draw[1:], expected[1:], strict=True):
+        assert_close(got, want)
+    assert draw.log_attention.isfinite().all()
+    assert_close(grad[0], expected_grad[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("n", [3, 29])
 def test_half_precision(dtype, n, device, monkeypatch):

@@ -42,8 +42,10 @@ def extract_patches_ref(
 ) -> Tensor:
     """The op in plain PyTorch, differentiable in a floating-point image. Arguments as `extract_patches` passes."""
     batch, _, height, width = image.shape
-    rows = offsets[..., 0, None] + torch.arange(patch_size[0], device=offsets.device)  # (B, N, ph)
-    columns = offsets[..., 1, None] + torch.arange(patch_size[1], device=offsets.device)  # (B, N, pw)
+    # Farther out than this reads the same, and does not overflow.
+    top, left = offsets[..., 0, None].clamp(-patch_size[0], height), offsets[..., 1, None].clamp(-patch_size[1], width)
+    rows = top + torch.arange(patch_size[0], device=offsets.device)  # (B, N, ph)
+    columns = left + torch.arange(patch_size[1], device=offsets.device)  # (B, N, pw)
     inside = ((rows >= 0) & (rows < height)).unsqueeze(-1) & ((columns >= 0) & (columns < width)).unsqueeze(-2)
     which = torch.arange(batch, device=offsets.device).view(-1, 1, 1, 1)
     # Indexing around the channels puts them last: (B, N, ph, pw, C).

@@ -40,7 +40,7 @@ SPARE_BLOCKS = 4
 # that rings first and sums to less, or one that sums to more than its inverse, has each block summed by itself.
 _SAMPLED_BLOCKS = 32
 _LEAST_SUM = 2.0**-90
-_LOWEST_PEAK = -1e38  # where all cells are masked; finite to base 2, too
+_FARTHEST_PEAK = 1e38  # from 0, that is still finite to base 2
 
 _scratch = threading.local()
 
@@ -96,8 +96,10 @@ def _sample(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple
             times = ring_times(*(torch.from_numpy(values) for values in (log_mass, *log_e)))
             _, order = _smallest(times.flatten(1), distinct)
     indices = chosen[row, order // block] * block + order % block  # (B, min(n, K))
-    log_attention = flat[row, order] - log_total[:, None]
-    bad = np.isnan(rest) | (log_attention[:, 0 if replace else -1] == -np.inf)
+    drawn = flat[row, order]
+    bad = np.isnan(rest) | (drawn[:, 0 if replace else -1] == -np.inf)
+    # Only a masked cell has no logarithm that the result's dtype holds.
+    log_attention = np.maximum(drawn - log_total[:, None], torch.finfo(compute_dtype(logits.dtype)).min)
     if replace and seed is not None:
         again = repeats(torch.from_numpy(np.exp(log_attention)), n, seed).numpy()  # (B, n)
         indices, log_attention = indices[row, again], log_attention[row, again]
@@ -135,7 +137,7 @@ def _every_block(logits: Tensor, block: int, key: int | None, row: np.ndarray) -
     padded = np.full((rows, n_blocks * block), -np.inf)
     padded[:, :cells] = logits.double().numpy()
     top = padded.max(-1, keepdims=True)  # (B, 1)
-    log_mass = padded - top
+    log_mass = _difference(padded, top, logits.dtype)
     mass = np.exp(log_mass)
     # The peak's own 1 is left out of the sum, so that log a stays exact where one cell holds nearly all.
     mass[row[:, 0], log_mass.argmax(-1)] = 0
@@ -174,7 +176,8 @@ def _candidates(
         return None
     log_mass = np.maximum(sums.mass, least)
     torch.from_numpy(log_mass).log_()
-    log_mass += sums.reference  # (B, K/block)
+    # (B, K/block) less something of the row, so that no random number is lost beside large logits
+    log_mass += sums.reference - sums.reference.max(-1, keepdims=True)
     top_block = log_mass.argmax(-1)[:, None]  # (B, 1)
     few = distinct + SPARE_BLOCKS < n_blocks
     chosen = np.zeros_like(row) + np.arange(n_blocks)
@@ -200,7 +203,7 @@ def _candidates(
     # row's largest logit lies elsewhere, this block's is as good: the rest is then not small.
     cells = _gather_blocks(logits, np.concatenate((chosen, top_block), -1), block)
     top = cells[:, -1].max(-1)
-    cells -= top[:, None, None]
+    cells = _difference(cells, top[:, None, None], logits.dtype)
     top_mass = np.exp(cells[:, -1])  # (B, block)
     top_mass[row[:, 0], top_mass.argmax(-1)] = 0
     below = sums.reference - top[:, None]  # (B, T)
@@ -211,6 +214,14 @@ def _candidates(
     mass[row, top_block] = 0
     rest = top_mass.sum(-1) + mass.sum(-1)
     return _Candidates(top, rest, spread, chosen, cells[:, :-1], log_e)
+
+
+def _difference(logits: np.ndarray, top: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """`logits` less `top`, finite unless masked: where `dtype` is float64 the difference may overflow."""
+    below = logits - top
+    if dtype == torch.float64:
+        np.maximum(below, -np.finfo(np.float64).max, out=below, where=logits > -np.inf)
+    return below
 
 
 def _smallest(keys: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -254,7 +265,10 @@ def _block_sums(logits: Tensor, block: int, *, wide: bool, each: bool) -> _Sums:
         reference = torch.empty_like(mass)
     else:
         some = logits.unfold(-1, min(block, logits.shape[1]), block * max(1, n_blocks // _SAMPLED_BLOCKS))
-        shift = some.amax((-2, -1)).to(dtype).clamp_(min=_LOWEST_PEAK).mul_(-_LOG2_E).unsqueeze(-1)  # (B, 1)
+        peak = some.amax((-2, -1)).to(dtype)  # (B,)
+        if not (peak.abs() < _FARTHEST_PEAK).all():
+            return _block_sums(logits, block, wide=wide, each=True)
+        shift = peak.mul_(-_LOG2_E).unsqueeze(-1)  # (B, 1)
         reference = shift.double() / -float(torch.tensor(_LOG2_E, dtype=dtype))  # what the rounded numbers stand for
     spread = torch.zeros(reference.shape, dtype=dtype, device="cpu")
     for x, below, part, r, b in _parts(logits, block, dtype):
@@ -262,7 +276,8 @@ def _block_sums(logits: Tensor, block: int, *, wide: bool, each: bool) -> _Sums:
             x = below.copy_(x)
         if each:
             torch.amax(x, -1, out=reference[r, b])
-            torch.sub(x, reference[r, b].clamp(min=_LOWEST_PEAK).unsqueeze(-1), out=below).mul_(_LOG2_E)
+            peak = reference[r, b].clamp(min=torch.finfo(dtype).min)  # finite also where all cells are masked
+            torch.sub(x, peak.unsqueeze(-1), out=below).mul_(_LOG2_E)
         else:  # a multiplication and an addition that round once: logits far from 0 lose nothing
             torch.add(shift[r].unsqueeze(-1), x, alpha=_LOG2_E, out=below)
         torch.exp2(below, out=part)
@@ -280,7 +295,7 @@ def _sums_at_once(logits: Tensor, block: int, dtype: torch.dtype) -> _Sums:
     below, mass = _kept_buffers(rows * length, dtype).view(2, rows, length)
     below[:, :cells] = logits
     below[:, cells:] = -math.inf
-    reference = below.amax(-1, keepdim=True).clamp_(min=_LOWEST_PEAK)  # (B, 1)
+    reference = below.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)  # (B, 1), finite if all is masked, too
     torch.exp2(below.sub_(reference).mul_(_LOG2_E), out=mass)
     sums = mass.view(rows, -1, block).sum(-1)
     spread = torch.nansum(mass.mul_(below), -1, keepdim=True)  # 0 · −inf at a masked cell is NaN, and means 0

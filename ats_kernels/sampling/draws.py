@@ -65,9 +65,10 @@ def finish(
     bad: Tensor,  # (B,) bool: rows that cannot be drawn from
     n: int,
     repeats_seed: Tensor | None,  # the seed, where drawn with replacement
+    dtype: torch.dtype,  # what log a will be stored in
 ) -> tuple[Draw, Statistics]:
     """Put together what `sample` returns, poison in bad rows."""
-    log_attention = log_mass - log_total.unsqueeze(-1)
+    log_attention = (log_mass - log_total.unsqueeze(-1)).clamp(min=torch.finfo(dtype).min)
     if repeats_seed is not None:
         order = repeats(log_attention.exp(), n, repeats_seed)
         indices, log_attention = indices.gather(-1, order), log_attention.gather(-1, order)

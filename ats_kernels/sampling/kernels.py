@@ -183,7 +183,9 @@ def store_draw(
     bad = (missing > 0) | (log_total != log_total)
     at = row * N + draw
     tl.store(indices_ptr + at, tl.where(bad, -1, picked).to(tl.int64), mask=draw < N)
-    tl.store(log_attention_ptr + at, tl.where(bad, float("nan"), (z - top) - log_total), mask=draw < N)
+    # Only a masked cell has no logarithm that float32 holds.
+    log_attention = tl.maximum((z - top) - log_total, -3.4028234663852886e38)
+    tl.store(log_attention_ptr + at, tl.where(bad, float("nan"), log_attention), mask=draw < N)
     tl.store(row_stats_ptr + row, top)
     tl.store(row_stats_ptr + rows + row, tl.where(bad, float("nan"), log_total))
     tl.store(row_stats_ptr + 2 * rows + row, tl.where(bad, float("nan"), entropy))

@@ -21,7 +21,7 @@ are functions of seed, row and cell (see `ats_kernels.philox`), what decides the
 the same seed gives the same draws on every device.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -119,13 +119,15 @@ def sample(
     draw = Draw(*_Sample.apply(logits, n, replace, method, seed, backend))
     if validate is None:
         validate = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    if validate and (draw.indices[:, 0] < 0).any():
-        _raise_for_bad_rows(logits.detach(), n, replace)
+    if validate:
+        bad = draw.indices[:, 0] < 0
+        if bad.any():
+            _raise_for_bad_rows(logits.detach(), n, replace, bad)
     return draw
 
 
-def _raise_for_bad_rows(logits: Tensor, n: int, replace: bool) -> None:
-    """Raise the error that says why a row cannot be drawn from."""
+def _raise_for_bad_rows(logits: Tensor, n: int, replace: bool, rows: Tensor) -> NoReturn:
+    """Raise the error that says why some rows (B,) bool cannot be drawn from."""
     if torch.isnan(logits).any():
         raise ValueError(_first_row("NaN", torch.isnan(logits)) + "; look for a diverged attention network")
     if torch.isposinf(logits).any():
@@ -139,6 +141,11 @@ def _raise_for_bad_rows(logits: Tensor, n: int, replace: bool) -> None:
             f"cannot draw n={n} cells without replacement from row {row}: only {fewest} of its "
             f"{logits.shape[1]} cells are not masked; draw fewer or use replace=True"
         )
+    raise ValueError(
+        f"row(s) {rows.nonzero().flatten().tolist()} of the logits cannot be drawn from, and no cause was found: they "
+        f"are finite or masked, and {fewest} cells or more can be drawn. Subtract each row's maximum from the logits "
+        "first, and please report this"
+    )
 
 
 def _first_row(what: str, where: Tensor) -> str:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ats_kernels import philox
+from ats_kernels.checks import compute_dtype
 from ats_kernels.sampling.draws import Draw, Statistics, block_size, draw_seed, finish, ring_times
 
 
@@ -24,7 +25,8 @@ def draw_cells_ref(logits: Tensor, n: int, replace: bool, method: str, seed: Ten
     """The draw from a given seed, and what its backward needs."""
     z = logits.double()  # (B, K)
     top, peak = z.max(-1, keepdim=True)  # (B, 1)
-    shifted = z - top  # (B, K), NaN where a row has only −inf
+    # (B, K), NaN where a row has only −inf; elsewhere finite unless masked, also where the difference overflows
+    shifted = torch.where(z.isneginf(), z - top, (z - top).clamp(min=torch.finfo(z.dtype).min))
     mass = shifted.exp()  # (B, K), 1 at the peak
     # The peak's own 1 is left out of the sum, so that log a stays exact where one cell holds nearly all.
     rest = mass.scatter(-1, peak, 0.0).sum(-1)  # (B,)
@@ -38,7 +40,8 @@ def draw_cells_ref(logits: Tensor, n: int, replace: bool, method: str, seed: Ten
         indices = _times_ref(shifted, seed).topk(cells, largest=False).indices
     drawn = shifted.gather(-1, indices)  # (B, N)
     bad = rest.isnan() | (drawn[:, 0 if replace else -1] == -torch.inf)
-    return finish(indices, drawn, top.squeeze(-1), log_total, entropy, bad, n, seed if replace else None)
+    dtype = compute_dtype(logits.dtype)
+    return finish(indices, drawn, top.squeeze(-1), log_total, entropy, bad, n, seed if replace else None, dtype)
 
 
 def _times_ref(shifted: Tensor, seed: Tensor) -> Tensor:
