@@ -53,6 +53,19 @@ def backend_for(tensor: Tensor) -> str:
     return chosen
 
 
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` (grad, vmap, …) is at work, which takes PyTorch's own operators only."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def wants_graph() -> bool:
+    """Inside of a backward: whether it was called with ``create_graph=True``, so that it must be differentiable itself.
+
+    A compiled backward is traced once and is not.
+    """
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's GPU the current one, on which Triton launches.
 

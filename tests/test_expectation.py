@@ -304,14 +304,9 @@ def test_log_probabilities_that_are_0_but_for_rounding_are_taken(dtype):
 
 
 def test_weights_are_constants():
-    """A gradient through the weights would be the wrong one of `through_the_weights`; nor is there a second one."""
+    """A gradient through the weights would be the wrong one of `through_the_weights`."""
     log_attention = randn(2, 4).log_softmax(-1).requires_grad_()
     assert not estimator_weights(log_attention).requires_grad
-    features = randn(2, 4).requires_grad_()
-    loss = expectation(features, log_attention).square().sum()
-    (first,) = torch.autograd.grad(loss, features, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
 
 
 FEATURES, LOG_ATTENTION = torch.zeros(2, 3, 4), torch.zeros(2, 3)

@@ -6,13 +6,12 @@ put in after normalisation, or the nearest pixel.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ats_kernels.backend import backend_for
+from ats_kernels.backend import backend_for, is_transformed, wants_graph
 from ats_kernels.checks import (
     Normalisation,
     check_choice,
@@ -101,32 +100,78 @@ class _ExtractPatches(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         ctx.save_for_backward(offsets)
-        ctx.image = image.shape, image.dtype, image.device, is_channels_last(image)
+        ctx.image = _Image(image.shape, image.dtype, image.device, is_channels_last(image))
         ctx.padding, ctx.stds, ctx.backend = padding, stds, backend
         return _extract(image, offsets, size, padding, means, stds, dtype, backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_patches: Tensor) -> tuple[Tensor | None, ...]:
         (offsets,) = ctx.saved_tensors
-        shape, dtype, device, channels_last = ctx.image
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        grad_image = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format).zero_()
-        scatter: Callable[..., None] = scatter_patches_cpu
-        if ctx.backend == "triton" and device == offsets.device:
-            from ats_kernels.patches.triton import scatter_patches_triton
-
-            scatter = scatter_patches_triton
-        # An image in host memory gets its gradient there, even where its patches were read by a GPU.
-        grad_patches, offsets = grad_patches.to(device), offsets.to(device).long()
-        scatter(grad_patches, offsets, grad_image, padding=ctx.padding, stds=ctx.stds)
+        scatter = _ScatterPatches.apply if wants_graph() else _scatter
+        grad_image = scatter(grad_patches, offsets, ctx.image, ctx.padding, ctx.stds, ctx.backend)
         return grad_image, None, None, None, None, None, None, None
+
+
+class _Image(NamedTuple):
+    """What the gradient of an image is made like."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool
+
+
+def _scatter(
+    grad_patches: Tensor,
+    offsets: Tensor,
+    image: _Image,
+    padding: str,
+    stds: list[float] | None,
+    backend: str,
+) -> Tensor:
+    """The gradient of an image whose patches were cut by `backend`."""
+    memory_format = torch.channels_last if image.channels_last else torch.contiguous_format
+    grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device, memory_format=memory_format).zero_()
+    scatter: Callable[..., None] = scatter_patches_cpu
+    if backend == "triton" and image.device == offsets.device:
+        from ats_kernels.patches.triton import scatter_patches_triton
+
+        scatter = scatter_patches_triton
+    # An image in host memory gets its gradient there, even where its patches were read by a GPU.
+    grad_patches, offsets = grad_patches.to(image.device), offsets.to(image.device).long()
+    scatter(grad_patches, offsets, grad_image, padding=padding, stds=stds)
+    return grad_image
+
+
+class _ScatterPatches(torch.autograd.Function):
+    """`_scatter` where it must be differentiable itself: it is linear, and cutting patches is its transpose."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_patches: Tensor,
+        offsets: Tensor,
+        image: _Image,
+        padding: str,
+        stds: list[float] | None,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(offsets)
+        ctx.size, ctx.dtype = (grad_patches.shape[3], grad_patches.shape[4]), grad_patches.dtype
+        ctx.padding, ctx.stds = padding, stds
+        return _scatter(grad_patches, offsets, image, padding, stds, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (offsets,) = ctx.saved_tensors
+        patches = extract_patches(grad, offsets, ctx.size, padding=ctx.padding, std=ctx.stds, dtype=ctx.dtype)
+        return patches, None, None, None, None, None
 
 
 def _backend(image: Tensor, offsets: Tensor, size: tuple[int, int]) -> str:
     """The implementation that runs; "copy": the patches are cut on the CPU and copied to the offsets' device."""
     if image.device == offsets.device:
-        backend = backend_for(image)
+        backend = "reference" if is_transformed() else backend_for(image)
         # The lean path looks at values, which a compiler cannot trace; and it fuses the reference into one loop.
         larger = size[0] > image.shape[2] or size[1] > image.shape[3]
         return "reference" if backend == "cpu" and (larger or torch.compiler.is_compiling()) else backend

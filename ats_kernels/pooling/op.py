@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ats_kernels.backend import backend_for
+from ats_kernels.backend import backend_for, is_transformed, wants_graph
 from ats_kernels.checks import check_choice, check_floating, check_log_probabilities, compute_dtype
 from ats_kernels.pooling.weights import centred_coefficients, estimator_weights_lean, estimator_weights_ref
 
@@ -76,9 +75,10 @@ class _Expectation(torch.autograd.Function):
         return pooled
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         features, log_attention, weights = ctx.saved_tensors
+        if wants_graph():
+            return *_gradients_again(grad_out, features, log_attention, weights), None, None, None, None
         needs_features, needs_log_attention = ctx.needs_input_grad[:2]
         grad = _flat(grad_out.unsqueeze(1)).squeeze(1)  # (B, D)
         gradients = _gradients_triton if ctx.backend == "triton" else _gradients
@@ -100,6 +100,30 @@ class _Expectation(torch.autograd.Function):
         if grad_log_attention is not None:
             grad_log_attention = grad_log_attention.to(log_attention.dtype)
         return grad_features, grad_log_attention, None, None, None, None
+
+
+def _grown_weights(weights: Tensor, log_attention: Tensor) -> Tensor:
+    """w (B, N), constant but for a factor a_{q_k} over its own value, which is 1.
+
+    ∂w_k is then w_k ∂log a_{q_k}, and the derivative of Σ_k w_k h_{q_k} estimates that of Σ_i a_i h_i without bias. It
+    has the same form again, with h_i ∂log a_i + ∂h_i in place of h_i, so that all derivatives do.
+    """
+    log_a = log_attention.to(weights.dtype)
+    return weights.detach() * (log_a - log_a.detach()).exp()
+
+
+def _gradients_again(
+    grad_out: Tensor, features: Tensor, log_attention: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of features and log_attention, differentiable in all that they are made of.
+
+    Without a baseline: what is taken off a first derivative without a bias would leave one in the second.
+    """
+    grown = _grown_weights(weights, log_attention)  # (B, N)
+    flat = _flat(features).to(grown.dtype)  # (B, N, D)
+    grad = _flat(grad_out.unsqueeze(1)).to(grown.dtype)  # (B, 1, D)
+    grad_features = (grown.unsqueeze(-1) * grad).view(features.shape).to(features.dtype)
+    return grad_features, (grown * (flat * grad).sum(-1)).to(log_attention.dtype)
 
 
 def _weigh(log_attention: Tensor, dtype: torch.dtype, *, replace: bool, estimator: str, backend: str) -> Tensor:
@@ -189,11 +213,12 @@ def expectation(
             variance, and a much smaller one where the attention is sharp.
         control_variate: take a baseline made of the other draws off the features in log_attention's gradient, which
             stays unbiased. Its variance falls where features have much in common, as those of a network that ends in
-            a ReLU do, and rises where they have not. Nothing else changes.
+            a ReLU do, and rises where they have not. Nothing else changes. It is left out of a gradient made with
+            ``create_graph=True``, whose own derivatives it would bias.
 
     Returns:
         (B, …) of the features' dtype. Its gradient with respect to both arguments makes the gradient of the
-        whole model unbiased; there is no second derivative.
+        whole model unbiased, and so do the second derivative and those after it.
 
     Raises:
         TypeError: arguments that are not floating point.
@@ -215,6 +240,11 @@ def expectation(
         raise ValueError(
             f"features are on {features.device} but log_attention is on {log_attention.device}; move one to the other"
         )
+    if is_transformed():
+        dtype = compute_dtype(features.dtype, log_attention.dtype)
+        weights = _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend="reference")
+        with _without_autocast(features):
+            return expectation_ref(features, _grown_weights(weights, log_attention))
     return _Expectation.apply(features, log_attention, replace, estimator, control_variate, backend_for(features))
 
 

@@ -25,13 +25,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ats_kernels.backend import backend_for, device_guard
+from ats_kernels.backend import backend_for, device_guard, is_transformed, wants_graph
 from ats_kernels.checks import check_choice, check_count, check_floating, check_generator, compute_dtype
 from ats_kernels.sampling.cpu import grad_cpu, sample_cpu
 from ats_kernels.sampling.draws import METHODS, Draw, Statistics, draw_seed
-from ats_kernels.sampling.reference import draw_cells_ref, grad_ref
+from ats_kernels.sampling.reference import draw_cells_ref, drawn_values, grad_again, grad_ref
 
 
 class _Sample(torch.autograd.Function):
@@ -52,11 +51,12 @@ class _Sample(torch.autograd.Function):
         return draw.indices, *(value.to(dtype) for value in draw[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, indices, *values = ctx.saved_tensors
         statistics = Statistics(*values)
-        if ctx.backend == "triton":
+        if wants_graph():
+            grad_logits = grad_again(logits, indices, grads)
+        elif ctx.backend == "triton":
             from ats_kernels.sampling.triton import grad_triton
 
             with device_guard(logits):
@@ -89,8 +89,8 @@ def sample(
 
     Returns:
         `Draw`: indices (B, n) int64, log_attention (B, n), logsumexp (B,) and entropy (B,) in nats, the last
-        three differentiable with respect to the logits. Without validation, a row that cannot be drawn from
-        comes back with index −1 and NaN everywhere else.
+        three differentiable with respect to the logits, as often as wanted. Without validation, a row that cannot be
+        drawn from comes back with index −1 and NaN everywhere else.
 
     Raises:
         TypeError: logits that are not floating point, an `n` that is not an int, a `generator` that is none.
@@ -114,8 +114,12 @@ def sample(
         raise ValueError(
             f"cannot draw n={n} cells without replacement from K={logits.shape[1]}; draw fewer or use replace=True"
         )
-    backend = "reference" if logits.dtype == torch.float64 and logits.device.type != "cpu" else backend_for(logits)
     seed = draw_seed(logits, method, generator)
+    if is_transformed():  # nor can it look at values
+        indices = draw_cells_ref(logits.detach(), n, replace, method, seed)[0].indices
+        dtype = compute_dtype(logits.dtype)
+        return Draw(indices, *(value.to(dtype) for value in drawn_values(logits, indices)))
+    backend = "reference" if logits.dtype == torch.float64 and logits.device.type != "cpu" else backend_for(logits)
     draw = Draw(*_Sample.apply(logits, n, replace, method, seed, backend))
     if validate is None:
         validate = logits.device.type == "cpu" and not torch.compiler.is_compiling()

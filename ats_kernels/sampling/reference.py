@@ -44,6 +44,25 @@ def draw_cells_ref(logits: Tensor, n: int, replace: bool, method: str, seed: Ten
     return finish(indices, drawn, top.squeeze(-1), log_total, entropy, bad, n, seed if replace else None, dtype)
 
 
+def drawn_values(logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log a of drawn cells (B, N), logsumexp (B,) and entropy (B,) by operators that can be differentiated over and
+    over: what a second derivative, or a transform of ``torch.func``, goes through. float64."""
+    z = logits.double()
+    log_attention = z.log_softmax(-1)  # (B, K)
+    # −∞ · 0 of a masked cell would be NaN in every derivative.
+    entropy = -(log_attention.exp() * log_attention.masked_fill(z.isneginf(), 0.0)).sum(-1)
+    poison = torch.where(indices[:, 0] < 0, torch.nan, 0.0).to(z)  # (B,)
+    drawn = log_attention.gather(-1, indices.clamp(min=0))
+    return drawn + poison.unsqueeze(-1), z.logsumexp(-1) + poison, entropy + poison
+
+
+def grad_again(logits: Tensor, indices: Tensor, grads: tuple[Tensor, ...]) -> Tensor:
+    """The gradient of the logits (B, K), differentiable in the logits and in the gradients that arrive."""
+    values = drawn_values(logits, indices)
+    grads = tuple(grad.double() for grad in grads)
+    return torch.autograd.grad(values, logits, grads, create_graph=True)[0]
+
+
 def _times_ref(shifted: Tensor, seed: Tensor) -> Tensor:
     """The logarithm of the time (B, K) at which each cell rings, with a random number for every block and cell."""
     rows, cells = shifted.shape

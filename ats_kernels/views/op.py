@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ats_kernels.backend import backend_for
+from ats_kernels.backend import backend_for, is_transformed, wants_graph
 from ats_kernels.checks import (
     Normalisation,
     check_image,
@@ -65,14 +64,45 @@ class _AreaDownsample(torch.autograd.Function):
         return view
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        from ats_kernels.views.triton import area_downsample_backward_triton
-
+        spread = _Spread.apply if wants_graph() else _spread
         shape, dtype = ctx.image
-        grad_image = torch.empty(shape, dtype=dtype, device=grad_out.device, memory_format=ctx.memory_format)
-        area_downsample_backward_triton(grad_out, grad_image, stds=ctx.stds)
-        return grad_image, None, None, None, None
+        return spread(grad_out, shape, dtype, ctx.memory_format, ctx.stds), None, None, None, None
+
+
+def _spread(
+    grad_out: Tensor,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    stds: list[float] | None,
+) -> Tensor:
+    """The gradient of an image from that of its view."""
+    from ats_kernels.views.triton import area_downsample_backward_triton
+
+    grad_image = torch.empty(shape, dtype=dtype, device=grad_out.device, memory_format=memory_format)
+    area_downsample_backward_triton(grad_out, grad_image, stds=stds)
+    return grad_image
+
+
+class _Spread(torch.autograd.Function):
+    """`_spread` where it must be differentiable itself: it is linear, and the view its transpose."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_out: Tensor,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        stds: list[float] | None,
+    ) -> Tensor:
+        ctx.size, ctx.dtype, ctx.stds = (grad_out.shape[2], grad_out.shape[3]), grad_out.dtype, stds
+        return _spread(grad_out, shape, dtype, memory_format, stds)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return area_downsample(grad, ctx.size, std=ctx.stds, dtype=ctx.dtype), None, None, None, None
 
 
 @torch.library.custom_op(
@@ -133,7 +163,7 @@ def area_downsample(
     means, stds = check_normalisation(mean, std, image.shape[1])
     out_dtype = output_dtype(image, dtype)
     learns = image.requires_grad and torch.is_grad_enabled()
-    backend = backend_for(image)
+    backend = "reference" if is_transformed() else backend_for(image)
     if backend == "triton":
         if learns:
             return _AreaDownsample.apply(image, (height, width), means, stds, out_dtype)
