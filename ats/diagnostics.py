@@ -69,7 +69,7 @@ def relative_entropy(entropy: Tensor, cells: int) -> Tensor:
     """The attention's entropy in nats against the largest that K cells allow, log K: 0 on one cell, 1 when uniform."""
     if check_count("cells", cells) == 1:
         return torch.ones_like(entropy.detach())
-    return entropy.detach() / torch.tensor(float(cells)).log().to(entropy)
+    return entropy.detach() / torch.tensor(float(cells), device="cpu").log().to(entropy)
 
 
 def border_mass(logits: Tensor) -> Tensor:

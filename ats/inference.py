@@ -165,7 +165,7 @@ def anytime(
     draw = ats_kernels.sample(logits.flatten(1), budget, generator=generator)
 
     going = torch.arange(len(logits), device=logits.device)  # images still read on
-    scores = torch.empty(0)  # (G, n, C) of their n patches so far
+    scores = torch.empty(0, device="cpu")  # (G, n, C) of their n patches so far
     result: tuple[Tensor, ...] | None = None
     looks = [*range(min(min_patches, budget), budget, chunk_size), budget]
     for before, upto in zip([0, *looks], looks, strict=False):

@@ -81,7 +81,7 @@ class _Local(TorchFunctionMode):
         if func in self.STATISTICS and args and args[0].ndim > 2:
             maps = args[0]  # (B, …, h, w)
             if 1 < maps.shape[-2] * maps.shape[-1] <= maps.numel() // max(1, result.numel()):
-                stand_in = torch.linspace(0, 1, maps[0].numel(), dtype=maps.dtype).view_as(maps[0])
+                stand_in = torch.linspace(0, 1, maps[0].numel(), dtype=maps.dtype, device="cpu").view_as(maps[0])
                 return func(stand_in.expand_as(maps), *args[1:], **kwargs)  # of numbers that no view has a part in
         return result
 
@@ -136,9 +136,9 @@ class _Probe:
     def _extents(self, along: int, across: int, axis: int) -> list[tuple[int, int, int]]:
         """Each cell along the axis with the first and the last row of the view that it depends on."""
         seen = []
-        for rows in torch.arange(along).split(_VIEWS_AT_ONCE):
+        for rows in torch.arange(along, device="cpu").split(_VIEWS_AT_ONCE):
             views = self._views(len(rows), along, across, axis)
-            views.movedim(2 + axis, 1)[torch.arange(len(rows)), rows] = torch.nan
+            views.movedim(2 + axis, 1)[torch.arange(len(rows), device="cpu"), rows] = torch.nan
             seen.append(self._run(views).movedim(1 + axis, 1).flatten(2).isnan().any(-1))
         depends = torch.cat(seen)  # (along, cells)
         if not depends.any():
@@ -174,7 +174,7 @@ class _Probe:
         """Raise where a cell changes with what it was not found to depend on."""
         views = self._views(1 + len(cells), along, across, axis)
         rows = views.movedim(2 + axis, 1)  # (B, along, …)
-        others = torch.rand(rows[0].shape, dtype=rows.dtype, generator=torch.Generator().manual_seed(1))
+        others = torch.rand(rows[0].shape, dtype=rows.dtype, generator=torch.Generator().manual_seed(1), device="cpu")
         for number, (_, first, last) in enumerate(cells, start=1):
             rows[number, :first], rows[number, last + 1 :] = others[:first], others[last + 1 :]
         grids = self._run(views).movedim(1 + axis, 1)
@@ -187,7 +187,7 @@ class _Probe:
 
     def _views(self, count: int, along: int, across: int, axis: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        view = torch.rand(1, self.channels, along, across, dtype=torch.float64, generator=generator)
+        view = torch.rand(1, self.channels, along, across, dtype=torch.float64, generator=generator, device="cpu")
         return view.repeat(count, 1, 1, 1) if axis == 0 else view.repeat(count, 1, 1, 1).mT.contiguous()
 
     def _cells(self, along: int, across: int, axis: int) -> int:

@@ -135,7 +135,7 @@ def _per_channel(name: str, value: Normalisation, channels: int) -> list[float] 
     if isinstance(value, list | tuple):
         values = [float(x) for x in value]  # without a tensor, whose values torch.compile could not trace
     else:
-        given = torch.as_tensor(value, dtype=torch.float64)
+        given = torch.as_tensor(value, dtype=torch.float64, device="cpu")
         values = (given.expand(channels) if given.ndim == 0 else given.flatten()).tolist()
     if len(values) != channels:
         raise ValueError(f"{name} has {len(values)} values but the image has {channels} channels; give one a channel")

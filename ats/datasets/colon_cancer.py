@@ -85,7 +85,7 @@ def colon_cancer_folds(
     Raises:
         ValueError: fewer than two folds, or more folds than images of a class.
     """
-    labels = torch.as_tensor(labels, dtype=torch.int64)
+    labels = torch.as_tensor(labels, dtype=torch.int64, device="cpu")
     fewest = int(labels.unique(return_counts=True)[1].min()) if len(labels) else 0
     if not 2 <= folds <= fewest:
         raise ValueError(
@@ -98,9 +98,13 @@ def colon_cancer_folds(
         for index in random.shuffled((labels == label).nonzero().flatten().tolist()):
             parts[dealt % folds].append(index)
             dealt += 1
-    everything = torch.arange(len(labels))
+    everything = torch.arange(len(labels), device="cpu")
     return tuple(
-        (everything[~torch.isin(everything, torch.tensor(part))], torch.tensor(sorted(part))) for part in parts
+        (
+            everything[~torch.isin(everything, torch.tensor(part, device="cpu"))],
+            torch.tensor(sorted(part), device="cpu"),
+        )
+        for part in parts
     )
 
 

@@ -116,7 +116,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     @property
     def labels(self) -> Tensor:
         """The class of every image, (n,) int64."""
-        return torch.tensor([example.label for example in self.examples], dtype=torch.int64)
+        return torch.tensor([example.label for example in self.examples], dtype=torch.int64, device="cpu")
 
     @property
     def class_counts(self) -> Tensor:

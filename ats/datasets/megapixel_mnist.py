@@ -67,9 +67,9 @@ class MegapixelMNIST(Dataset[tuple[Tensor, int]]):
         self.n_digits = n_digits
         noise = _noise_glyphs(np.random.Philox(key=[seed, _key(split, 0, noise=True)]), _N_NOISE_GLYPHS)
         self.glyphs = torch.cat([digits.images, noise])  # (G, 28, 28)
-        self.labels = torch.empty(n_images, dtype=torch.int64)
-        self.glyph_ids = torch.empty(n_images, n_digits + n_noise, dtype=torch.int32)
-        self.places = torch.empty(n_images, n_digits + n_noise, 2, dtype=torch.int32)  # top-left (y, x)
+        self.labels = torch.empty(n_images, dtype=torch.int64, device="cpu")
+        self.glyph_ids = torch.empty(n_images, n_digits + n_noise, dtype=torch.int32, device="cpu")
+        self.places = torch.empty(n_images, n_digits + n_noise, 2, dtype=torch.int32, device="cpu")  # top-left (y, x)
         first_noise = len(digits.images)
         for index in range(n_images):
             random = Integers(np.random.Philox(key=[seed, _key(split, first + index)]), 4 * (n_digits + n_noise) + 1)
@@ -81,8 +81,8 @@ class MegapixelMNIST(Dataset[tuple[Tensor, int]]):
             places = _places_apart(random, n_digits, image_size)
             places += [_place(random, image_size) for _ in range(n_noise)]
             self.labels[index] = target
-            self.glyph_ids[index] = torch.tensor(ids, dtype=torch.int32)
-            self.places[index] = torch.tensor(places, dtype=torch.int32)
+            self.glyph_ids[index] = torch.tensor(ids, dtype=torch.int32, device="cpu")
+            self.places[index] = torch.tensor(places, dtype=torch.int32, device="cpu")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -93,7 +93,7 @@ class MegapixelMNIST(Dataset[tuple[Tensor, int]]):
 
     def render(self, indices: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> Tensor:
         """The images of `indices` as (B, 1, H, W) uint8 on `device`. Where glyphs overlap the brighter pixel wins."""
-        which = torch.as_tensor(indices, dtype=torch.int64).cpu()
+        which = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
         side = self.image_size
         pixels = self.glyphs[self.glyph_ids[which].long()].to(device)  # (B, G, 28, 28)
         places = self.places[which].to(device, torch.int64)  # (B, G, 2)
@@ -134,7 +134,9 @@ def _noise_glyphs(bits: np.random.Philox, count: int) -> Tensor:
     """Patches (count, 28, 28) uint8 with two straight strokes each, about as thick as a digit's, soft-edged."""
     ends = torch.from_numpy((bits.random_raw(count * 8) % (GLYPH - 4)).astype(np.int64)) + 2
     start, end = ends.view(count, 2, 2, 2, 1, 1).unbind(2)  # each (count, stroke, yx, 1, 1)
-    grid = torch.stack(torch.meshgrid(torch.arange(GLYPH), torch.arange(GLYPH), indexing="ij"))  # (2, 28, 28)
+    grid = torch.stack(
+        torch.meshgrid(torch.arange(GLYPH, device="cpu"), torch.arange(GLYPH, device="cpu"), indexing="ij")
+    )  # (2, 28, 28)
     along, offset = end - start, grid - start
     length = (along * along).sum(2).clamp(min=1)  # (count, stroke, 1, 1), squared; 1 where a stroke is a dot
     dot = (along * offset).sum(2).clamp(min=0).minimum(length)  # how far along the stroke, times its length²

@@ -73,8 +73,8 @@ def random_images(
     pixels = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(copies):
-        images = torch.empty(batch, config.data.channels, height, width, dtype=torch.uint8)
-        block = torch.randint(256, (min(images.numel(), _BLOCK),), dtype=torch.uint8, generator=pixels)
+        images = torch.empty(batch, config.data.channels, height, width, dtype=torch.uint8, device="cpu")
+        block = torch.randint(256, (min(images.numel(), _BLOCK),), dtype=torch.uint8, generator=pixels, device="cpu")
         for part in images.view(-1).split(_BLOCK):
             part.copy_(block[: len(part)])
         batches.append(images)
@@ -237,8 +237,8 @@ def _timed(step: Step, device: torch.device) -> float:
 
 
 def _timing(seconds: list[float]) -> Timing:
-    lower, median, upper = torch.tensor(seconds, dtype=torch.float64).quantile(
-        torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    lower, median, upper = torch.tensor(seconds, dtype=torch.float64, device="cpu").quantile(
+        torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device="cpu")
     )
     return Timing(float(median), float(lower), float(upper), len(seconds))
 
@@ -258,7 +258,7 @@ def _rise_of_resident_set(config: ExperimentConfig, size: tuple[int, int], batch
     if given:
         first = images = random_images(config, size, batch=batch)
         seen = view_size(config, size)  # any values will do; making them would leave its traces in the allocator
-        views = None if seen is None else [torch.rand(batch, config.data.channels, *seen)]
+        views = None if seen is None else [torch.rand(batch, config.data.channels, *seen, device="cpu")]
     # Once before, on a small image if none is given: loaded code and what is made once are no cost of a sample.
     training_step(config, images=first, views=views)()
     del first

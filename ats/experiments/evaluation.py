@@ -175,7 +175,7 @@ def _evaluation(logits: Tensor, labels: Tensor, source: str, method: str, n_patc
     """From class logits (R, M, classes) of R draws, and labels (M,)."""
     repeats = len(logits)
     wrong = (logits.argmax(-1) != labels).double().mean(1)  # (R,)
-    log_average = logits.log_softmax(-1).logsumexp(0) - torch.tensor(float(repeats)).log()  # (M, classes)
+    log_average = logits.log_softmax(-1).logsumexp(0) - torch.tensor(float(repeats), device="cpu").log()  # (M, classes)
     return Evaluation(
         data=source,
         method=method,
@@ -203,7 +203,7 @@ def _logits(
     classify = classify or (lambda view, image, generator: task.model(view, image, generator=generator)[0])
     generator = torch.Generator(task.device).manual_seed(seed)
     logits, labels = [], []
-    batches = torch.arange(images or len(data.labels("test"))).split(batch_size)
+    batches = torch.arange(images or len(data.labels("test")), device="cpu").split(batch_size)
     console = Console(stderr=True)
     # Where there is no terminal, all that is left of a bar is empty lines.
     for indices in track(batches, "evaluating", console=console, transient=True, disable=not console.is_terminal):

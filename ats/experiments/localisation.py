@@ -135,7 +135,7 @@ def localise(task: ClassificationTask, data: ImageData, *, n_draws: int = 10, se
         )
     if not rows:
         raise ValueError(f"none of the {len(data.split('test'))} test images of {data.source} has a target")
-    mass, uniform, hit, share, precision = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
+    mass, uniform, hit, share, precision = torch.tensor(rows, dtype=torch.float64, device="cpu").mean(0).tolist()
     return Localisation(
         images=len(rows),
         n_draws=n_draws,

@@ -71,7 +71,7 @@ def drawn_patches(
         change = draw_change(data, *random.integers(2**31, size=3).tolist())
         patches.append(apply_change(patch, Change(scale=change.scale, shift=change.shift)))
         labels.append(label)
-    return torch.stack(patches), torch.tensor(labels)
+    return torch.stack(patches), torch.tensor(labels, device="cpu")
 
 
 def teach_features(model: Classifier, data: ExperimentData, checkpoint: Path) -> None:

@@ -105,7 +105,7 @@ def grid_offsets(image_size: tuple[int, int], patch_size: int, step: int) -> Ten
     for size in image_size:
         cells = -(-size // step)
         # centre − patch/2 = (i + ½)·size/cells − patch/2, rounded half up, in integers
-        numerator = (2 * torch.arange(cells) + 1) * size - patch_size * cells
+        numerator = (2 * torch.arange(cells, device="cpu") + 1) * size - patch_size * cells
         axes.append((numerator + cells).div(2 * cells, rounding_mode="floor"))
     rows, columns = torch.meshgrid(*axes, indexing="ij")
     return torch.stack([rows.flatten(), columns.flatten()], dim=-1)

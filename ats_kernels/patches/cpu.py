@@ -171,7 +171,7 @@ def _shift_crossing(out: Tensor, offsets: np.ndarray, inside: np.ndarray, image:
 def _nearest(start: int, length: int, limit: int) -> Tensor:
     """Pixel numbers start, …, start + length − 1, those outside the image replaced by the nearest inside."""
     start = min(max(start, -length), limit)  # farther out reads the same, and does not overflow
-    return torch.arange(start, start + length).clamp(0, limit - 1)
+    return torch.arange(start, start + length, device="cpu").clamp(0, limit - 1)
 
 
 def _overlap(start: int, length: int, limit: int) -> slice:
@@ -196,7 +196,7 @@ def scatter_patches_cpu(
     height, width = grad_image.shape[2:]
     size = grad_patches.shape[3], grad_patches.shape[4]
     work = compute_dtype(grad_patches.dtype, grad_image.dtype)
-    scale = None if stds is None else torch.tensor([1 / std for std in stds], dtype=work).view(-1, 1, 1)
+    scale = None if stds is None else torch.tensor([1 / std for std in stds], dtype=work, device="cpu").view(-1, 1, 1)
     for b, corners in enumerate(offsets.tolist()):
         for n, (y, x) in enumerate(corners):
             rows, columns = _overlap(y, size[0], height), _overlap(x, size[1], width)

@@ -154,7 +154,7 @@ def _affine(
 
 @functools.lru_cache(maxsize=64)
 def _cached(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).to(dtype).view(2, -1).to(device)
+    return torch.tensor(values, dtype=torch.float64, device="cpu").to(dtype).view(2, -1).to(device)
 
 
 @torch.compiler.assume_constant_result

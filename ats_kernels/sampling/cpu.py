@@ -269,7 +269,8 @@ def _block_sums(logits: Tensor, block: int, *, wide: bool, each: bool) -> _Sums:
         if not (peak.abs() < _FARTHEST_PEAK).all():
             return _block_sums(logits, block, wide=wide, each=True)
         shift = peak.mul_(-_LOG2_E).unsqueeze(-1)  # (B, 1)
-        reference = shift.double() / -float(torch.tensor(_LOG2_E, dtype=dtype))  # what the rounded numbers stand for
+        rounded = float(torch.tensor(_LOG2_E, dtype=dtype, device="cpu"))
+        reference = shift.double() / -rounded  # what the rounded numbers stand for
     spread = torch.zeros(reference.shape, dtype=dtype, device="cpu")
     for x, below, part, r, b in _parts(logits, block, dtype):
         if x.dtype != dtype:

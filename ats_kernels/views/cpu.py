@@ -36,11 +36,11 @@ def area_downsample_cpu(
     channels = image.shape[1]
     compute = compute_dtype(image.dtype, dtype)
     if channels_come_last(image):  # a row is (W, C)
-        view = torch.empty(image.shape[0], 1, *size, channels, dtype=compute)
+        view = torch.empty(image.shape[0], 1, *size, channels, dtype=compute, device="cpu")
         _pool(image.permute(0, 2, 3, 1).flatten(2).unsqueeze(1), view)
         view = view.squeeze(1).permute(0, 3, 1, 2)
     else:
-        view = torch.empty(*image.shape[:2], *size, 1, dtype=compute)
+        view = torch.empty(*image.shape[:2], *size, 1, dtype=compute, device="cpu")
         _pool(image, view)
         view = view.squeeze(-1)
     return normalise(view, means, stds, channel_dim=1, is_byte=False).to(dtype)  # (B, C, h, w)
@@ -63,7 +63,8 @@ def _pool(
     starts = [i * height // rows for i in range(rows)]
     ends = [-(-(i + 1) * height // rows) for i in range(rows)]
     lengths = [end - start for start, end in zip(starts, ends, strict=True)]
-    divisors = torch.tensor(lengths, dtype=view.dtype).mul_(255 if is_byte else 1).view(-1, 1, 1)  # (h, 1, 1)
+    divisors = torch.tensor(lengths, dtype=view.dtype, device="cpu")  # (h,)
+    divisors = divisors.mul_(255 if is_byte else 1).view(-1, 1, 1)
 
     chunk_size = min(CHUNK, max(_LEAST_CHUNK, image.numel() // 8))  # an eighth: scratch far below a float copy
     images = min(batch, max(1, chunk_size // (planes * height * length)))  # of a chunk
@@ -74,7 +75,7 @@ def _pool(
         lane = (torch.int16 if max(lengths) <= SHORT_BIN else torch.int32) if is_byte else view.dtype
         padded = length + -length % (8 // lane.itemsize) if is_byte else length
         tallest = max(ends[min(i + step, rows) - 1] - starts[i] for i in range(0, rows, step))
-        buffer = torch.zeros(images, planes, tallest, padded, dtype=lane)
+        buffer = torch.zeros(images, planes, tallest, padded, dtype=lane, device="cpu")
 
     for first in range(0, batch, images):
         for top in range(0, rows, step):

@@ -110,7 +110,7 @@ def _table(results: dict[str, tuple[Evaluation, float]], patch_size: int, image_
 
 def _draw(checkpoint: Path, path: Path, seed: int) -> None:
     task = load_task(checkpoint)
-    view, image, label = MegapixelMNISTData(task.config).load("test", torch.arange(_SHOWN))
+    view, image, label = MegapixelMNISTData(task.config).load("test", torch.arange(_SHOWN, device="cpu"))
     assert isinstance(task.model, ATSClassifier)
     draw_attention(task.model, view, image, label, path, generator=torch.Generator().manual_seed(seed))
 

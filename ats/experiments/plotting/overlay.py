@@ -47,7 +47,7 @@ def weight_map(attention: Attention, image_size: tuple[int, int]) -> Tensor:
     bottom = (offsets[:, 0] + patch_height).clamp(0, height)
     right = (offsets[:, 1] + patch_width).clamp(0, width)
     # A patch is four corners of a function whose sum over all that is above and to the left is 1 inside of it.
-    corners = torch.zeros(height + 1, width + 1, dtype=torch.float64)
+    corners = torch.zeros(height + 1, width + 1, dtype=torch.float64, device="cpu")
     for rows, columns, sign in ((top, left, 1), (top, right, -1), (bottom, left, -1), (bottom, right, 1)):
         corners.index_put_((rows, columns), sign * weights, accumulate=True)
     return corners.cumsum(0).cumsum(1)[:height, :width].clamp(min=0)

@@ -89,7 +89,7 @@ def sweep_entropy(preset: str, output: Path, data: Path | None, folder: Path) ->
     draw_lines(lines, path, title=f"ATS-10: {loaded.source}", **names)
     rows = [_swept(weight, config, curves[weight]) for weight, config in configs.items()]
     write_json(path.with_suffix(".json"), {"source": loaded.source, "preset": preset, "seed": base.seed, "rows": rows})
-    view, image, _ = loaded.load("test", torch.tensor([_first_positive(loaded)]))
+    view, image, _ = loaded.load("test", torch.tensor([_first_positive(loaded)], device="cpu"))
     panels = [
         Panel(f"entropy weight {weight:g}", _map(config.run_folder, view, image)) for weight, config in configs.items()
     ]
@@ -113,7 +113,7 @@ def _swept(weight: float, config: ExperimentConfig, entropy: dict[int, float]) -
 
 def _over_training(table: Table, config: ExperimentConfig, folder: Path) -> Path:
     data = experiment_data(config)
-    view, image, _ = data.load("test", torch.tensor([_first_positive(data)]))
+    view, image, _ = data.load("test", torch.tensor([_first_positive(data)], device="cpu"))
     rows, columns = _region(data, image)
     snapshots = sorted((config.run_folder / "checkpoints").glob("step-*.ckpt"))
     panels = [
@@ -132,7 +132,7 @@ def _draw_maps(image: Tensor, panels: list[Panel], path: Path, title: str, data:
 
 def _over_patches(table: Table, configs: dict[str, ExperimentConfig], folder: Path) -> Path:
     data = experiment_data(next(iter(configs.values())))
-    view, image, _ = data.load("test", torch.tensor([_first_positive(data)]))
+    view, image, _ = data.load("test", torch.tensor([_first_positive(data)], device="cpu"))
     rows, columns = _region(data, image)
     panels = [
         Panel(name, _crop(_map(config.run_folder, view, image), image, rows, columns))
@@ -162,7 +162,7 @@ def _comparison(table: Table, configs: dict[str, ExperimentConfig], folder: Path
 
 
 def _attention(config: ExperimentConfig, index: int) -> Attention:
-    view, image, _ = experiment_data(config).load("test", torch.tensor([index]))
+    view, image, _ = experiment_data(config).load("test", torch.tensor([index], device="cpu"))
     weights, offsets, patch_size = attention_map(load_task(config.run_folder).model, view, image)
     return Attention(weights[0], offsets, patch_size)
 

@@ -124,7 +124,7 @@ def measure(
     generator = torch.Generator().manual_seed(options.seed)
     images = len(data.labels("test")) if options.images is None else options.images
     counts = {way: [_Counts() for _ in range(_repeats(way, options))] for way in ways(options)}
-    for indices in torch.arange(images).split(_BATCH):
+    for indices in torch.arange(images, device="cpu").split(_BATCH):
         view, image, label = data.load("test", indices)
         full = _full(model, view, image)
         for way, draws in counts.items():
@@ -147,7 +147,12 @@ def _full(model: ATSClassifier, view: Tensor, image: Tensor) -> Prediction:
 
 def _fixed(logits: Tensor, patches: int) -> Prediction:
     """A prediction without a standard error."""
-    return Prediction(logits, None, torch.full((len(logits),), patches), torch.zeros(len(logits), dtype=torch.bool))
+    return Prediction(
+        logits,
+        None,
+        torch.full((len(logits),), patches, device="cpu"),
+        torch.zeros(len(logits), dtype=torch.bool, device="cpu"),
+    )
 
 
 def _predict(

@@ -79,7 +79,7 @@ def estimate(
 
 def through_softmax(attention: Tensor, draws: Tensor, coefficients: Tensor) -> Tensor:
     """Σ_k c_k ∂log a_{q_k}/∂z (R, K), with ∂log a_q/∂z_i = [i = q] − a_i."""
-    dense = torch.zeros(len(draws), len(attention), dtype=coefficients.dtype)
+    dense = torch.zeros(len(draws), len(attention), dtype=coefficients.dtype, device="cpu")
     dense.scatter_add_(1, draws, coefficients)
     return dense - attention * coefficients.sum(1, keepdim=True)
 
@@ -95,7 +95,7 @@ def released_coefficients(log_attention: Tensor, values: Tensor) -> Tensor:
         values: (R, N) their f, or ⟨g, f⟩.
     """
     attention, n = log_attention.exp(), log_attention.shape[1]
-    number = torch.arange(n, dtype=attention.dtype)
+    number = torch.arange(n, dtype=attention.dtype, device="cpu")
     mass = n * estimator_weights(log_attention) - (n - 1 - number) * attention  # m_k
     seen = attention * values
     estimate = seen.cumsum(1) - seen + mass * values  # F_k
@@ -117,10 +117,10 @@ def _score_function(attention: Tensor, values: Tensor, draws: Tensor) -> Tensor:
     seen = a * x
     estimates = seen.cumsum(1) - seen + mass * x  # E_k
     onwards = estimates.flip(1).cumsum(1).flip(1)  # Σ_{k≥j} E_k, which ∂log p_j is multiplied with
-    gradient = torch.zeros(rows, len(attention), dtype=attention.dtype).scatter_add_(1, draws, onwards)
+    gradient = torch.zeros(rows, len(attention), dtype=attention.dtype, device="cpu").scatter_add_(1, draws, onwards)
     for j, step in enumerate(steps):  # log p_j = log a − log m_j: a softmax over the cells left
         gradient.addcmul_(step, (onwards[:, j] / mass[:, j]).unsqueeze(1), value=-1)
     # ∂E_k = Σ_{j<k} (x_j − x_k) ∂a_j, since m_k = 1 − Σ_{j<k} a_j.
-    later = torch.arange(n - 1, -1, -1, dtype=attention.dtype)
+    later = torch.arange(n - 1, -1, -1, dtype=attention.dtype, device="cpu")
     after = x.sum(1, keepdim=True) - x.cumsum(1)  # Σ_{k>j} x_k
     return (gradient + through_softmax(attention, draws, a * (later * x - after))) / n

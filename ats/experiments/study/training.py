@@ -138,7 +138,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for step in range(options.steps):  # every image is new
-        indices = torch.arange(step * options.batch_size, (step + 1) * options.batch_size)
+        indices = torch.arange(step * options.batch_size, (step + 1) * options.batch_size, device="cpu")
         scores, sample = model(images.render(indices), generator)
         loss = F.cross_entropy(scores, images.labels[indices])
         optimiser.zero_grad()
@@ -148,7 +148,8 @@ def train(
         schedule.step()
         losses.append(loss.item())
         advance()
-    curve = torch.tensor(losses[: options.steps // CURVE_STEPS * CURVE_STEPS]).view(-1, CURVE_STEPS).mean(1)
+    whole = losses[: options.steps // CURVE_STEPS * CURVE_STEPS]
+    curve = torch.tensor(whole, device="cpu").view(-1, CURVE_STEPS).mean(1)
     return Run(formula, n_patches, seed, curve.tolist(), **_test(model.eval(), options, seed))
 
 
@@ -163,7 +164,7 @@ def _test(model: _Model, options: TrainingOptions, seed: int) -> dict[str, float
     images = _images(options, options.test_images, seed, "test")
     generator = torch.Generator().manual_seed(seed)
     scores, entropies, masses = [], [], []
-    for indices in torch.arange(options.test_images).split(100):
+    for indices in torch.arange(options.test_images, device="cpu").split(100):
         score, sample = model(images.render(indices), generator)
         scores.append(score)
         entropies.append(sample.entropy)

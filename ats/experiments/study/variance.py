@@ -55,7 +55,7 @@ class Problem:
 
 def make_problem(cells: int, features: int, sharpness: float, generator: torch.Generator) -> Problem:
     """A problem in float64."""
-    normal = torch.randn(cells * (features + 1) + features, dtype=torch.float64, generator=generator)
+    normal = torch.randn(cells * (features + 1) + features, dtype=torch.float64, generator=generator, device="cpu")
     logits, rows, direction = normal.split([cells, cells * features, features])
     return Problem(
         (sharpness * logits).log_softmax(0),
@@ -78,7 +78,7 @@ class Moments:
     def add(self, estimates: Tensor, exact: Tensor, probability: Tensor | None) -> None:
         """Add the moments of estimates (R, M) of `exact` (M,), whose probabilities are given, or all the same."""
         rows = len(estimates)
-        share = torch.full((rows,), 1 / rows, dtype=exact.dtype) if probability is None else probability
+        share = torch.full((rows,), 1 / rows, dtype=exact.dtype, device="cpu") if probability is None else probability
         mean = share @ estimates
         variance = float(share @ (estimates - mean).square().sum(1))
         if probability is None:
@@ -150,7 +150,7 @@ def measure(options: VarianceOptions) -> Iterator[list[Row]]:
                         )
                         pooled[name].add(estimates, problem.pooled, probability)
                         gradient[name].add(gradients, problem.gradient, probability)
-        effective = float(torch.tensor(entropies).mean().exp())
+        effective = float(torch.tensor(entropies, device="cpu").mean().exp())
         yield [
             Row(name, how, cells, n, sharpness, effective, pooled[name].summary(), gradient[name].summary())
             for name in METHODS
@@ -166,7 +166,7 @@ def _draw(
         return sample(log_attention.expand(rows, -1), n, replace=replace, generator=generator).indices, None
     cells = range(len(log_attention))
     every = itertools.product(cells, repeat=n) if replace else itertools.permutations(cells, n)
-    draws = torch.tensor(list(every))
+    draws = torch.tensor(list(every), device="cpu")
     drawn = log_attention.exp()[draws]
     if replace:
         return draws, drawn.prod(1)
