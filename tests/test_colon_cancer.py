@@ -222,13 +222,36 @@ def test_no_data_there(tmp_path, monkeypatch):
     assert default_folder("colon-cancer") == tmp_path / "colon-cancer"
 
 
-@pytest.mark.parametrize(("module", "package"), [("PIL.Image", "Pillow"), ("scipy.io", "SciPy")])
-def test_without_an_optional_package(original, monkeypatch, module, package):
+@pytest.mark.parametrize(
+    ("module", "package", "extra"), [("PIL.Image", "Pillow", "data"), ("scipy.io", "SciPy", "experiments")]
+)
+def test_without_an_optional_package(original, monkeypatch, module, package, extra):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(
-        ModuleNotFoundError, match=rf"{package} is not installed.*pip install 'torch-ats\[experiments\]'"
-    ):
+    with pytest.raises(ModuleNotFoundError, match=rf"{package} is not installed.*pip install 'torch-ats\[{extra}\]'"):
         load_colon_cancer(original)
+
+
+def test_images_of_one_class(original, tmp_path):
+    """With nothing but negatives a network learns in an epoch to say no, and 100% are right."""
+    write_colon_cancer(tmp_path / "data", 4, size=64)
+    images = tmp_path / "data" / "Classification"
+    labels = {example.path.parent: example.label for example in load_colon_cancer(tmp_path / "data").examples}
+    for folder, label in labels.items():
+        if label:
+            shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=rf"all 2 images in {images} are of one class, 'no epithelial nucleus'"):
+        load_colon_cancer(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["img03", "img٣"])
+def test_a_folder_whose_number_is_written_in_another_way(release, name):
+    """It would count as img3 a second time: once to train on, once to test on."""
+    shutil.copytree(release / "Classification" / "img3", release / "Classification" / name)
+    with pytest.raises(ValueError, match=rf"Classification/{name}: .*rename it to img3, or remove it"):
+        load_colon_cancer(release)
+    (release / "Classification" / "img03.txt").touch()
+    shutil.rmtree(release / "Classification" / name)
+    assert len(load_colon_cancer(release)) == 6
 
 
 @needs_release

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,17 @@ BROKEN = {
     "IDX of floats": ("a", b"\0\0\x0d\x01" + bytes(8), "not an IDX file of bytes: it starts with 00 00 0d 01"),
     "header cut": ("a", WHOLE[:9], "truncated within its header"),
     "data cut": ("a", WHOLE[:-3], r"header says \(7, 6, 5\), 210 bytes, and 207 follow"),
-    "too long": ("a", WHOLE + b"\0", r"header says \(7, 6, 5\), 210 bytes, and 211 follow"),
+    "too long": ("a", WHOLE + b"\0", r"header says \(7, 6, 5\), 210 bytes, and more follow"),
+    "product overflows": (
+        "a",
+        b"\0\0\x08\x03" + b"\x80\0\0\0" * 2 + b"\0\0\0\4",
+        "18446744073709551616 bytes; digits take",
+    ),
+    "product overflows to the size": (
+        "a",
+        b"\0\0\x08\x03\0\0\1\0" + b"\x01\0\0\0\x01\0\0\0",
+        "72057594037927936 bytes; digits take",
+    ),
     "data cut, compressed": ("a.gz", gzip.compress(WHOLE[:-3]), "210 bytes, and 207 follow"),
     "not gzip": ("a.gz", WHOLE, "not a complete gzip file"),
     "gzip cut": ("a.gz", PACKED[:-12], "not a complete gzip file"),
@@ -123,6 +134,29 @@ def test_read_idx_errors(name, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         read_idx(path)
     assert str(path) in str(error.value)
+
+
+def test_a_small_file_that_unpacks_to_gigabytes(tmp_path, monkeypatch):
+    """Not more is unpacked than the header says, nor than any set of digits has: here a MiB, of which 64 follow."""
+    monkeypatch.setattr(mnist, "MOST_BYTES", 1 << 20)
+    short, long = tmp_path / "short.gz", write_files(tmp_path / "folder") / "train-images-idx3-ubyte.gz"
+    short.write_bytes(gzip.compress(idx(20, 28, 28)[:16] + bytes(1 << 26), 1))
+    long.write_bytes(gzip.compress(b"\0\0\x08\x01" + struct.pack(">I", 1 << 26) + bytes(1 << 26), 1))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"short\.gz .* 15680 bytes, and more follow"):
+        read_idx(short)
+    with pytest.raises(ValueError, match=r": its header says \(67108864,\), 67108864 bytes; digits take 1048576"):
+        read_idx(long)
+    with pytest.raises(ValueError, match="not the published train-images-idx3-ubyte"):
+        fetch_mnist(long.parent)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 23
+
+
+def test_an_empty_idx(tmp_path):
+    (tmp_path / "a").write_bytes(idx(0, 28, 28))
+    assert read_idx(tmp_path / "a").shape == (0, 28, 28)
 
 
 def test_read_idx(tmp_path):

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ats.datasets import synthetic
 from ats.datasets.colon_cancer import NUCLEI, load_colon_cancer
 from ats.datasets.image_files import SYNTHETIC_MARKER
 from ats.datasets.integers import Integers
 from ats.datasets.speed_limits import load_speed_limits
+from ats.datasets.synthetic import write
 from ats.datasets.synthetic.write import write_colon_cancer, write_german, write_swedish
 from ats.experiments.commands import synthesise
 from ats.experiments.commands.run import run
@@ -125,7 +125,7 @@ def test_nothing_is_overwritten_and_nothing_left_half(tmp_path, make, monkeypatc
         path.write_bytes(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(synthetic, "write_whole", full)
+        patch.setattr(write, "write_whole", full)
         with pytest.raises(OSError, match="No space left"):
             make(kept.parent)
     assert list(kept.parent.iterdir()) == []

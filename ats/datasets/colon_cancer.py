@@ -4,6 +4,7 @@ CRCHistoPhenotypes_2016_04_28 by Sirinukunwattana et al. (IEEE Transactions on M
 the centres of 22,444 nuclei of four kinds. Released for research only: nothing of it may be copied into a repository.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ats.datasets.image_dataset import Example, ImageDataset, Region
 from ats.datasets.image_files import check_same_size, default_folder, find_image, is_synthetic, needed, read_size
 from ats.datasets.integers import Integers
+from ats.paths import user_path
 
 RELEASE = "CRCHistoPhenotypes_2016_04_28"
 SOURCE = "CRCHistoPhenotypes"
@@ -25,7 +27,7 @@ FIXED_SPLIT_SEEDS = (0, 1, 2, 3, 4)
 """Seeds of `colon_cancer_split` for the paper's five runs."""
 
 
-def load_colon_cancer(folder: Path | str | None = None, *, cache: bool = False) -> ImageDataset:
+def load_colon_cancer(folder: str | os.PathLike[str] | None = None, *, cache: bool = False) -> ImageDataset:
     """All images, with every nucleus as a point: a region of no area. Epithelial nuclei are the targets.
 
     Args:
@@ -36,17 +38,13 @@ def load_colon_cancer(folder: Path | str | None = None, *, cache: bool = False) 
 
     Raises:
         FileNotFoundError: the folder, an image or an annotation is missing.
-        ValueError: a file that is damaged or not what its name says, or a nucleus outside of its image. Names the file.
+        ValueError: a file that is damaged or not what its name says, a nucleus outside of its image, a folder like
+            img03, images of one class only. Names the file.
     """
-    folder = default_folder("colon-cancer") if folder is None else Path(folder)
+    folder = default_folder("colon-cancer") if folder is None else user_path(folder)
     images = _find(folder)
     synthetic = is_synthetic(folder, images, images.parent)
-    numbers = sorted(
-        int(path.name[3:])
-        for path in images.iterdir()
-        if path.is_dir() and path.name[3:].isdecimal()
-        if path.name.startswith("img")
-    )
+    numbers = _numbers(images)
     if not synthetic:
         _check_complete(images, numbers)
     examples, sizes = [], []
@@ -65,6 +63,11 @@ def load_colon_cancer(folder: Path | str | None = None, *, cache: bool = False) 
         label = int(any(region.target for region in regions))
         examples.append(Example(name, image, label, regions))
     check_same_size(sizes)
+    if len({example.label for example in examples}) < len(CLASSES):
+        raise ValueError(
+            f"all {len(examples)} images in {images} are of one class, {CLASSES[examples[0].label]!r}; nothing can be "
+            "learned from one class: put images of the other beside them, or unpack the release anew"
+        )
     return ImageDataset(CLASSES, examples, f"synthetic {SOURCE}" if synthetic else SOURCE, cache=cache)
 
 
@@ -127,6 +130,25 @@ def _find(folder: Path) -> Path:
         f"{folder} is not the colon cancer data: there is no Classification/img1/ in it, nor in {RELEASE}/ below it. "
         f"Name the unpacked {RELEASE}, or write synthetic images with: ats synthesise colon-cancer FOLDER"
     )
+
+
+def _numbers(images: Path) -> list[int]:
+    """N of each folder imgN, ascending.
+
+    Raises:
+        ValueError: a folder whose number is written in another way, e.g. img03: it would be taken for img3.
+    """
+    numbers = []
+    for path in images.iterdir():
+        digits = path.name.removeprefix("img")
+        if path.is_dir() and path.name.startswith("img") and digits.isdecimal():
+            if digits != str(int(digits)):
+                raise ValueError(
+                    f"{path}: folders are named img1, img2, …, without zeros in front; rename it to "
+                    f"img{int(digits)}, or remove it if that is there already"
+                )
+            numbers.append(int(digits))
+    return sorted(numbers)
 
 
 def _check_complete(images: Path, numbers: list[int]) -> None:

@@ -1,8 +1,6 @@
 """What the readers of image folders share: decoding, what is synthetic, where the data is by default."""
 
-import importlib
 import os
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +8,10 @@ from types import ModuleType
 import numpy as np
 import torch
 from torch import Tensor
+
+from ats.paths import user_path
+from ats.sources import decoding
+from ats.sources.decoding import pillow as pillow
 
 SYNTHETIC_MARKER = "SYNTHETIC.txt"
 """A file of this name marks a folder whose images were made up; reports say so."""
@@ -21,61 +23,36 @@ def needed(module: str, package: str) -> ModuleType:
     Raises:
         ModuleNotFoundError: its package is not installed; says how to get it.
     """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{package} is not installed; image data sets need it: pip install 'torch-ats[experiments]'",
-            name=error.name,
-        ) from error
+    return decoding.needed(module, package, "experiments", "image data sets")
 
 
-def pillow(module: str) -> ModuleType:
-    """A module of Pillow's, e.g. "Image"; raises as `needed`."""
-    return needed(f"PIL.{module}", "Pillow")
-
-
-def read_image(path: Path) -> Tensor:
-    """Decode an image file as (3, H, W) uint8: red, green, blue.
+def read_image(path: str | os.PathLike[str]) -> Tensor:
+    """Decode an image file as (3, H, W) uint8: red, green, blue, the right way up, on white where it is transparent.
 
     Raises:
-        ValueError: the file is damaged, cut short or no image.
+        ValueError: the file is damaged, cut short, no image, or deeper than 8 bits a channel.
         FileNotFoundError: there is no such file.
     """
-    image = pillow("Image")
-    try:
-        with image.open(path) as file:
-            pixels = np.array(file.convert("RGB"))
-    except FileNotFoundError:
-        raise
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    path = user_path(path)
+    header = decoding.read_header(path)
+    if header.dtype != np.uint8:
+        raise ValueError(
+            f"{path} of mode {header.mode} holds {header.dtype} values, expected 8 bits a channel, which a choice of "
+            "range must come before; convert it, or read it as it is with ats.open_image"
+        )
+    pixels = torch.from_numpy(decoding.decode(path)).permute(2, 0, 1)
+    return pixels.expand(3, -1, -1).contiguous()
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image file in pixels, from its header.
+def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Height and width of an image file in pixels, the right way up, from its header.
 
     Raises:
         ValueError: the header is damaged, cut short or no image's.
         FileNotFoundError: there is no such file.
     """
-    image = pillow("Image")
-    try:
-        with image.open(path) as file:
-            return file.height, file.width
-    except FileNotFoundError:
-        raise
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-
-
-# What Pillow raises for damaged files, by format.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged, cut short or no image ({error}); put a whole copy in its place")
+    header = decoding.read_header(user_path(path))
+    return header.height, header.width
 
 
 def check_same_size(sizes: Iterable[tuple[Path, tuple[int, int]]]) -> None:
@@ -120,4 +97,4 @@ def default_folder(name: str) -> Path:
             f"where is {name}? Give its folder, or set ATS_DATA to the folder that holds {name}/; "
             "`ats synthesise` writes a synthetic stand-in (docs/data.md)"
         )
-    return Path(os.environ["ATS_DATA"]) / name
+    return user_path(os.environ["ATS_DATA"]) / name

@@ -2,17 +2,24 @@
 
 import gzip
 import hashlib
+import math
+import os
 import struct
 import urllib.error
 import urllib.request
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ats._files import write_whole
+from ats.paths import user_path
 
 BUNDLED = Path(__file__).parent / "mnist_digits"
 
@@ -28,6 +35,9 @@ CHECKSUMS = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+
+MOST_BYTES = 1 << 30
+"""Of an unpacked file: twenty times MNIST's largest, twice EMNIST's. A file of more is none of digits."""
 
 _PREFIX = {"train": "train", "test": "t10k"}
 
@@ -49,7 +59,7 @@ def load_digits(split: str, folder: str | Path | None = None) -> Digits:
     """
     if split not in _PREFIX:
         raise ValueError(f"unknown split {split!r}, expected 'train' or 'test'")
-    folder = BUNDLED if folder is None else Path(folder)
+    folder = BUNDLED if folder is None else user_path(folder)
     images = read_idx(_find(folder, f"{_PREFIX[split]}-images-idx3-ubyte"))
     labels = read_idx(_find(folder, f"{_PREFIX[split]}-labels-idx1-ubyte"))
     if images.shape[1:] != (28, 28) or labels.ndim != 1 or len(images) != len(labels):
@@ -60,50 +70,73 @@ def load_digits(split: str, folder: str | Path | None = None) -> Digits:
     return Digits(images, labels.long())
 
 
-def read_idx(path: Path) -> Tensor:
+def read_idx(path: str | os.PathLike[str]) -> Tensor:
     """Read an IDX file of bytes, gzip-compressed or not, as a uint8 tensor.
 
     Raises:
         ValueError: the file is truncated, damaged or not an IDX file of bytes.
     """
-    data = _read(path)
-    if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is not an IDX file of bytes: it starts with {data[:4].hex(' ')}, not 00 00 08")
-    ndim = data[3]
-    if len(data) < 4 + 4 * ndim:
-        raise ValueError(f"{path} is truncated within its header")
-    shape = struct.unpack(f">{ndim}I", data[4 : 4 + 4 * ndim])
-    values = torch.frombuffer(bytearray(data), dtype=torch.uint8)[4 + 4 * ndim :]
-    if len(values) != torch.Size(shape).numel():
+    path = user_path(path)
+    with _opened(path) as file:
+        head = file.read(4)
+        if len(head) < 4 or head[:3] != b"\0\0\x08":
+            raise ValueError(f"{path} is not an IDX file of bytes: it starts with {head.hex(' ')}, not 00 00 08")
+        ndim = head[3]
+        sizes = file.read(4 * ndim)
+        if len(sizes) < 4 * ndim:
+            raise ValueError(f"{path} is truncated within its header")
+        shape = struct.unpack(f">{ndim}I", sizes)
+        expected = math.prod(shape)  # of Python's integers, which don't overflow
+        if expected > MOST_BYTES:
+            raise ValueError(
+                f"{path}: its header says {shape}, {expected} bytes; digits take {MOST_BYTES} at most. Fetch it anew"
+            )
+        data = file.read(expected + 1)  # and no more, whatever a small compressed file unpacks to
+    if len(data) != expected:
+        follow = "more" if len(data) > expected else len(data)
         raise ValueError(
-            f"{path} is truncated or too long: its header says {shape}, {torch.Size(shape).numel()} bytes, "
-            f"and {len(values)} follow; fetch it anew"
+            f"{path} is truncated or too long: its header says {shape}, {expected} bytes, and {follow} follow; "
+            "fetch it anew"
         )
-    return values.view(shape)
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(shape)
 
 
-def fetch_mnist(folder: Path) -> Path:
+def fetch_mnist(folder: str | os.PathLike[str]) -> Path:
     """Make sure that the whole of MNIST lies in `folder`, downloading what is missing. Returns the folder.
 
     Raises:
         ConnectionError: a file is missing and no mirror could be reached.
         ValueError: a file's checksum is not the published one.
     """
+    folder = user_path(folder)
     for name, checksum in CHECKSUMS.items():
         try:
             path = _find(folder, name)
         except FileNotFoundError:
             path = _download(folder, name)
-        if hashlib.sha256(_read(path)).hexdigest() != checksum:
+        if _checksum(path) != checksum:
             raise ValueError(f"{path} is not the published {name}: its checksum differs; delete it and run again")
     return folder
 
 
-def _read(path: Path) -> bytes:
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file's bytes, unpacked; damage that shows while they are read is an error that names the file."""
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield cast("BinaryIO", file)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a complete gzip file ({error}); delete it and fetch it anew") from error
+
+
+def _checksum(path: Path) -> str:
+    """SHA-256 of what a file unpacks to, no more of it than a set of digits can hold."""
+    checksum, left = hashlib.sha256(), MOST_BYTES
+    with _opened(path) as file:
+        while left > 0 and (part := file.read(1 << 20)):
+            checksum.update(part)
+            left -= len(part)
+    return checksum.hexdigest()
 
 
 def _find(folder: Path, name: str) -> Path:

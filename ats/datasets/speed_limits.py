@@ -6,12 +6,14 @@ which can still be had. A far sign of 20 pixels shows in the low-resolution view
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ats.datasets.image_dataset import Example, ImageDataset, Region
 from ats.datasets.image_files import check_same_size, default_folder, is_synthetic, read_size
 from ats.datasets.traffic_signs import GERMAN_LIMITS, Frame, read_german, read_swedish
+from ats.paths import user_path
 
 SOURCES = {"german": "GTSDB", "swedish": "Swedish Traffic Signs"}
 LIMITS = {"german": (30, 50, 70), "swedish": (50, 70, 80)}
@@ -23,7 +25,7 @@ _READ = {"german": read_german, "swedish": read_swedish}
 
 
 def load_speed_limits(
-    folder: Path | str | None,
+    folder: str | os.PathLike[str] | None,
     split: str,
     *,
     source: str = "auto",
@@ -54,7 +56,7 @@ def load_speed_limits(
     """
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}, expected 'train' or 'test'")
-    folder = default_folder("speed-limits") if folder is None else Path(folder)
+    folder = default_folder("speed-limits") if folder is None else user_path(folder)
     source, place = _find(folder, source)
     limits = LIMITS[source] if limits is None else tuple(limits)
     _check_limits(limits, source)

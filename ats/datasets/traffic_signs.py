@@ -97,15 +97,20 @@ def read_swedish(folder: Path, split: str) -> list[Frame]:
     for number, line in lines:
         where = f"{annotations}, line {number}"
         name, colon, rest = line.partition(":")
-        if not colon or not name.strip():
+        name = name.strip()
+        if not colon or not name:
             raise ValueError(f"{where}: {line!r} cannot be read; expected NAME.jpg:SIGN;SIGN;… {_RESTORE}")
+        if name in (".", "..") or not set(name).isdisjoint("/\\:\0"):
+            raise ValueError(
+                f"{where}: {name!r} is no image's name in {inner}; names have no folders in them. {_RESTORE}"
+            )
         described = [sign.strip() for sign in rest.split(";")]
         if described[-1] and number == lines[-1][0]:
             raise ValueError(
                 f"{where}: {described[-1]!r} has no semicolon after it, the file was cut short. {_RESTORE}"
             )
         signs = [_swedish_sign(sign, where) for sign in described if sign not in ("", "MISC_SIGNS")]
-        places = (inner / name.strip(), inner / f"{inner.name}Part0" / name.strip())
+        places = (inner / name, inner / f"{inner.name}Part0" / name)
         path = next((place for place in places if place.is_file()), places[0])
         frames.append(Frame(path, tuple(signs), where))
     return frames

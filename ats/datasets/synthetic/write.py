@@ -6,6 +6,7 @@ same labels and places everywhere.
 """
 
 import io
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from ats.datasets.integers import Integers
 from ats.datasets.speed_limits import LIMITS
 from ats.datasets.synthetic.scenes import OTHERS_SHARE, draw_street, draw_tissue, plan_streets
 from ats.datasets.traffic_signs import FIRST_TEST_FRAME, GERMAN_DUPLICATES, GERMAN_FRAMES, GERMAN_LIMITS
+from ats.paths import user_path
 from ats.version import __version__
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ _GERMAN_OTHERS = {"triangle": 18, "disc": 38, "diamond": 12}  # class ids
 
 
 def write_colon_cancer(
-    folder: Path | str, n_images: int = 100, *, seed: int = 0, size: int = 500, suffix: str = ".png"
+    folder: str | os.PathLike[str], n_images: int = 100, *, seed: int = 0, size: int = 500, suffix: str = ".png"
 ) -> None:
     """Tissue with nuclei of four kinds, laid out as the release: Classification/imgN/ with imgN.png and four .mat.
 
@@ -67,7 +69,7 @@ def write_colon_cancer(
 
 
 def write_german(
-    folder: Path | str,
+    folder: str | os.PathLike[str],
     n_train: int = 96,
     n_test: int = 64,
     *,
@@ -119,7 +121,7 @@ def write_german(
 
 
 def write_swedish(
-    folder: Path | str,
+    folder: str | os.PathLike[str],
     n_train: int = 96,
     n_test: int = 64,
     *,
@@ -196,9 +198,9 @@ def _save(image: "Image", path: Path) -> None:
 
 
 @contextmanager
-def _new_folder(folder: Path | str, content: str) -> Iterator[Path]:
+def _new_folder(folder: str | os.PathLike[str], content: str) -> Iterator[Path]:
     """A place to write to; once all is there, it moves into `folder`, the mark that says it is synthetic first."""
-    folder = Path(folder)
+    folder = user_path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there and not an empty folder; name a new one, nothing is overwritten")
     place = folder / ".unfinished"

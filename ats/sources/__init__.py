@@ -1,0 +1,1 @@
+"""Images on disk that no memory holds: slides, rasters, image files and arrays, read a box at a time."""
