@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command that the arguments name."""
     try:
-        from ats.experiments.commands.run import run
+        from ats.experiments.commands.command_line import run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("ats", "ats_kernels"):
             raise

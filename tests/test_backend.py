@@ -6,7 +6,7 @@ from typing import cast
 import pytest
 import torch
 
-from ats_kernels import backend
+from ats_kernels import backend as choice
 from ats_kernels.backend import backend_for
 from tests.conftest import INTERPRETED
 
@@ -25,13 +25,13 @@ def on(device: str) -> torch.Tensor:
     ("device", "backend"), [("cpu", "cpu"), ("cuda", "triton"), ("mps", "reference"), ("meta", "reference")]
 )
 def test_the_device_chooses(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_HAS_TRITON", True)
+    monkeypatch.setattr(choice, "_HAS_TRITON", True)
     assert backend_for(on(device)) == backend
 
 
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "cpu"), ("cuda", "reference")])
 def test_without_triton_gpus_run_the_reference(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_HAS_TRITON", False)
+    monkeypatch.setattr(choice, "_HAS_TRITON", False)
     assert backend_for(on(device)) == backend
 
 
@@ -42,7 +42,7 @@ def test_reference_overrides_the_device(device: str, monkeypatch: pytest.MonkeyP
 
 
 def test_triton_overrides_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_HAS_TRITON", True)
+    monkeypatch.setattr(choice, "_HAS_TRITON", True)
     monkeypatch.setenv("ATS_BACKEND", "triton")
     assert backend_for(on("cuda")) == "triton"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -50,7 +50,7 @@ def test_triton_overrides_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_triton_on_a_cpu_tensor_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_HAS_TRITON", True)
+    monkeypatch.setattr(choice, "_HAS_TRITON", True)
     monkeypatch.setenv("ATS_BACKEND", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"ATS_BACKEND=triton on a CPU tensor needs .*set TRITON_INTERPRET=1"):
@@ -58,7 +58,7 @@ def test_triton_on_a_cpu_tensor_needs_the_interpreter(monkeypatch: pytest.Monkey
 
 
 def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_HAS_TRITON", False)
+    monkeypatch.setattr(choice, "_HAS_TRITON", False)
     monkeypatch.setenv("ATS_BACKEND", "triton")
     with pytest.raises(ValueError, match=r"triton is not installed; pip install triton, or unset it"):
         backend_for(on("cuda"))

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import ats
-from ats.experiments import commands
 from ats.experiments.build import view_size
+from ats.experiments.commands.command_line import run
 from ats.experiments.commands.demo import run_demo
 from ats.experiments.config import ExperimentConfig, to_dict
 from ats.experiments.evaluation import evaluate, load_task
@@ -72,7 +72,7 @@ def test_anytime_reads_what_it_needs(checkpoint: Path, tmp_path: Path, capsys: p
     assert tight == evaluate(task, method="anytime", budget=12, tolerance=0.0, repeats=2)
     result = tmp_path / "result.json"
     line = f"evaluate {checkpoint} --method anytime --lead 2 --budget 14 --images 6 --output {result}"
-    assert commands.run(line.split()) == 0
+    assert run(line.split()) == 0
     assert "patches, anytime" in " ".join(capsys.readouterr().out.split())
     (written,) = json.loads(result.read_text())
     assert 8 <= written["n_patches"] <= 14
@@ -143,13 +143,13 @@ def test_training_and_evaluating_from_the_command_line(tmp_path: Path, capsys: p
         "train megapixel-mnist --preset demo --data.image-size 140 --data.n-noise 2 --data.train-images 16 "
         f"--data.test-images 8 --optim.epochs 1 --optim.batch-size 8 --output {run} --seed 4 --model.n-patches 3"
     )
-    assert commands.run(options.split()) == 0
+    assert run(options.split()) == 0
     recorded = json.loads((run / "config.json").read_text())
     assert (recorded["seed"], recorded["data"]["image_size"], recorded["model"]["n_patches"]) == (4, 140, 3)
     assert recorded["optim"]["learning_rate"] == PRESETS["megapixel-mnist"]["demo"].optim.learning_rate
     checkpoint, result = run / "checkpoints" / "last.ckpt", tmp_path / "result.json"
     evaluation = f"evaluate {checkpoint} --method topk --n-patches 5 --images 6 --n-patches 2 --output {result}"
-    assert commands.run(evaluation.split()) == 0
+    assert run(evaluation.split()) == 0
     assert "6 test images of Megapixel MNIST of the bundled digits, 5 patches, topk" in " ".join(
         capsys.readouterr().out.split()
     )
@@ -166,12 +166,12 @@ def test_positions_from_the_command_line(tmp_path: Path) -> None:
         f"--data.test-images 8 --optim.epochs 1 --optim.batch-size 8 --output {run} --model.positions "
         "--diagnostics.every 1 --diagnostics.gradient-draws 2"
     )
-    assert commands.run(options.split()) == 0
+    assert run(options.split()) == 0
     task = load_task(run)
     assert isinstance(task.model, ATSClassifier)
     assert isinstance(task.model.sampling.feature, PlacedFeatures)
     for ways in ("--n-patches 5", "--method topk", "--method anytime --lead 2 --budget 9"):
-        assert commands.run(f"evaluate {run} {ways}".split()) == 0
+        assert run(f"evaluate {run} {ways}".split()) == 0
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_positions_from_the_command_line(tmp_path: Path) -> None:
 def test_mistakes_get_a_line_that_says_what_is_wrong(
     line: str, status: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert commands.run(line.split()) == status
+    assert run(line.split()) == status
     assert message in " ".join(capsys.readouterr().err.split())
 
 
@@ -208,13 +208,13 @@ def test_a_demo_needs_a_folder_of_its_own(
     """It is renamed when the next one begins, which the current folder cannot be."""
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    assert commands.run(["demo", "--output", output]) == 1
+    assert run(["demo", "--output", output]) == 1
     assert message in " ".join(capsys.readouterr().err.split())
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_device_that_is_not_there_is_named(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert commands.run(["evaluate", str(checkpoint), "--device", "gpu"]) == 1
+    assert run(["evaluate", str(checkpoint), "--device", "gpu"]) == 1
     assert "--device gpu cannot be used here" in capsys.readouterr().err
 
 
@@ -231,11 +231,11 @@ def test_the_package_runs_as_a_module() -> None:
 
 
 def test_help_lists_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
-    assert commands.run([]) == 0
+    assert run([]) == 0
     assert "evaluate CHECKPOINT" in capsys.readouterr().out
-    assert commands.run(["train", "--help"]) == 0
+    assert run(["train", "--help"]) == 0
     assert "megapixel-mnist" in capsys.readouterr().out
-    assert commands.run(["train", "megapixel-mnist", "--help"]) == 0
+    assert run(["train", "megapixel-mnist", "--help"]) == 0
     assert "--optim.entropy-weight" in capsys.readouterr().out
 
 

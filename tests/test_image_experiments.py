@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ats.datasets.synthetic.write import write_colon_cancer, write_german
-from ats.experiments import commands
 from ats.experiments.build import normalisation
+from ats.experiments.commands.command_line import run
 from ats.experiments.config import ExperimentConfig, ModelConfig, OptimConfig, TrainerConfig
 from ats.experiments.data_config import ColonCancerConfig, SpeedLimitsConfig
 from ats.experiments.evaluation import evaluate, load_task
@@ -252,12 +252,12 @@ def test_all_of_it_from_the_command_line(
         f"train colon-cancer --preset quick --data.folder {colon_cancer} --data.folds 3 --output {tmp_path / 'run'} "
         "--optim.epochs 1 --model.method gated-mil --model.grid-step 40 --trainer.accelerator cpu"
     )
-    assert commands.run(options.split()) == 0
-    assert commands.run(["evaluate", str(tmp_path / "run")]) == 0
+    assert run(options.split()) == 0
+    assert run(["evaluate", str(tmp_path / "run")]) == 0
     assert "4 test images of synthetic CRCHistoPhenotypes, gated-mil" in " ".join(capsys.readouterr().out.split())
-    assert commands.run(["evaluate", str(tmp_path / "run"), "--n-patches", "3"]) == 1
+    assert run(["evaluate", str(tmp_path / "run"), "--n-patches", "3"]) == 1
     assert "gated-mil draws no patches" in capsys.readouterr().err
-    assert commands.run(["evaluate", str(tmp_path / "run"), "--images", "5"]) == 1
+    assert run(["evaluate", str(tmp_path / "run"), "--images", "5"]) == 1
     assert "images must be between 1 and 4" in capsys.readouterr().err
 
 
@@ -265,9 +265,9 @@ def test_images_that_are_nowhere_are_asked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("ATS_DATA", raising=False)
-    assert commands.run(["train", "colon-cancer", "--output", str(tmp_path / "run")]) == 1
+    assert run(["train", "colon-cancer", "--output", str(tmp_path / "run")]) == 1
     assert "ATS_DATA" in capsys.readouterr().err
-    assert commands.run(["train", "colon-cancer", "--preset", "demo"]) == 1
+    assert run(["train", "colon-cancer", "--preset", "demo"]) == 1
     assert "unknown preset 'demo' of colon-cancer" in capsys.readouterr().err
 
 

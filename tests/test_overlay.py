@@ -10,7 +10,7 @@ from PIL import Image
 
 from ats.datasets.image_dataset import Region
 from ats.datasets.synthetic.write import write_colon_cancer
-from ats.experiments import commands
+from ats.experiments.commands.command_line import run
 from ats.experiments.localisation import attention_map
 from ats.experiments.plotting.overlay import Attention, draw_comparison, weight_map
 from ats.experiments.training import train
@@ -60,21 +60,21 @@ def test_the_command_draws_an_image_of_any_size(
     Image.new("RGB", (180, 130), (120, 60, 140)).save(tmp_path / "mine.png")
     picture = tmp_path / "attention.png"
     command = ["attention", str(tmp_path / "run"), str(tmp_path / "mine.png"), "--output", str(picture)]
-    assert commands.run(command) == 0
+    assert run(command) == 0
     assert 'epithelial nucleus" with probability' in capsys.readouterr().out
     with Image.open(picture) as drawn:
         assert drawn.width > 1000
         assert len(drawn.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 100
     if method == "ats":
         other = [*command[:-1], str(tmp_path / "other.png")]
-        assert commands.run([*other, "--n-patches", "9999"]) == 1
+        assert run([*other, "--n-patches", "9999"]) == 1
         assert "choose fewer with --n-patches, or a larger image" in " ".join(capsys.readouterr().err.split())
-    assert commands.run(["attention", str(tmp_path / "run"), str(tmp_path / "nothing.png"), "--output", "x.png"]) == 1
+    assert run(["attention", str(tmp_path / "run"), str(tmp_path / "nothing.png"), "--output", "x.png"]) == 1
     assert "nothing.png: No such file" in capsys.readouterr().err
-    assert commands.run(command) == 1  # nothing is overwritten
+    assert run(command) == 1  # nothing is overwritten
     assert "is there already" in capsys.readouterr().err
     (tmp_path / "text.png").write_text("no image")
-    assert commands.run(["attention", str(tmp_path / "run"), str(tmp_path / "text.png")]) == 1
+    assert run(["attention", str(tmp_path / "run"), str(tmp_path / "text.png")]) == 1
     assert "text.png" in capsys.readouterr().err
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ats.datasets.synthetic.write import write_colon_cancer
-from ats.experiments import commands, cost
+from ats.experiments import cost
+from ats.experiments.commands.command_line import run
 from ats.experiments.config import ExperimentConfig, ModelConfig, OptimConfig
 from ats.experiments.data import MegapixelMNISTData
 from ats.experiments.data_config import ColonCancerConfig
@@ -52,7 +53,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reproduce(line: str, output: Path, data: Path) -> list[dict]:
-    assert commands.run(["reproduce", "table1", "--output", str(output), "--data", str(data), *line.split()]) == 0
+    assert run(["reproduce", "table1", "--output", str(output), "--data", str(data), *line.split()]) == 0
     return json.loads((output / "table1.json").read_text())
 
 
@@ -129,11 +130,11 @@ def test_a_run_that_was_stopped_goes_on(data: Path, tmp_path: Path, monkeypatch:
     stop = StopAt(step=1)
     with monkeypatch.context() as patch:
         patch.setattr(runs, "train", lambda config: train_with(config, stop))
-        assert commands.run(arguments) == 130
+        assert run(arguments) == 130
     folder = tmp_path / "table1" / "quick" / "u-10-seed-0"
     assert (folder / "config.json").exists()
     assert not (folder / "evaluation.json").exists()
-    assert commands.run(arguments) == 0
+    assert run(arguments) == 0
     text = (tmp_path / "table1.md").read_text()
     assert "| not measured | not measured | 1 |" in text
     assert "Costs were measured" not in text
@@ -153,16 +154,16 @@ def test_runs_on_other_data_or_with_other_options_are_not_mixed(
     output = tmp_path / "runs"
     arguments = ["reproduce", "table1", "--output", str(output), "--data", str(data), "--seeds", "1", "--no-cost"]
     arguments += ["--methods", "U-10"]
-    assert commands.run(arguments) == 0
+    assert run(arguments) == 0
     note = output / "table1" / "quick" / "data.json"
     note.write_text(json.dumps({"source": "CRCHistoPhenotypes"}))
-    assert commands.run(arguments) == 1
+    assert run(arguments) == 1
     assert "holds runs on CRCHistoPhenotypes, not on synthetic" in capsys.readouterr().err
     note.unlink()
     quick = PRESETS["colon-cancer"]["quick"]
     changed = dataclasses.replace(quick, optim=dataclasses.replace(quick.optim, learning_rate=0.5))
     monkeypatch.setitem(PRESETS["colon-cancer"], "quick", changed)
-    assert commands.run(arguments) == 1
+    assert run(arguments) == 1
     assert "optim.learning_rate: 0.001 -> 0.5" in " ".join(capsys.readouterr().err.split())
 
 
@@ -319,7 +320,7 @@ def test_figures_of_the_complete_runs(
     output = tmp_path / "runs"
     reproduce("--seeds 1 --no-cost --methods ATS-10 ATS-50", output, data)
     arguments = ["reproduce", "figures", "--seeds", "1", "--output", str(output), "--data", str(data)]
-    assert commands.run(arguments) == 0
+    assert run(arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "table2-curves.png: not run" in printed
     names = {path.name for path in (output / "figures").iterdir()}
@@ -342,5 +343,5 @@ def test_figures_of_the_complete_runs(
     assert sweep["rows"][1]["test_error"] == evaluated["error"]
     assert sweep["rows"][1]["attention"]["mass"] > 0
     assert list(sweep["rows"][1]["entropy"]) == sorted(sweep["rows"][1]["entropy"], key=int)
-    assert commands.run(["reproduce", "figures", "--methods", "ATS-10"]) == 1
+    assert run(["reproduce", "figures", "--methods", "ATS-10"]) == 1
     assert "methods are those of one table" in capsys.readouterr().err

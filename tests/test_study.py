@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ats
-from ats.experiments.commands.run import run
+from ats.experiments.commands.command_line import run
 from ats.experiments.study import training, training_report
 from ats.experiments.study.methods import METHODS, estimate, released_coefficients
 from ats.experiments.study.training import TrainingOptions, pool

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ats.experiments.commands.run import run
+from ats.experiments.commands.command_line import run
 from ats.experiments.evaluation import evaluate, held_out_data, load_task
 from ats.experiments.study import inference_report
 from ats.experiments.study.inference import InferenceOptions, Row, _Counts, load, measure, ways

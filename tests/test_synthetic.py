@@ -15,7 +15,7 @@ from ats.datasets.speed_limits import load_speed_limits
 from ats.datasets.synthetic import write
 from ats.datasets.synthetic.write import write_colon_cancer, write_german, write_swedish
 from ats.experiments.commands import synthesise
-from ats.experiments.commands.run import run
+from ats.experiments.commands.command_line import run
 from ats.functional import area_downsample
 
 SMALL = {"size": (80, 120), "sign_size": (12, 20)}
