@@ -138,16 +138,16 @@ def test_the_demo_writes_its_numbers_and_picture_and_keeps_an_older_one(
 
 
 def test_training_and_evaluating_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "run"
+    folder = tmp_path / "folder"
     options = (
         "train megapixel-mnist --preset demo --data.image-size 140 --data.n-noise 2 --data.train-images 16 "
-        f"--data.test-images 8 --optim.epochs 1 --optim.batch-size 8 --output {run} --seed 4 --model.n-patches 3"
+        f"--data.test-images 8 --optim.epochs 1 --optim.batch-size 8 --output {folder} --seed 4 --model.n-patches 3"
     )
     assert run(options.split()) == 0
-    recorded = json.loads((run / "config.json").read_text())
+    recorded = json.loads((folder / "config.json").read_text())
     assert (recorded["seed"], recorded["data"]["image_size"], recorded["model"]["n_patches"]) == (4, 140, 3)
     assert recorded["optim"]["learning_rate"] == PRESETS["megapixel-mnist"]["demo"].optim.learning_rate
-    checkpoint, result = run / "checkpoints" / "last.ckpt", tmp_path / "result.json"
+    checkpoint, result = folder / "checkpoints" / "last.ckpt", tmp_path / "result.json"
     evaluation = f"evaluate {checkpoint} --method topk --n-patches 5 --images 6 --n-patches 2 --output {result}"
     assert run(evaluation.split()) == 0
     assert "6 test images of Megapixel MNIST of the bundled digits, 5 patches, topk" in " ".join(
@@ -160,18 +160,18 @@ def test_training_and_evaluating_from_the_command_line(tmp_path: Path, capsys: p
 
 def test_positions_from_the_command_line(tmp_path: Path) -> None:
     """Trained, watched, resumed from its configuration, and evaluated in each way that reads patches."""
-    run = tmp_path / "run"
+    folder = tmp_path / "folder"
     options = (
         "train megapixel-mnist --preset demo --data.image-size 140 --data.n-noise 2 --data.train-images 16 "
-        f"--data.test-images 8 --optim.epochs 1 --optim.batch-size 8 --output {run} --model.positions "
+        f"--data.test-images 8 --optim.epochs 1 --optim.batch-size 8 --output {folder} --model.positions "
         "--diagnostics.every 1 --diagnostics.gradient-draws 2"
     )
     assert run(options.split()) == 0
-    task = load_task(run)
+    task = load_task(folder)
     assert isinstance(task.model, ATSClassifier)
     assert isinstance(task.model.sampling.feature, PlacedFeatures)
     for ways in ("--n-patches 5", "--method topk", "--method anytime --lead 2 --budget 9"):
-        assert run(f"evaluate {run} {ways}".split()) == 0
+        assert run(f"evaluate {folder} {ways}".split()) == 0
 
 
 @pytest.mark.parametrize(
