@@ -6,10 +6,15 @@ read from the full-resolution image (Katharopoulos & Fleuret, ICML 2019).
 
 from ats import diagnostics, nn
 from ats.functional import (
+    BoxSample,
+    CellSample,
     PatchSample,
     area_downsample,
     estimator_weights,
     expectation,
+    pool,
+    read_patches,
+    sample_cells,
     sample_patches,
 )
 from ats.grid import cell_offsets, patch_positions
@@ -19,6 +24,8 @@ from ats.version import __version__
 from ats_kernels.pooling.variance import Estimate, estimate
 
 __all__ = [
+    "BoxSample",
+    "CellSample",
     "Estimate",
     "PatchSample",
     "Prediction",
@@ -32,7 +39,10 @@ __all__ = [
     "expectation",
     "nn",
     "patch_positions",
+    "pool",
     "predict",
+    "read_patches",
     "receptive_field",
+    "sample_cells",
     "sample_patches",
 ]

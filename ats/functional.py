@@ -1,39 +1,35 @@
 """Attention sampling as functions: draw cells of an attention map, read their patches, pool their features."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 import ats_kernels
+from ats._renamed import renamed_option
+from ats.cells import check_logits, mask_logits, sample_cells
 from ats.grid import cell_offsets
+from ats.pooling import estimate_pooled, pool
+from ats.samples import BoxSample, CellSample, PatchSample, Selection
 from ats_kernels import area_downsample, estimator_weights, expectation
-from ats_kernels.checks import Normalisation, check_count, check_floating, check_image, check_pair, check_tensor
+from ats_kernels.checks import Normalisation, check_count, check_image, check_pair, check_tensor
 
-__all__ = ["PatchSample", "area_downsample", "estimator_weights", "expectation", "extract_cells", "sample_patches"]
-
-
-@dataclass(frozen=True)
-class PatchSample:
-    """Patches drawn from B images, N from each, in draw order.
-
-    Attributes:
-        patches: (B, N, C, ph, pw) read from the full-resolution images, normalised.
-        log_attention: (B, N) log probability of each patch's cell under the attention; differentiable.
-        indices: (B, N) int64, flat cells of the row-major attention grid.
-        offsets: (B, N, 2) int64, top-left pixels (y, x); may lie outside the image.
-        logsumexp: (B,) of the logits.
-        entropy: (B,) of the attention, nats; differentiable.
-    """
-
-    patches: Tensor
-    log_attention: Tensor
-    indices: Tensor
-    offsets: Tensor
-    logsumexp: Tensor
-    entropy: Tensor
+__all__ = [
+    "BoxSample",
+    "CellSample",
+    "PatchSample",
+    "area_downsample",
+    "estimate_pooled",
+    "estimator_weights",
+    "expectation",
+    "extract_cells",
+    "mask_logits",
+    "pool",
+    "read_patches",
+    "sample_cells",
+    "sample_patches",
+]
 
 
+@renamed_option("method", "selection")
 def sample_patches(
     image: Tensor,
     logits: Tensor,
@@ -41,7 +37,9 @@ def sample_patches(
     patch_size: int | tuple[int, int],
     *,
     replace: bool = False,
-    method: str = "sample",
+    selection: Selection = "sample",
+    mask: Tensor | None = None,
+    allow_fewer: bool | None = None,
     receptive_field: int = 0,
     view_size: tuple[int, int] | None = None,
     padding: str = "zeros",
@@ -53,23 +51,16 @@ def sample_patches(
 ) -> PatchSample:
     """Draw patches where the attention is, and read only those from the full-resolution images.
 
+    `sample_cells` and then `read_patches`, whose options it takes.
+
     Args:
         image: (B, C, H, W) uint8, float16, bfloat16, float32 or float64, any strides; on the logits' device, or
             on the CPU (pinned for speed) while the logits are on a GPU.
         logits: (B, gh, gw) or (B, 1, gh, gw), unnormalised log attention; −inf masks a cell.
         n_patches: patches an image.
         patch_size: pixels, an int or (ph, pw).
-        replace: draw with replacement.
-        method: "sample", or "topk": the most probable cells, no randomness.
-        receptive_field: view pixels that an unpadded attention network loses along an axis
-            (`ats.receptive_field` works it out).
-        view_size: pixels (h, w) of the view the logits came from; needed only with a receptive_field.
-        padding: what is read outside an image: "zeros" or "edge", the nearest pixel.
-        mean, std: a float, or one a channel: patches are (x − mean) / std. A uint8 image is scaled by 1/255 before,
-            so that its mean and std are those of values in [0, 1].
-        dtype: of the patches; float32 for uint8 images and the image's own otherwise.
-        generator: random numbers on the logits' device. Seed data-parallel ranks differently.
-        validate: look at the logits' values, which makes the host wait for a GPU. None: on the CPU only.
+        replace, selection, mask, allow_fewer, generator, validate: as in `sample_cells`.
+        receptive_field, view_size, padding, mean, std, dtype: as in `read_patches`.
 
     Returns:
         `PatchSample`. Without validation, an image whose attention cannot be drawn from comes back with index −1
@@ -83,33 +74,81 @@ def sample_patches(
     Source: paper, section 3; the cell-to-pixel map is described in `ats.grid`.
     """
     check_image(image)
-    grid = _check_grid(image, logits)
+    _check_swapped(image, logits)
     n_patches = check_count("n_patches", n_patches)
     patch = check_pair("patch_size", patch_size)
+    check_logits(logits)
+    _check_together(image, logits, "logits")
     view = check_view_size(view_size, receptive_field, (image.shape[2], image.shape[3]))
-    draw = ats_kernels.sample(
-        logits.flatten(1), n_patches, replace=replace, method=method, generator=generator, validate=validate
+    cells = sample_cells(
+        logits,
+        n_patches,
+        replace=replace,
+        selection=selection,
+        mask=mask,
+        allow_fewer=allow_fewer,
+        generator=generator,
+        validate=validate,
     )
+    return read_patches(
+        image,
+        cells,
+        patch,
+        receptive_field=receptive_field,
+        view_size=view,
+        padding=padding,
+        mean=mean,
+        std=std,
+        dtype=dtype,
+    )
+
+
+def read_patches(
+    image: Tensor,
+    cells: CellSample,
+    patch_size: int | tuple[int, int],
+    *,
+    receptive_field: int = 0,
+    view_size: tuple[int, int] | None = None,
+    padding: str = "zeros",
+    mean: Normalisation = None,
+    std: Normalisation = None,
+    dtype: torch.dtype | None = None,
+) -> PatchSample:
+    """Read the patches of drawn cells from the full-resolution images.
+
+    Args:
+        image: (B, C, H, W), as in `sample_patches`.
+        cells: what `sample_cells` drew.
+        patch_size: pixels, an int or (ph, pw).
+        receptive_field: view pixels that an unpadded attention network loses along an axis
+            (`ats.receptive_field` works it out).
+        view_size: pixels (h, w) of the view the logits came from; needed only with a receptive_field.
+        padding: what is read outside an image: "zeros" or "edge", the nearest pixel.
+        mean, std: a float, or one a channel: patches are (x − mean) / std. A uint8 image is scaled by 1/255 before,
+            so that its mean and std are those of values in [0, 1].
+        dtype: of the patches; float32 for uint8 images and the image's own otherwise.
+
+    Returns:
+        `PatchSample`, on the cells' device. At a surplus draw it has the image's first patch once more.
+    """
+    if not isinstance(cells, CellSample):
+        raise TypeError(f"cells must be a CellSample, as ats.sample_cells gives it, got {type(cells).__name__}")
+    check_image(image)
+    _check_together(image, cells.indices, "cells")
     patches, offsets = extract_cells(
         image,
-        draw.indices,
-        grid,
-        patch,
-        view_size=view,
+        cells.readable(),
+        cells.grid_size,
+        check_pair("patch_size", patch_size),
+        view_size=check_view_size(view_size, receptive_field, (image.shape[2], image.shape[3])),
         receptive_field=receptive_field,
         padding=padding,
         mean=mean,
         std=std,
         dtype=dtype,
     )
-    return PatchSample(
-        patches=patches,
-        log_attention=draw.log_attention,
-        indices=draw.indices,
-        offsets=offsets,
-        logsumexp=draw.logsumexp,
-        entropy=draw.entropy,
-    )
+    return PatchSample.of(cells, patches, offsets)
 
 
 def extract_cells(
@@ -127,7 +166,7 @@ def extract_cells(
 ) -> tuple[Tensor, Tensor]:
     """Read the patches of given cells, indices (B, N): patches (B, N, C, ph, pw) and their offsets (B, N, 2).
 
-    The arguments are those of `sample_patches`. Patches come out on the indices' device.
+    The arguments are those of `read_patches`. Patches come out on the indices' device.
     """
     offsets = cell_offsets(
         indices,
@@ -141,7 +180,7 @@ def extract_cells(
     return patches, offsets
 
 
-def _check_grid(image: Tensor, logits: Tensor) -> tuple[int, int]:
+def _check_swapped(image: Tensor, logits: Tensor) -> None:
     check_tensor("logits", logits)
     unfit = logits.ndim == 4 and (logits.shape[1] != 1 or not logits.is_floating_point())
     if unfit and logits.shape[2] > image.shape[2] and logits.shape[3] > image.shape[3]:
@@ -149,17 +188,16 @@ def _check_grid(image: Tensor, logits: Tensor) -> tuple[int, int]:
             f"logits {tuple(logits.shape)} of {logits.dtype} are larger than the image, {tuple(image.shape)}: "
             "are the two swapped? The image comes first"
         )
-    check_floating("logits", logits)
-    if logits.ndim not in (3, 4) or (logits.ndim == 4 and logits.shape[1] != 1):
-        raise ValueError(f"logits must be (B, gh, gw) or (B, 1, gh, gw), got {tuple(logits.shape)}")
-    if logits.shape[0] != image.shape[0]:
-        raise ValueError(f"image has batch size {image.shape[0]} but logits have {logits.shape[0]}; they must agree")
-    if image.device != logits.device and image.device.type != "cpu":
+
+
+def _check_together(image: Tensor, drawn: Tensor, name: str) -> None:
+    if drawn.shape[0] != image.shape[0]:
+        raise ValueError(f"image has batch size {image.shape[0]} but {name} have {drawn.shape[0]}; they must agree")
+    if image.device != drawn.device and image.device.type != "cpu":
         raise ValueError(
-            f"image is on {image.device} but logits are on {logits.device}; move the image there, or leave it on "
+            f"image is on {image.device} but {name} are on {drawn.device}; move the image there, or leave it on "
             "the CPU, from where only the patches are copied"
         )
-    return logits.shape[-2], logits.shape[-1]
 
 
 def check_view(view: Tensor, image: Tensor, receptive_field: int) -> None:

@@ -60,7 +60,7 @@ class SamplePatches(nn.Module):
             logits,
             self.n_patches,
             replace=self.replace,
-            method=self.method,
+            selection=self.method,
             view_size=view_size,
             generator=generator,
             **self.reading(),
@@ -197,17 +197,7 @@ class AttentionSampling(nn.Module):
         """
         sample = self.sampler(image, logits, view_size=view_size, generator=generator)
         features = self.patch_features(sample.patches, sample.offsets, (image.shape[2], image.shape[3]))
-        if self.sampler.method == "topk":
-            weights = sample.log_attention.softmax(-1).to(features.dtype)
-            pooled = torch.einsum("bn,bn...->b...", weights, features)
-        else:
-            pooled = functional.expectation(
-                features,
-                sample.log_attention,
-                replace=self.sampler.replace,
-                estimator=self.estimator,
-                control_variate=self.control_variate,
-            )
+        pooled = functional.pool(features, sample, estimator=self.estimator, control_variate=self.control_variate)
         return pooled, sample
 
     def attention_logits(self, view: Tensor, image: Tensor) -> Tensor:

@@ -75,13 +75,14 @@ def test_equivalent_inputs_give_the_same_sample():
     ]:
         sample = ats.sample_patches(other_image, other_logits, 5, 7, generator=seeded())
         for field in dataclasses.fields(sample):
-            assert torch.equal(getattr(sample, field.name), getattr(expected, field.name)), field.name
+            got, want = getattr(sample, field.name), getattr(expected, field.name)
+            assert torch.equal(got, want) if isinstance(want, torch.Tensor) else got == want, field.name
 
 
 def test_topk():
     """The most probable cells first, the same every time."""
     logits = make_logits()
-    sample = ats.sample_patches(make_image(), logits, 5, 7, method="topk")
+    sample = ats.sample_patches(make_image(), logits, 5, 7, selection="topk")
     assert torch.equal(sample.indices, logits.flatten(1).topk(5).indices)
     assert_close(sample.patches, expected_patches(make_image(), sample, (7, 7)))
 
@@ -91,7 +92,7 @@ def test_receptive_field_moves_the_cells_inwards():
     logits = torch.full((2, 16, 26), -INF)
     logits[:, 0, 0], logits[:, 15, 25] = 1.0, 0.0
     image = make_image()
-    sample = ats.sample_patches(image, logits, 2, 4, method="topk", receptive_field=4, view_size=(20, 30))
+    sample = ats.sample_patches(image, logits, 2, 4, selection="topk", receptive_field=4, view_size=(20, 30))
     assert sample.offsets[0].tolist() == [[3, 3], [33, 53]]
     assert_close(sample.patches, expected_patches(image, sample, (4, 4)))
 
@@ -139,6 +140,115 @@ def test_ops_are_those_of_the_kernels():
         assert getattr(ats, name) is getattr(ats_kernels, name)
 
 
+def test_masks_are_minus_infinity_in_the_logits():
+    """True may be drawn; (gh, gw) for all images or one for each, with a channel or without."""
+    logits = make_logits()
+    mask = torch.rand(2, 4, 6, generator=seeded(7)) > 0.4
+    want = ats.sample_cells(logits.masked_fill(~mask, -INF), 5, generator=seeded())
+    for given, of in (
+        (mask, logits),
+        (mask.unsqueeze(1), logits),
+        (mask, logits.unsqueeze(1)),
+        (mask[:, None], logits[:, None]),
+    ):
+        got = ats.sample_cells(of, 5, mask=given, generator=seeded())
+        for name in ("indices", "log_attention", "logsumexp", "entropy"):
+            assert torch.equal(getattr(got, name), getattr(want, name)), name
+    for shared in (mask[0], mask[:1]):
+        got = ats.sample_cells(logits, 5, mask=shared, generator=seeded())
+        assert mask[0].flatten()[got.indices].all()
+    leaf = logits.double().requires_grad_()
+    sample = ats.sample_patches(make_image(torch.float64), leaf, 3, 4, mask=mask, generator=seeded())
+    ats.pool(sample.patches, sample).sum().backward()
+    assert torch.equal(leaf.grad.ne(0), mask), "what is masked has no gradient, and no NaN"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_surplus_changes_no_other_number(dtype):
+    """Statistics and draws of live cells are as without it, to the last bit, however low the least of them is."""
+    logits = 8 * torch.randn(40, 1, 9, generator=seeded(3)).to(dtype)
+    logits[1, 0, 4] = -6e4
+    mask = torch.rand(40, 1, 9, generator=seeded(4)) < 0.5
+    mask[:, 0, 4] = True
+    sample = ats.sample_cells(logits, 7, mask=mask, generator=seeded())
+    assert sample.padded
+    assert set(sample.counts.tolist()) > {2, 3, 4, 5}
+    assert torch.equal(sample.counts, mask.flatten(1).sum(-1).clamp(max=7))
+    for row in range(40):
+        live = int(sample.counts[row])
+        alone = ats.sample_cells(logits[row : row + 1], live, mask=mask[row : row + 1])
+        assert not alone.padded
+        assert torch.equal(sample.logsumexp[row], alone.logsumexp[0])
+        assert torch.equal(sample.entropy[row], alone.entropy[0])
+        drawn, order = sample.indices[row, :live].sort()
+        assert mask.flatten(1)[row, drawn].all()
+        if live < 7:
+            assert torch.equal(
+                sample.log_attention[row, :live][order], alone.log_attention[0, alone.indices[0].argsort()]
+            )
+            assert (sample.indices[row, live:] == -1).all()
+
+
+def test_fewer_live_cells_than_draws_where_nothing_is_masked():
+    """More draws than cells: all of them, on request; the most probable first, too."""
+    logits = make_logits(2, 1, 3)
+    for selection in ("sample", "topk"):
+        sample = ats.sample_cells(logits, 5, allow_fewer=True, selection=selection)
+        assert sample.indices[:, :3].sort().values.tolist() == [[0, 1, 2]] * 2
+        assert sample.indices[:, 3:].eq(-1).all()
+    assert torch.equal(sample.indices[:, :3], logits.flatten(1).argsort(descending=True))
+    again = ats.sample_cells(logits, 5, replace=True, allow_fewer=True)
+    assert not again.padded
+    assert again.indices.ge(0).all()
+
+
+def test_few_cells_are_an_error_where_that_is_asked_for():
+    logits, mask = make_logits(), torch.ones(2, 4, 6, dtype=torch.bool)
+    mask[1, 1:] = False
+    for selection, advice in (
+        ("sample", "draw fewer, use replace=True, or pass allow_fewer=True to read all there are"),
+        ("topk", "draw fewer, or pass allow_fewer=True to read all there are"),  # which takes no replace=True
+    ):
+        for few in ({"mask": mask, "allow_fewer": False}, {"mask": None}):
+            given = few | {"selection": selection}
+            plain = logits if few["mask"] is not None else logits.masked_fill(~mask, -INF)
+            with pytest.raises(ValueError, match=f"n=7 cells from row 1: only 6 of its 24 .*; {advice}$"):
+                ats.sample_cells(plain, 7, **given)
+            with pytest.raises(ValueError, match=f"n=25 cells from K=24; {advice}$"):
+                ats.sample_cells(logits, 25, selection=selection)
+    mask[1] = False
+    with pytest.raises(ValueError, match="row 1 are all −inf: every cell is masked, nothing can be drawn; leave that"):
+        ats.sample_cells(logits, 7, mask=mask)
+    poisoned = ats.sample_cells(logits, 7, mask=mask, validate=False)
+    assert poisoned.indices[1].eq(-1).all()
+    assert ats.pool(torch.ones(2, 7, 1), poisoned).isnan().flatten().tolist() == [False, True]
+
+
+def test_masks_that_do_not_fit():
+    for mask, error, message in (
+        (
+            torch.ones(4, 6),
+            TypeError,
+            r"mask must be bool, True where a cell may be drawn, got torch.float32; .*mask > 0.5",
+        ),
+        ([[True]], TypeError, "mask must be a torch.Tensor, got list"),
+        (torch.ones(3, 4, 6, dtype=torch.bool), ValueError, r"logits \(2, 4, 6\), got \(3, 4, 6\)"),
+        (torch.ones(6, 4, dtype=torch.bool), ValueError, r"logits \(2, 4, 6\), got \(6, 4\)"),
+        (torch.ones(2, 2, 4, 6, dtype=torch.bool), ValueError, r"got \(2, 2, 4, 6\)"),
+        (torch.ones(4, 6, dtype=torch.bool, device="meta"), ValueError, "mask is on meta but logits are on cpu"),
+    ):
+        with pytest.raises(error, match=message):
+            ats.sample_cells(make_logits(), 3, mask=mask)
+
+
+def test_the_old_name_of_selection():
+    with pytest.warns(DeprecationWarning, match="method= is now selection="):
+        old = ats.sample_patches(make_image(), make_logits(), 3, 4, method="topk")
+    assert old.selection == "topk"
+    with pytest.raises(TypeError, match="got both selection= and method=, which is its old name"):
+        ats.sample_patches(make_image(), make_logits(), 3, 4, method="topk", selection="topk")
+
+
 IMAGE, LOGITS = torch.zeros(2, 3, 40, 60), torch.zeros(2, 4, 6)
 
 
@@ -173,7 +283,7 @@ def logits_with(value, where):
             ValueError,
             r"logits \(2, 1, 40, 60\) of torch.uint8 are larger than the image.*The image comes first",
         ),
-        ({"logits": LOGITS[:, :0]}, ValueError, r"at least 1, got \(2, 0\)"),
+        ({"logits": LOGITS[:, :0]}, ValueError, r"at least one image and one cell, got \(2, 0, 6\)"),
         ({"logits": logits_with(float("nan"), (1, 0, 3))}, ValueError, "1 NaN value.*row 1, cell 3"),
         ({"logits": logits_with(INF, (0, 1, 0))}, ValueError, r"1 \+inf value.*row 0, cell 6"),
         ({"logits": logits_with(-INF, 1)}, ValueError, "row 1 are all −inf: every cell is masked"),
@@ -184,14 +294,14 @@ def logits_with(value, where):
         ),
         ({"n_patches": 0}, ValueError, "n(_patches)? must be at least 1, got 0"),
         ({"n_patches": 2.5}, TypeError, "n(_patches)? must be an int, got float: 2.5"),
-        ({"n_patches": 25}, ValueError, "n=25 .* K=24; draw fewer or use replace=True"),
+        ({"n_patches": 25}, ValueError, "n=25 .* K=24; draw fewer, use replace=True, or pass allow_fewer=True"),
         ({"patch_size": 0}, ValueError, "patch_size must be at least 1, got 0"),
         ({"patch_size": (4, 0)}, ValueError, r"patch_size\[1\] must be at least 1, got 0"),
         ({"patch_size": (4, 4, 4)}, ValueError, r"patch_size must be an int or a pair.*got \(4, 4, 4\)"),
         ({"patch_size": "4"}, TypeError, "patch_size must be an int, got str"),
         ({"generator": 0}, TypeError, "generator must be a torch.Generator, got int: 0; make one from a seed"),
-        ({"method": "argmax"}, ValueError, "unknown method 'argmax', expected one of 'sample', 'topk'"),
-        ({"method": "topk", "replace": True}, ValueError, "topk.*cannot be combined with replace=True"),
+        ({"selection": "argmax"}, ValueError, "unknown selection 'argmax', expected one of 'sample', 'topk'"),
+        ({"selection": "topk", "replace": True}, ValueError, "topk.*cannot be combined with replace=True"),
         ({"padding": "mirror"}, ValueError, "unknown padding 'mirror', expected one of 'zeros', 'edge'"),
         ({"mean": [0.5]}, ValueError, "mean has 1 values but the image has 3 channels"),
         ({"std": [1.0, 1.0]}, ValueError, "std has 2 values but the image has 3 channels"),

@@ -85,7 +85,7 @@ def test_modules_pass_their_options_on(images):
         module = ats.nn.SamplePatches(6, (9, 4), method=method, replace=replace, **options)
         got = module(image, logits, generator=seeded())
         want = ats.sample_patches(
-            image, logits, 6, (9, 4), method=method, replace=replace, generator=seeded(), **options
+            image, logits, 6, (9, 4), selection=method, replace=replace, generator=seeded(), **options
         )
         assert torch.equal(got.patches, want.patches)
         assert torch.equal(got.indices, want.indices)

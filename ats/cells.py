@@ -1,0 +1,152 @@
+"""Draw cells of an attention map, some of which may be masked, for images that may have fewer cells than draws."""
+
+import torch
+from torch import Tensor
+
+import ats_kernels
+from ats.samples import CellSample, Selection
+from ats_kernels.checks import check_choice, check_count, check_floating, check_tensor, compute_dtype
+from ats_kernels.sampling.draws import METHODS
+
+
+def sample_cells(
+    logits: Tensor,
+    n: int,
+    *,
+    replace: bool = False,
+    selection: Selection = "sample",
+    mask: Tensor | None = None,
+    allow_fewer: bool | None = None,
+    generator: torch.Generator | None = None,
+    validate: bool | None = None,
+) -> CellSample:
+    """Draw cells where the attention is, without reading anything.
+
+    Args:
+        logits: (B, gh, gw) or (B, 1, gh, gw), unnormalised log attention; −inf masks a cell.
+        n: cells an image.
+        replace: draw with replacement.
+        selection: "sample", or "topk": the most probable cells, no randomness.
+        mask: bool, True where a cell may be drawn; (gh, gw) for all images or the logits' shape.
+        allow_fewer: draw all live cells of an image that has fewer than n, and mark the rest of its n draws as surplus
+            (index −1, weight 0): what is pooled is exact for that image. False: an error. None: True with a `mask`.
+        generator: random numbers on the logits' device. Seed data-parallel ranks differently. Within activation
+            checkpointing leave it out: only torch's own generators are wound back for the second pass.
+        validate: look at the logits' values, which makes the host wait for a GPU. None: on the CPU only.
+
+    Returns:
+        `CellSample`. Without validation, an image whose attention cannot be drawn from comes back with index −1 and
+        NaN log_attention, which makes everything pooled with it NaN.
+
+    Raises:
+        TypeError: logits that are not floating point, a mask that is not bool, a `generator` that is none.
+        ValueError: wrong shapes, more draws than live cells (without `allow_fewer`), NaN or +inf logits, an image with
+            every cell masked, an unknown selection.
+    """
+    check_logits(logits)
+    n = check_count("n", n)
+    check_choice("selection", selection, METHODS)
+    if selection == "topk" and replace:
+        raise ValueError(
+            "selection='topk' takes distinct cells and cannot be combined with replace=True; drop one of them"
+        )
+    logits = mask_logits(logits, mask)
+    flat = logits.flatten(1)  # (B, K)
+    cells = flat.shape[1]
+    fewer = (mask is not None if allow_fewer is None else allow_fewer) and not replace
+    if n > cells and not (replace or fewer):
+        raise ValueError(f"cannot draw n={n} cells from K={cells}; {_advice(selection)}")
+    looks = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    extended = _with_spare_cells(flat, n, looks=looks) if fewer else flat
+    draw = ats_kernels.sample(extended, n, replace=replace, method=selection, generator=generator, validate=False)
+    if (looks if validate is None else validate) and (draw.indices[:, 0] < 0).any():
+        _raise_for_few(flat.detach(), n, selection, fewest=1 if fewer or replace else n)
+        ats_kernels.sample(extended, n, replace=replace, method=selection, validate=True)  # says what else is wrong
+    indices, log_attention = draw.indices, draw.log_attention
+    padded = extended is not flat
+    if padded:
+        spare = indices >= cells
+        indices, log_attention = indices.masked_fill(spare, -1), log_attention.masked_fill(spare, -torch.inf)
+    return CellSample(
+        indices=indices,
+        log_attention=log_attention,
+        logsumexp=draw.logsumexp,
+        entropy=draw.entropy,
+        replace=replace,
+        selection=selection,
+        grid_size=(logits.shape[-2], logits.shape[-1]),
+        padded=padded,
+    )
+
+
+def mask_logits(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """The logits with −inf where `mask` is False. It is bool, (gh, gw) for all images or of the logits' shape."""
+    if mask is None:
+        return logits
+    check_tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be bool, True where a cell may be drawn, got {mask.dtype}; compare it, e.g. mask > 0.5"
+        )
+    if mask.device != logits.device:
+        raise ValueError(f"mask is on {mask.device} but logits are on {logits.device}; move the mask there")
+    grid, batch = logits.shape[-2:], logits.shape[0]
+    fits = mask.shape[-2:] == grid and (
+        mask.ndim == 2 or (mask.shape[0] in (1, batch) and (mask.ndim == 3 or (mask.ndim == 4 and mask.shape[1] == 1)))
+    )
+    if not fits:
+        raise ValueError(
+            f"mask must be (gh, gw) or (B, gh, gw), with one entry a cell of the logits {tuple(logits.shape)}, got "
+            f"{tuple(mask.shape)}"
+        )
+    if mask.ndim > 2:  # (B or 1, gh, gw), then with a channel where the logits have one
+        mask = mask.view(mask.shape[0], *([1] if logits.ndim == 4 else []), *grid)
+    return logits.masked_fill(~mask, -torch.inf)
+
+
+def _with_spare_cells(flat: Tensor, n: int, *, looks: bool) -> Tensor:
+    """Logits (B, K + n − 1) whose last cells come after all others, as many as an image needs for n draws.
+
+    Their mass is e^−300 of that of the least cell or below, which changes no number of the other cells. Where the host
+    may look at values and no image needs them, it is `flat` itself that comes back.
+    """
+    values = flat.detach().to(compute_dtype(flat.dtype))
+    dead = values.isneginf()
+    live = dead.logical_not().sum(-1, keepdim=True)  # (B, 1)
+    if looks and bool((live >= n).all()):
+        return flat
+    least = values.masked_fill(dead, torch.inf).amin(-1, keepdim=True)
+    last = torch.where(live > 0, least - 300 - least.abs(), -torch.inf)  # without a live cell nothing can be drawn
+    needed = torch.arange(n - 1, device=flat.device) < n - live  # (B, n − 1)
+    return torch.cat([flat, torch.where(needed, last, -torch.inf)], dim=-1)
+
+
+def _raise_for_few(flat: Tensor, n: int, selection: str, *, fewest: int) -> None:
+    """Raise where an image has fewer than `fewest` live cells, and nothing else is wrong with the logits."""
+    if flat.isnan().any() or flat.isposinf().any():
+        return
+    live, row = (int(value) for value in (~flat.isneginf()).sum(-1).min(0))
+    if live == 0:
+        raise ValueError(
+            f"logits of row {row} are all −inf: every cell is masked, nothing can be drawn; leave that image out, or "
+            "let one of its cells be drawn"
+        )
+    if live < fewest:
+        raise ValueError(
+            f"cannot draw n={n} cells from row {row}: only {live} of its {flat.shape[1]} cells are not masked; "
+            f"{_advice(selection)}"
+        )
+
+
+def _advice(selection: str) -> str:
+    ways = ["draw fewer", "use replace=True", "pass allow_fewer=True to read all there are"]
+    return f"{ways[0]}, or {ways[2]}" if selection == "topk" else f"{ways[0]}, {ways[1]}, or {ways[2]}"
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raise unless `logits` are floating point, (B, gh, gw) or (B, 1, gh, gw)."""
+    check_floating("logits", logits)
+    if logits.ndim not in (3, 4) or (logits.ndim == 4 and logits.shape[1] != 1):
+        raise ValueError(f"logits must be (B, gh, gw) or (B, 1, gh, gw), got {tuple(logits.shape)}")
+    if logits.numel() == 0:
+        raise ValueError(f"logits must have at least one image and one cell, got {tuple(logits.shape)}")
