@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ats import functional
-from ats.functional import PatchSample
 from ats.grid import patch_positions
 from ats.probe import lost_and_step
+from ats.samples import Estimator, PatchSample, Selection
 from ats_kernels.checks import Normalisation, check_choice, check_count, check_pair
 from ats_kernels.patches.op import PADDINGS
 from ats_kernels.pooling.op import check_estimator
@@ -26,7 +26,7 @@ class SamplePatches(nn.Module):
         patch_size: int | tuple[int, int],
         *,
         replace: bool = False,
-        method: str = "sample",
+        method: Selection = "sample",
         receptive_field: int = 0,
         padding: str = "zeros",
         mean: Normalisation = None,
@@ -39,7 +39,7 @@ class SamplePatches(nn.Module):
         self.n_patches = check_count("n_patches", n_patches)
         self.patch_size = check_pair("patch_size", patch_size)
         self.replace = replace
-        self.method = method
+        self.method: Any = method
         self.receptive_field = receptive_field
         self.padding = padding
         self.mean = mean
@@ -87,7 +87,9 @@ class SamplePatches(nn.Module):
 class Expectation(nn.Module):
     """`ats.expectation` as a module: forward(features, log_attention) -> pooled features (B, …)."""
 
-    def __init__(self, *, replace: bool = False, estimator: str = "ordered", control_variate: bool = False) -> None:
+    def __init__(
+        self, *, replace: bool = False, estimator: Estimator = "ordered", control_variate: bool = False
+    ) -> None:
         super().__init__()
         check_estimator(estimator, replace=replace)
         self.replace = replace
@@ -136,8 +138,8 @@ class AttentionSampling(nn.Module):
         patch_size: int | tuple[int, int],
         *,
         replace: bool = False,
-        method: str = "sample",
-        estimator: str = "ordered",
+        method: Selection = "sample",
+        estimator: Estimator = "ordered",
         control_variate: bool = False,
         receptive_field: int | str = 0,
         positions: bool = False,
