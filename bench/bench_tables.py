@@ -12,7 +12,8 @@ import torch
 
 from ats.experiments import cost
 from ats.experiments.config import ExperimentConfig
-from ats.experiments.reproduce.tables import TABLE_1, TABLE_2, TABLES, Row, Table
+from ats.experiments.registry import tables
+from ats.experiments.tables import Row, Table
 from bench.measure import ONCE, SLOW_ROUNDS, Method, available_bytes
 from bench.report import Group, Report
 
@@ -108,7 +109,7 @@ def compare_steps(
     return timed
 
 
-_TABLES = [pytest.param(table, id=name, marks=pytest.mark.section(name)) for name, table in TABLES.items()]
+_TABLES = [pytest.param(table, id=name, marks=pytest.mark.section(name)) for name, table in tables().items()]
 
 
 @pytest.mark.parametrize("table", _TABLES)
@@ -119,10 +120,10 @@ def bench_table(report: Report, table: Table) -> None:
         row.name: (row.published.seconds_per_sample, row.published.bytes_per_sample) for row in rows if row.published
     }
     # Deep MIL's second a step allows more rounds in table 1 than elsewhere; two headlines depend on them.
-    seconds, slow_rounds = (12.0, 9) if table is TABLE_1 else (6.0, SLOW_ROUNDS)
+    seconds, slow_rounds = (12.0, 9) if table.name == "table1" else (6.0, SLOW_ROUNDS)
     single = compare_steps(report, f"{table.title}, batch 1", configs, 1, seconds=seconds, slow_rounds=slow_rounds)
     single.published = published
-    if table is TABLE_1:
+    if table.name == "table1":
         single.notes.append(f"A method whose first call takes more than {ONCE:g} s is not called again.")
     if report.device.type == "cpu" and {"Deep MIL", FIRST[table.name]} <= single.rounds.keys():
         add_targets(single, table)
@@ -134,8 +135,8 @@ def add_targets(group: Group, table: Table) -> None:
     ours = FIRST[table.name]
     memory = group.memory["Deep MIL"] / group.memory[ours]
     faster = group.ratio("Deep MIL", ours)
-    if table is TABLE_1:
+    if table.name == "table1":
         group.at_least(60, faster, f"faster than Deep MIL is {ours}", headline=True)
         group.at_least(20, memory, f"less memory than Deep MIL takes {ours}", headline=True)
-    elif table is TABLE_2:
+    elif table.name == "table2":
         group.at_least(10, faster, f"faster than Deep MIL is {ours}", headline=True)

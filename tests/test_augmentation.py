@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ats.experiments.augmentation import Change, apply_change, draw_change
-from ats.experiments.data_config import ColonCancerConfig, SpeedLimitsConfig
+from ats.experiments.colon_cancer import ColonCancerConfig
+from ats.experiments.speed_limits import SpeedLimitsConfig
 from tests.helpers import seeded
 
 SQUARE = torch.randint(256, (3, 12, 12), dtype=torch.uint8, generator=seeded())

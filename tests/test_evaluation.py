@@ -17,7 +17,7 @@ from ats.experiments.commands.demo import run_demo
 from ats.experiments.config import ExperimentConfig, to_dict
 from ats.experiments.evaluation import evaluate, load_task
 from ats.experiments.lightning_module import ClassificationTask
-from ats.experiments.presets import PRESETS
+from ats.experiments.registry import EXPERIMENTS
 from ats.experiments.training import train
 from ats.models import ATSClassifier
 from ats.models.classifier import PlacedFeatures
@@ -146,7 +146,7 @@ def test_training_and_evaluating_from_the_command_line(tmp_path: Path, capsys: p
     assert run(options.split()) == 0
     recorded = json.loads((folder / "config.json").read_text())
     assert (recorded["seed"], recorded["data"]["image_size"], recorded["model"]["n_patches"]) == (4, 140, 3)
-    assert recorded["optim"]["learning_rate"] == PRESETS["megapixel-mnist"]["demo"].optim.learning_rate
+    assert recorded["optim"]["learning_rate"] == EXPERIMENTS["megapixel-mnist"].presets["demo"].optim.learning_rate
     checkpoint, result = folder / "checkpoints" / "last.ckpt", tmp_path / "result.json"
     evaluation = f"evaluate {checkpoint} --method topk --n-patches 5 --images 6 --n-patches 2 --output {result}"
     assert run(evaluation.split()) == 0
@@ -241,7 +241,7 @@ def test_help_lists_commands_and_options(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_presets_are_the_papers_where_they_say_so() -> None:
     """Settings of the paper's Megapixel MNIST that a change must not drift away from."""
-    values = to_dict(PRESETS["megapixel-mnist"]["paper"])
+    values = to_dict(EXPERIMENTS["megapixel-mnist"].presets["paper"])
     assert values["data"] | {"folder": None} == {
         "digits": "full", "folder": None, "image_size": 1500, "n_noise": 50,
         "train_images": 5000, "validation_images": 0, "test_images": 1000, "small_epochs": 0, "medium_epochs": 0,
@@ -253,4 +253,4 @@ def test_presets_are_the_papers_where_they_say_so() -> None:
     }  # fmt: skip
     model = values["model"]
     assert (model["networks"], model["feature_scale"]) == ("paper", 1.0)
-    assert view_size(PRESETS["megapixel-mnist"]["paper"], (1500, 1500)) == (180, 180)
+    assert view_size(EXPERIMENTS["megapixel-mnist"].presets["paper"], (1500, 1500)) == (180, 180)

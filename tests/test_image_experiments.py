@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from ats.datasets.synthetic.write import write_colon_cancer, write_german
-from ats.experiments.build import normalisation
+from ats.experiments.colon_cancer import ColonCancerConfig
 from ats.experiments.commands.command_line import run
 from ats.experiments.config import ExperimentConfig, ModelConfig, OptimConfig, TrainerConfig
-from ats.experiments.data_config import ColonCancerConfig, SpeedLimitsConfig
 from ats.experiments.evaluation import evaluate, load_task
-from ats.experiments.image_data import ImageData, experiment_data
 from ats.experiments.lightning_module import ClassificationTask
-from ats.experiments.presets import PRESETS
+from ats.experiments.photographs import ImageData
+from ats.experiments.registry import EXPERIMENTS, experiment_data
+from ats.experiments.speed_limits import SpeedLimitsConfig
 from ats.experiments.training import AveragedWeights, InterruptedRunError, train
 from ats.models import ATSClassifier
 from tests.test_training import StopAt, assert_same, weights
@@ -40,7 +40,7 @@ def speed_limits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_colon(data: Path, output: Path, *, model: ModelConfig | None = None, **changes: object) -> ExperimentConfig:
-    paper = PRESETS["colon-cancer"]["paper"]
+    paper = EXPERIMENTS["colon-cancer"].presets["paper"]
     config = dataclasses.replace(
         paper,
         output=output,
@@ -116,7 +116,8 @@ def test_modern_networks_see_normalised_views_and_patches_alike(colon_cancer: Pa
     for method in METHODS:
         model = ModelConfig(method=method, networks="modern", n_patches=3, patch_size=27, view_scale=0.2, grid_step=40)
         config = small_colon(colon_cancer, Path("unused"), model=model)
-        mean, std = normalisation(config)
+        networks = config.data.networks_for(config.model)
+        mean, std = networks.mean, networks.std
         task = ClassificationTask(config)
         view, image, _ = experiment_data(config).load("test", torch.tensor([0]))
         pixels = (image.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
@@ -220,7 +221,7 @@ def test_training_images_change_from_epoch_to_epoch_and_test_images_never(colon_
 
 
 def test_speed_limits_train_with_class_weights(speed_limits: Path, tmp_path: Path) -> None:
-    preset = PRESETS["speed-limits"]["quick"]
+    preset = EXPERIMENTS["speed-limits"].presets["quick"]
     config = dataclasses.replace(
         preset,
         output=tmp_path / "run",
@@ -237,7 +238,7 @@ def test_speed_limits_train_with_class_weights(speed_limits: Path, tmp_path: Pat
 
 
 def test_the_loss_weighs_classes_by_their_rarity() -> None:
-    task = ClassificationTask(PRESETS["speed-limits"]["quick"])
+    task = ClassificationTask(EXPERIMENTS["speed-limits"].presets["quick"])
     logits, label = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 3])
     plain = torch.nn.functional.cross_entropy(logits, label, reduction="none")
     torch.testing.assert_close(task.loss(logits, label), plain.mean())
@@ -272,7 +273,7 @@ def test_images_that_are_nowhere_are_asked_for(
 
 
 def test_presets_of_the_image_experiments_are_the_papers_where_they_say_so() -> None:
-    colon, speed = PRESETS["colon-cancer"]["paper"], PRESETS["speed-limits"]["paper"]
+    colon, speed = EXPERIMENTS["colon-cancer"].presets["paper"], EXPERIMENTS["speed-limits"].presets["paper"]
     assert (colon.optim.updates, colon.optim.learning_rate, colon.optim.entropy_weight) == (30_000, 1e-3, 0.01)
     assert (colon.model.view_scale, colon.model.patch_size, colon.model.grid_step) == (0.2, 27, 10)
     assert (speed.optim.updates, speed.optim.batch_size, speed.optim.entropy_weight) == (300_000, 32, 0.05)

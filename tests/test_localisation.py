@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ats.datasets.image_dataset import Region
 from ats.datasets.synthetic.write import write_colon_cancer
+from ats.experiments.colon_cancer import ColonCancerConfig
 from ats.experiments.config import ExperimentConfig
-from ats.experiments.data_config import ColonCancerConfig
-from ats.experiments.image_data import ImageData
 from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.localisation import attention_map, localise, on_target
-from ats.experiments.presets import PRESETS
+from ats.experiments.photographs import ImageData
+from ats.experiments.registry import EXPERIMENTS
 from ats.models import ATSClassifier
 
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(folder: Path, method: str) -> ExperimentConfig:
-    paper = PRESETS["colon-cancer"]["paper"]
+    paper = EXPERIMENTS["colon-cancer"].presets["paper"]
     return dataclasses.replace(
         paper,
         data=ColonCancerConfig(folder=folder, folds=3),

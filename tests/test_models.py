@@ -9,10 +9,11 @@ from torch import nn
 
 import ats
 from ats.experiments.build import build_model, view_size
-from ats.experiments.presets import PRESETS
+from ats.experiments.registry import EXPERIMENTS
 from ats.models import ATSClassifier, UniformAttention, colon_cancer, megapixel_mnist, speed_limits
-from ats.models.classifier import NETWORKS, SoftBound
-from ats.models.megapixel_mnist import ATTENTION_STRIDE, N_FEATURES, attention_network, feature_network
+from ats.models.classifier import SoftBound
+from ats.models.megapixel_mnist import NETWORKS, attention_network, feature_network
+from ats.models.networks import NETWORK_NAMES
 from ats.models.resnet import ResidualBlock
 from tests.helpers import seeded
 
@@ -69,7 +70,7 @@ def test_a_residual_block_adds_to_what_its_first_relu_gives() -> None:
     assert ResidualBlock(3, 5, 2)(maps).shape == (2, 5, 4, 4)
 
 
-@pytest.mark.parametrize("networks", NETWORKS)
+@pytest.mark.parametrize("networks", NETWORK_NAMES)
 @pytest.mark.parametrize(
     ("module", "image", "patch", "view", "cells"),
     [
@@ -83,26 +84,26 @@ def test_views_and_grids_have_the_published_sizes(
 ) -> None:
     """Uniform sampling must draw from the very grid that attention sampling has, and patches lie where cells look."""
     name = module.__name__.rpartition(".")[2].replace("_", "-")
-    config = PRESETS[name]["paper"]
+    config = EXPERIMENTS[name].presets["paper"]
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, networks=networks))
     assert config.model.patch_size == patch
     assert view_size(config, image) == view
     attention = module.attention_network(networks)
     logits = attention(torch.rand(1, 3, *view))
     assert logits.shape[-2:] == cells[networks]
-    stride, lost = module.ATTENTION_STRIDE[networks], module.ATTENTION_LOSS[networks]
+    stride, lost = module.NETWORKS[networks].stride, module.NETWORKS[networks].lost
     assert UniformAttention(stride, lost)(torch.rand(1, 3, *view)).shape[-2:] == cells[networks]
     assert ats.receptive_field(attention) == lost
     features = module.feature_network(networks)(torch.rand(2, 3, patch, patch))
-    assert features.shape == (2, module.N_FEATURES[networks])
+    assert features.shape == (2, module.NETWORKS[networks].n_features)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
 
 
-@pytest.mark.parametrize("networks", NETWORKS)
+@pytest.mark.parametrize("networks", NETWORK_NAMES)
 @pytest.mark.parametrize(("experiment", "patch"), [("megapixel-mnist", 50), ("colon-cancer", 27), ("speed-limits", 64)])
 def test_features_that_know_their_place(experiment: str, patch: int, networks: str) -> None:
     """The same patch in two places has two features, both of length 1, and the place's weights get a gradient."""
-    config = PRESETS[experiment]["paper"]
+    config = EXPERIMENTS[experiment].presets["paper"]
     model = dataclasses.replace(config.model, networks=networks, positions=True, patch_size=patch)
     sampling = build_model(dataclasses.replace(config, model=model)).sampling.eval()
     assert sampling.positions
@@ -117,14 +118,14 @@ def test_features_that_know_their_place(experiment: str, patch: int, networks: s
 
 
 def test_views_of_a_cnn_and_of_deep_mil() -> None:
-    config = PRESETS["speed-limits"]["paper"]
+    config = EXPERIMENTS["speed-limits"].presets["paper"]
     cnn = dataclasses.replace(config, model=dataclasses.replace(config.model, method="cnn", cnn_scale=0.5))
     assert view_size(cnn, (960, 1280)) == (480, 640)
     mil = dataclasses.replace(config, model=dataclasses.replace(config.model, method="mil"))
     assert view_size(mil, (960, 1280)) is None  # it reads the image alone
 
 
-@pytest.mark.parametrize("networks", NETWORKS)
+@pytest.mark.parametrize("networks", NETWORK_NAMES)
 @pytest.mark.parametrize("make", [attention_network, feature_network])
 def test_grey_images_are_convolved_channels_last(make, networks: str) -> None:
     """Both memory formats fit a grey image, so that asking for one may change nothing: the maps tell."""
@@ -139,15 +140,15 @@ def test_grey_images_are_convolved_channels_last(make, networks: str) -> None:
     assert all(layouts)
 
 
-@pytest.mark.parametrize("networks", NETWORKS)
+@pytest.mark.parametrize("networks", NETWORK_NAMES)
 def test_grids_start_at_the_views_edge_and_features_have_length_one(networks: str) -> None:
     view, patches = torch.rand(2, 1, 21, 34), torch.rand(3, 1, 50, 50)
-    stride = ATTENTION_STRIDE[networks]
+    stride = NETWORKS[networks].stride
     assert attention_network(networks)(view).shape == (2, 1, 21 // stride, 34 // stride)
     assert UniformAttention(stride)(view).shape == (2, 21 // stride, 34 // stride)
     assert ats.receptive_field(attention_network(networks)) == 0
     features = feature_network(networks)(patches)
-    assert features.shape == (3, N_FEATURES[networks])
+    assert features.shape == (3, NETWORKS[networks].n_features)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
 
 

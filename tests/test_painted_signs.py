@@ -10,9 +10,8 @@ import torch
 from ats.datasets.painted_signs import SIDES, Look, draw_look, draw_sign, put_limit, within
 from ats.datasets.synthetic.write import write_german, write_swedish
 from ats.experiments.config import ExperimentConfig
-from ats.experiments.data_config import SpeedLimitsConfig
-from ats.experiments.image_data import experiment_data
-from ats.experiments.presets import PRESETS
+from ats.experiments.registry import EXPERIMENTS, experiment_data
+from ats.experiments.speed_limits import SpeedLimitsConfig
 
 PLAIN = Look(
     red=(200, 30, 30),
@@ -97,7 +96,7 @@ def german(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def a_config(folder: Path, drawn_limits: float) -> ExperimentConfig:
     data = SpeedLimitsConfig(folder=folder, drawn_limits=drawn_limits, probability=0.0)
-    return dataclasses.replace(PRESETS["speed-limits"]["quick"], data=data)
+    return dataclasses.replace(EXPERIMENTS["speed-limits"].presets["quick"], data=data)
 
 
 def test_photographs_without_a_limit_get_one_in_a_share_of_the_epochs(german: Path) -> None:
@@ -136,7 +135,7 @@ def test_signs_are_yellow_within_on_the_swedish_photographs(tmp_path: Path, monk
         seen.append((limit, colour))
         return image
 
-    monkeypatch.setattr("ats.experiments.image_data.put_limit", note)
+    monkeypatch.setattr("ats.experiments.speed_limits.put_limit", note)
     data = experiment_data(a_config(tmp_path / "signs", 0.9))
     for epoch in range(20):
         data.examples("train", torch.arange(8), epoch)

@@ -11,14 +11,13 @@ from torch import nn
 from ats.datasets.painted_signs import SIDES
 from ats.datasets.speed_limits import load_speed_limits
 from ats.datasets.synthetic.write import write_german
-from ats.experiments import pretrain_features
+from ats.experiments import pretrain_features, speed_limits
 from ats.experiments.build import patch_features
 from ats.experiments.config import ExperimentConfig, TrainerConfig
-from ats.experiments.data_config import SpeedLimitsConfig
-from ats.experiments.image_data import experiment_data
 from ats.experiments.lightning_module import ClassificationTask
-from ats.experiments.presets import PRESETS
 from ats.experiments.pretrain_features import teach_features
+from ats.experiments.registry import EXPERIMENTS, experiment_data
+from ats.experiments.speed_limits import SpeedLimitsConfig
 from ats.experiments.training import InterruptedRunError, train
 from tests.test_training import StopAt, assert_same, weights
 
@@ -33,7 +32,7 @@ def german(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def a_config(folder: Path, output: Path | None = None, patches: int = 48, method: str = "ats") -> ExperimentConfig:
-    quick = PRESETS["speed-limits"]["quick"]
+    quick = EXPERIMENTS["speed-limits"].presets["quick"]
     model = dataclasses.replace(quick.model, method=method, n_patches=3, patch_size=SIZE, grid_step=100)
     return dataclasses.replace(
         quick,
@@ -48,7 +47,7 @@ def a_config(folder: Path, output: Path | None = None, patches: int = 48, method
 def test_patches_show_what_their_label_says(german: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = load_speed_limits(german, "train")
     drawn = []
-    real = pretrain_features.put_limit
+    real = speed_limits.put_limit
 
     def note(image: torch.Tensor, random: np.random.Generator, limit: int, *rest: object, **more: int) -> torch.Tensor:
         shown = real(image, random, limit, *rest, **more)
@@ -57,25 +56,25 @@ def test_patches_show_what_their_label_says(german: Path, monkeypatch: pytest.Mo
         drawn.append((limit, [at - side / 2 for at, side in zip(middle, image.shape[-2:], strict=True)]))
         return shown
 
-    monkeypatch.setattr(pretrain_features, "put_limit", note)
+    monkeypatch.setattr(speed_limits, "put_limit", note)
     data = SpeedLimitsConfig(folder=german)
-    patches, labels = pretrain_features.drawn_patches(images, data, SIZE, 400, np.random.default_rng(0))
+    patches, labels = speed_limits.painted_patches(images, data, SIZE, 400, np.random.default_rng(0))
     assert patches.shape == (400, 3, SIZE, SIZE)
     assert patches.dtype == torch.uint8
     limits = [int(images.classes[label]) for label in labels if label]
     assert [limit for limit, _ in drawn] == limits
     assert set(limits) == {30, 50, 70}
-    assert abs(len(limits) / 400 - pretrain_features.SIGNS) < 0.08
+    assert abs(len(limits) / 400 - speed_limits.SIGNS) < 0.08
     offsets = torch.tensor([offset for _, offset in drawn])
-    assert offsets.abs().max() <= pretrain_features.OFF_CENTRE + 2
-    assert offsets.abs().max() > pretrain_features.OFF_CENTRE / 2
+    assert offsets.abs().max() <= speed_limits.OFF_CENTRE + 2
+    assert offsets.abs().max() > speed_limits.OFF_CENTRE / 2
 
 
 def test_small_photographs_are_refused(tmp_path: Path) -> None:
     write_german(tmp_path / "signs", 8, 4, size=(120, 160), sign_size=(12, 30), limits=(30, 50, 70))
     images = load_speed_limits(tmp_path / "signs", "train")
-    with pytest.raises(ValueError, match="120×160 pixels are too small to draw patches of 40"):
-        pretrain_features.drawn_patches(images, SpeedLimitsConfig(), SIZE, 1, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="120×160 pixels are too small to cut patches of 40"):
+        speed_limits.painted_patches(images, SpeedLimitsConfig(), SIZE, 1, np.random.default_rng(0))
     assert 120 < SIZE + SIDES[1] <= 200
 
 
@@ -127,7 +126,7 @@ def test_teaching_that_was_stopped_goes_on_and_ends_the_same(
     expected = weights(train(a_config(german, tmp_path / "whole", patches=48 * 5)))
     monkeypatch.setattr(pretrain_features, "CHECKPOINT_EVERY", 0.0)
     config = a_config(german, tmp_path / "stopped", patches=48 * 5)
-    real, calls = pretrain_features.drawn_patches, []
+    real, calls = speed_limits.painted_patches, []
 
     def stop_at_the_fourth(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(arguments)
@@ -135,7 +134,7 @@ def test_teaching_that_was_stopped_goes_on_and_ends_the_same(
             raise KeyboardInterrupt
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pretrain_features, "drawn_patches", stop_at_the_fourth)
+    monkeypatch.setattr(speed_limits, "painted_patches", stop_at_the_fourth)
     with pytest.raises(InterruptedRunError, match="goes on from its last checkpoint"):
         train(config)
     with pytest.raises(ValueError, match="holds a run with other options"):

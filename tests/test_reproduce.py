@@ -11,17 +11,18 @@ import torch
 
 from ats.datasets.synthetic.write import write_colon_cancer
 from ats.experiments import cost
+from ats.experiments.colon_cancer import ColonCancerConfig
 from ats.experiments.commands.command_line import run
 from ats.experiments.config import ExperimentConfig, ModelConfig, OptimConfig
-from ats.experiments.data import MegapixelMNISTData
-from ats.experiments.data_config import ColonCancerConfig
-from ats.experiments.presets import PRESETS
+from ats.experiments.megapixel_mnist import MegapixelMNISTData
+from ats.experiments.registry import EXPERIMENTS, tables
 from ats.experiments.reproduce import costs, figures, report, runs
-from ats.experiments.reproduce.tables import TABLE_1, TABLES, Table
+from ats.experiments.tables import Table
 from tests.test_image_experiments import CPU
 from tests.test_training import StopAt
 
 SMALL = (100, 100)
+TABLES = tables()
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The preset "quick" and the published sizes, small enough for a test."""
-    paper = PRESETS["colon-cancer"]["paper"]
+    paper = EXPERIMENTS["colon-cancer"].presets["paper"]
     quick = dataclasses.replace(
         paper,
         preset="quick",
@@ -43,7 +44,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         optim=OptimConfig(epochs=1, batch_size=4),
         trainer=CPU,
     )
-    monkeypatch.setitem(PRESETS["colon-cancer"], "quick", quick)
+    monkeypatch.setitem(EXPERIMENTS["colon-cancer"].presets, "quick", quick)
     monkeypatch.setattr(costs, "measure_bytes", lambda config, device: round(1e6 * config.model.n_patches))
     monkeypatch.setattr(
         costs,
@@ -63,7 +64,7 @@ def test_a_table_from_nothing_then_again_then_with_another_seed(
 ) -> None:
     output = tmp_path / "runs"
     rows = reproduce("--seeds 1 --methods ATS-10 U-10", output, data)
-    assert [row["method"] for row in rows] == [row.name for row in TABLE_1.rows]
+    assert [row["method"] for row in rows] == [row.name for row in TABLES["table1"].rows]
     by_name = {row["method"]: row for row in rows}
     ats, mil = by_name["ATS-10"], by_name["Deep MIL"]
     assert (ats["runs"], ats["seeds"], ats["images_tested"], ats["not_run"]) == (1, [0], 4, [])
@@ -160,9 +161,9 @@ def test_runs_on_other_data_or_with_other_options_are_not_mixed(
     assert run(arguments) == 1
     assert "holds runs on CRCHistoPhenotypes, not on synthetic" in capsys.readouterr().err
     note.unlink()
-    quick = PRESETS["colon-cancer"]["quick"]
+    quick = EXPERIMENTS["colon-cancer"].presets["quick"]
     changed = dataclasses.replace(quick, optim=dataclasses.replace(quick.optim, learning_rate=0.5))
-    monkeypatch.setitem(PRESETS["colon-cancer"], "quick", changed)
+    monkeypatch.setitem(EXPERIMENTS["colon-cancer"].presets, "quick", changed)
     assert run(arguments) == 1
     assert "optim.learning_rate: 0.001 -> 0.5" in " ".join(capsys.readouterr().err.split())
 
@@ -170,8 +171,8 @@ def test_runs_on_other_data_or_with_other_options_are_not_mixed(
 @pytest.mark.usefixtures("tiny")
 def test_every_gpu_gets_a_run_at_a_time(data: Path, tmp_path: Path) -> None:
     """Processes of their own, each shown one GPU; here they find none, and train on the CPU. One cannot."""
-    good = TABLE_1.config(TABLE_1.rows[0], "quick", 0, tmp_path, data / "colon-cancer")
-    broken = TABLE_1.config(TABLE_1.rows[0], "quick", 1, tmp_path, tmp_path / "nothing")
+    good = TABLES["table1"].config(TABLES["table1"].rows[0], "quick", 0, tmp_path, data / "colon-cancer")
+    broken = TABLES["table1"].config(TABLES["table1"].rows[0], "quick", 1, tmp_path, tmp_path / "nothing")
     with pytest.raises(RuntimeError, match=r"broken on GPU \d ended with status 1; see .*u-10-seed-1\.log"):
         runs.run_jobs([runs.Job("good", good), runs.Job("broken", broken)], gpus=(0, 1))
     assert runs.result_of(good) is not None
@@ -188,7 +189,7 @@ def test_standard_errors() -> None:
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_tables_name_methods_that_exist(table: Table) -> None:
-    assert table.experiment in PRESETS
+    assert table.experiment in EXPERIMENTS
     names = [row.name for row in table.rows]
     assert len({row.slug for row in table.rows}) == len(names)
     assert set(table.few) <= set(names)
@@ -214,7 +215,7 @@ def test_published_rows_are_those_of_the_paper() -> None:
 
 def test_costs_are_of_the_published_networks_and_sizes() -> None:
     """Whatever a preset shrinks, the cost stays that of the paper's model."""
-    model = dataclasses.replace(PRESETS["colon-cancer"]["quick"].model, method="mil")
+    model = dataclasses.replace(EXPERIMENTS["colon-cancer"].presets["quick"].model, method="mil")
     config = cost.published("colon-cancer", model)
     assert (config.model.networks, config.model.grid_step, config.model.patch_size) == ("paper", 10, 27)
     assert config.model.method == "mil"
@@ -222,7 +223,7 @@ def test_costs_are_of_the_published_networks_and_sizes() -> None:
     row = next(row for row in slim.rows if row.name == "CNN 0.3")
     assert slim.model(row, "quick").cnn_channels == 16
     assert cost.published("speed-limits", slim.model(row, "quick")).model.cnn_channels == 32
-    assert cost.IMAGE_SIZES == {
+    assert {name: experiment.image_size for name, experiment in EXPERIMENTS.items()} == {
         "megapixel-mnist": (1500, 1500), "colon-cancer": (500, 500), "speed-limits": (960, 1280),
     }  # fmt: skip
 
@@ -293,10 +294,10 @@ def test_memory_that_cannot_be_measured_says_why() -> None:
 
 
 def test_the_region_that_is_shown_is_where_most_digits_are() -> None:
-    demo = PRESETS["megapixel-mnist"]["demo"]
+    demo = EXPERIMENTS["megapixel-mnist"].presets["demo"]
     data = MegapixelMNISTData(dataclasses.replace(demo, data=dataclasses.replace(demo.data, test_images=2)))
     _, image, _ = data.load("test", torch.tensor([0]))
-    rows, columns = figures._region(data, image)
+    rows, columns = data.shown_region((image.shape[2], image.shape[3]))
     assert (rows.stop - rows.start, columns.stop - columns.start) == (250, 250)
     digits = data.split("test").places[0, :5].tolist()
 
@@ -313,9 +314,9 @@ def test_figures_of_the_complete_runs(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Curves, maps over the training and over N, a comparison and the sweep; what was not run is named."""
-    quick = PRESETS["colon-cancer"]["quick"]
+    quick = EXPERIMENTS["colon-cancer"].presets["quick"]
     longer = dataclasses.replace(quick, optim=dataclasses.replace(quick.optim, epochs=3))
-    monkeypatch.setitem(PRESETS["colon-cancer"], "quick", longer)
+    monkeypatch.setitem(EXPERIMENTS["colon-cancer"].presets, "quick", longer)
     monkeypatch.setattr(figures, "ENTROPY_WEIGHTS", (0.0, 0.1))
     output = tmp_path / "runs"
     reproduce("--seeds 1 --no-cost --methods ATS-10 ATS-50", output, data)

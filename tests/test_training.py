@@ -17,20 +17,11 @@ import torch
 from torch import Tensor
 
 from ats.experiments.build import build_model, view_size
-from ats.experiments.config import (
-    DiagnosticsConfig,
-    ExperimentConfig,
-    OptimConfig,
-    TrainerConfig,
-    differences,
-    from_dict,
-    to_dict,
-)
-from ats.experiments.data import Batch, MegapixelMNISTData
-from ats.experiments.data_config import MegapixelMNISTConfig, data_folder
-from ats.experiments.image_data import experiment_data
+from ats.experiments.config import DiagnosticsConfig, ExperimentConfig, OptimConfig, TrainerConfig, differences, to_dict
+from ats.experiments.experiment import Batch
 from ats.experiments.lightning_module import ClassificationTask
-from ats.experiments.presets import PRESETS
+from ats.experiments.megapixel_mnist import MegapixelMNISTConfig, MegapixelMNISTData
+from ats.experiments.registry import EXPERIMENTS, experiment_data, from_dict
 from ats.experiments.schedule import learning_rate_factor
 from ats.experiments.training import InterruptedRunError, ProgressLines, train
 
@@ -90,7 +81,7 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(uninterrupted: Path, t
     config = tiny(tmp_path / "killed")
     script = (
         "import json, sys, time, lightning as L\n"
-        "from ats.experiments.config import from_dict\n"
+        "from ats.experiments.registry import from_dict\n"
         "from ats.experiments.training import train\n"
         "class Slow(L.Callback):\n"
         "    def on_train_batch_start(self, trainer, *_):\n"
@@ -241,7 +232,7 @@ def test_validation_is_logged_where_it_is_asked_for(tmp_path: Path) -> None:
     assert 0 <= summary["metrics"]["validation/error"] <= 1
 
 
-ALL_PRESETS = [config for presets in PRESETS.values() for config in presets.values()]
+ALL_PRESETS = [config for experiment in EXPERIMENTS.values() for config in experiment.presets.values()]
 
 
 @pytest.mark.parametrize("config", ALL_PRESETS, ids=lambda config: config.run_folder.name)
@@ -254,7 +245,7 @@ def test_configurations_survive_json(config: ExperimentConfig) -> None:
 
 def test_estimator_and_control_variate_reach_the_model() -> None:
     """Both change nothing but noise: a run that ignored them would look well."""
-    config = PRESETS["megapixel-mnist"]["demo"]
+    config = EXPERIMENTS["megapixel-mnist"].presets["demo"]
     for estimator, control_variate in (("ordered", False), ("unordered", True)):
         model = dataclasses.replace(config.model, estimator=estimator, control_variate=control_variate)
         sampling = build_model(dataclasses.replace(config, model=model)).sampling
@@ -280,7 +271,7 @@ def test_a_configuration_of_another_version_is_named_as_such() -> None:
     ],
 )
 def test_impossible_options_are_refused(section: str, name: str, value: float) -> None:
-    config = PRESETS["megapixel-mnist"]["demo"]
+    config = EXPERIMENTS["megapixel-mnist"].presets["demo"]
     with pytest.raises(ValueError, match=f"{section}.{name}"):
         dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
 
@@ -315,10 +306,10 @@ def test_draws_differ_between_steps_ranks_and_seeds(monkeypatch: pytest.MonkeyPa
 def test_mnist_is_looked_for_where_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("ATS_DATA", raising=False)
-    assert data_folder(MegapixelMNISTConfig()) == tmp_path / "torch-ats" / "mnist"
+    assert MegapixelMNISTConfig().find_folder() == tmp_path / "torch-ats" / "mnist"
     monkeypatch.setenv("ATS_DATA", "/data")
-    assert data_folder(MegapixelMNISTConfig()) == Path("/data/mnist")
-    assert data_folder(MegapixelMNISTConfig(folder=Path("/mine"))) == Path("/mine")
+    assert MegapixelMNISTConfig().find_folder() == Path("/data/mnist")
+    assert MegapixelMNISTConfig(folder=Path("/mine")).find_folder() == Path("/mine")
 
 
 def test_two_processes_train_together(tmp_path: Path) -> None:
@@ -326,7 +317,7 @@ def test_two_processes_train_together(tmp_path: Path) -> None:
     config = tiny(tmp_path / "ddp", trainer=TrainerConfig(accelerator="cpu", devices="2", strategy="ddp"))
     script = (
         "import json, sys\n"
-        "from ats.experiments.config import from_dict\n"
+        "from ats.experiments.registry import from_dict\n"
         "from ats.experiments.training import train\n"
         "train(from_dict(json.loads(sys.argv[1])))\n"
     )

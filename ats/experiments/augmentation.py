@@ -6,13 +6,45 @@ on the rank that has it, and a run that is resumed draws what it would have draw
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ats.experiments.data_config import ImageConfig
+from ats.experiments.config import DataConfig, check_least
+
+
+@dataclass(frozen=True)
+class ImageConfig(DataConfig):
+    """What data sets of real images share: where they are, and how training images are changed at random."""
+
+    folder: Path | None = None
+    """Folder of the data set, real or written by `ats synthesise`. Default: the experiment's folder in $ATS_DATA."""
+    contrast: float = 0.2
+    """Training images are multiplied with 1 ± this."""
+    brightness: float = 0.1
+    """Training images are shifted by ± this share of white."""
+    tint: float = 0.0
+    """Each colour of training images is shifted by ± this share of white."""
+    translation: int = 0
+    """Training images are moved by up to this many pixels along both axes; black moves in."""
+    zoom: float = 1.0
+    """Training images are enlarged about their middle, by a factor between 1 / this and this."""
+    stretch: float = 1.0
+    """Height and width of training images are enlarged apart from each other, by factors between 1 / this and this."""
+    symmetries: bool = False
+    """Turn and mirror training images: all 8 symmetries of a square."""
+    probability: float = 0.8
+    """Of changing an image's colours, and of moving and enlarging it."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no change can have."""
+        check_least(self, "data", 0, "contrast", "brightness", "tint", "translation")
+        check_least(self, "data", 1, "zoom", "stretch")
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"data.probability must be in [0, 1], got {self.probability}")
 
 
 @dataclass(frozen=True)
@@ -69,7 +101,7 @@ def apply_change(image: Tensor, change: Change) -> Tensor:
         size = [max(1, round(old * factor)) for old, factor in zip((height, width), change.zoom, strict=True)]
         image = F.interpolate(image.unsqueeze(0), size, mode="bilinear", antialias=True).squeeze(0)
     if change.down or change.right or image.shape[-2:] != (height, width):
-        image = _placed(image, (height, width), change.down, change.right)
+        image = _move(image, (height, width), change.down, change.right)
     if change.mirror:
         image = image.flip(-1)
     if change.quarter_turns:
@@ -77,7 +109,7 @@ def apply_change(image: Tensor, change: Change) -> Tensor:
     return image
 
 
-def _placed(image: Tensor, size: tuple[int, int], down: int, right: int) -> Tensor:
+def _move(image: Tensor, size: tuple[int, int], down: int, right: int) -> Tensor:
     """The image in the middle of a black one of `size`, or what of it fits there, then moved."""
     placed = image.new_zeros(*image.shape[:-2], *size)
     top, left = ((new - old) // 2 + by for new, old, by in zip(size, image.shape[-2:], (down, right), strict=True))

@@ -1,59 +1,47 @@
 """From a configuration to a model with fresh weights, and to the size of what it looks at."""
 
-from types import ModuleType
-
-from torch import nn
+from torch import Tensor, nn
 
 from ats.experiments.config import ExperimentConfig
-from ats.models import (
-    ATSClassifier,
-    CNNClassifier,
-    MILClassifier,
-    UniformAttention,
-    colon_cancer,
-    megapixel_mnist,
-    speed_limits,
-)
-from ats.models.classifier import Normalisation, PlacedFeatures
+from ats.functional import area_downsample
+from ats.models import ATSClassifier, CNNClassifier, MILClassifier, UniformAttention
+from ats.models.classifier import PlacedFeatures
 from ats.nn import AttentionSampling
-
-_NETWORKS: dict[str, ModuleType] = {
-    "megapixel-mnist": megapixel_mnist,
-    "colon-cancer": colon_cancer,
-    "speed-limits": speed_limits,
-}
 
 Classifier = ATSClassifier | MILClassifier | CNNClassifier
 
 
 def build_model(config: ExperimentConfig) -> Classifier:
-    """The networks that a configuration names, with fresh weights from torch's random numbers."""
-    networks, model, n_classes = _NETWORKS[config.experiment], config.model, config.data.n_classes
-    mean, std = normalisation(config)
+    """The networks that a configuration names, with fresh weights from torch's random numbers.
+
+    Raises:
+        ValueError: the experiment has no such networks.
+    """
+    model, n_classes, networks = config.model, config.data.n_classes, config.data.networks_for(config.model)
     if model.method == "cnn":
-        layers, n_features = networks.image_network(model.networks, model.cnn_channels)
+        if networks.image is None:
+            raise ValueError(f"{config.experiment} has no CNN; choose another model.method, e.g. ats")
+        layers, n_features = networks.image(model.cnn_channels)
         return CNNClassifier(layers, n_features, n_classes)
     if model.method in ("mil", "gated-mil"):
         return MILClassifier(
-            networks.feature_network(model.networks, normalised=False),
-            networks.N_FEATURES[model.networks],
+            networks.feature(normalised=False),
+            networks.n_features,
             n_classes,
             patch_size=model.patch_size,
             grid_step=model.grid_step,
             gated=model.method == "gated-mil",
             chunk_size=model.grid_chunk,
-            mean=mean,
-            std=std,
+            mean=networks.mean,
+            std=networks.std,
         )
-    stride, lost = networks.ATTENTION_STRIDE[model.networks], networks.ATTENTION_LOSS[model.networks]
     learned = model.method == "ats"
-    attention: nn.Module = UniformAttention(stride, lost)
+    attention: nn.Module = UniformAttention(networks.stride, networks.lost)
     if learned:
-        attention = networks.attention_network(model.networks)
-    n_features = networks.N_FEATURES[model.networks]
-    feature: nn.Module = networks.feature_network(model.networks, normalised=not model.positions)
+        attention = networks.attention()
+    feature = networks.feature(normalised=not model.positions)
     if model.positions:
-        feature = PlacedFeatures(feature, n_features)
+        feature = PlacedFeatures(feature, networks.n_features)
     sampling = AttentionSampling(
         attention,
         feature,
@@ -62,12 +50,12 @@ def build_model(config: ExperimentConfig) -> Classifier:
         replace=model.replace,
         estimator=model.estimator,
         control_variate=model.control_variate,
-        receptive_field="auto" if learned else lost,
+        receptive_field="auto" if learned else networks.lost,
         positions=model.positions,
-        mean=mean,
-        std=std,
+        mean=networks.mean,
+        std=networks.std,
     )
-    return ATSClassifier(sampling, n_features, n_classes, model.feature_scale)
+    return ATSClassifier(sampling, networks.n_features, n_classes, model.feature_scale)
 
 
 def patch_features(model: Classifier) -> nn.Module | None:
@@ -75,11 +63,6 @@ def patch_features(model: Classifier) -> nn.Module | None:
     if isinstance(model, CNNClassifier):
         return None
     return model.sampling.feature if isinstance(model, ATSClassifier) else model.feature
-
-
-def normalisation(config: ExperimentConfig) -> Normalisation:
-    """Mean and standard deviation by channel, of views and patches alike."""
-    return _NETWORKS[config.experiment].NORMALISATION[config.model.networks]
 
 
 def view_size(config: ExperimentConfig, image_size: tuple[int, int]) -> tuple[int, int] | None:
@@ -90,7 +73,13 @@ def view_size(config: ExperimentConfig, image_size: tuple[int, int]) -> tuple[in
     if model.method == "cnn":
         height, width = (max(1, round(size * model.cnn_scale)) for size in image_size)
         return height, width
-    networks = _NETWORKS[config.experiment]
-    stride, lost = networks.ATTENTION_STRIDE[model.networks], networks.ATTENTION_LOSS[model.networks]
-    height, width = (lost + stride * max(1, round((size * model.view_scale - lost) / stride)) for size in image_size)
-    return height, width
+    return config.data.networks_for(model).view_size(image_size, model.view_scale)
+
+
+def make_view(config: ExperimentConfig, image: Tensor) -> Tensor:
+    """What a model looks at of images (B, C, H, W): normalised (B, C, h, w), or the images themselves."""
+    size = view_size(config, (image.shape[2], image.shape[3]))
+    if size is None:
+        return image
+    networks = config.data.networks_for(config.model)
+    return area_downsample(image, size, mean=networks.mean, std=networks.std)

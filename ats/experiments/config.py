@@ -1,21 +1,26 @@
 """What a training run is made of, as dataclasses. Each field is an option of the command line.
 
-One `ExperimentConfig` for all experiments: which one it is shows in the type of its `data`.
+One `ExperimentConfig` for all experiments: which one it is shows in the type of its `data`, and what is an experiment's
+own affair is asked of that.
 """
 
 import dataclasses
 import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from ats.experiments.data_config import (
-    DATA_CONFIGS,
-    DataConfig,
-    MegapixelMNISTConfig,
-    SpeedLimitsConfig,
-    check_least,
-)
+from ats.datasets.image_files import default_folder
+from ats.models.networks import Networks
+
+
+def check_least(values: Any, section: str, least: int, *names: str) -> None:
+    """Raise ValueError where one of the options `names` of a section is less than `least`."""
+    for name in names:
+        if (value := getattr(values, name)) < least:
+            raise ValueError(f"{section}.{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,68 @@ class DiagnosticsConfig:
             raise ValueError("diagnostics.gradient_draws must be 0 or at least 2: one draw has no spread")
 
 
+# What presets share: less noise in what is pooled and in the attention's gradient (docs/estimators.md); and epochs of a
+# few seconds, whose checkpoints would take as long as they do.
+LESS_NOISE: dict[str, Any] = {"estimator": "unordered", "control_variate": True}
+SHORT_EPOCHS = TrainerConfig(checkpoint_seconds=20.0)
+
+
+@dataclass(frozen=True)
+class DataConfig(ABC):
+    """What an experiment's data are made of, and the networks that fit them. Each experiment has its own."""
+
+    experiment: ClassVar[str]
+    """The experiment's name on the command line."""
+    channels: ClassVar[int] = 3
+    """Of the images."""
+    networks: ClassVar[Mapping[str, Networks]]
+    """By the names that `ModelConfig.networks` has."""
+
+    folder: Path | None = None
+    """Folder of the data set. Default: the experiment's folder in $ATS_DATA."""
+
+    @property
+    @abstractmethod
+    def n_classes(self) -> int:
+        """Classes to tell apart."""
+
+    @classmethod
+    def subfolder(cls) -> str:
+        """The data set's own folder in one that holds the data of several experiments."""
+        return cls.experiment
+
+    def find_folder(self) -> Path:
+        """Where the data are, or where they are to be put if they can be downloaded.
+
+        Raises:
+            FileNotFoundError: nobody said where data are that cannot be downloaded.
+        """
+        return self.folder if self.folder is not None else default_folder(self.subfolder())
+
+    def check_run(self, config: "ExperimentConfig") -> None:  # noqa: B027 (most have nothing to refuse)
+        """Raise ValueError where other options of a run do not go with these."""
+
+    def with_test_images(self, count: int) -> "DataConfig":
+        """The same with `count` images to test on, where there are as many as anyone wants; else as it is."""
+        return self
+
+    @property
+    def taught_patches(self) -> int:
+        """Patches on which features learn before the training, which leaves them as they are then; 0: none."""
+        return 0
+
+    def networks_for(self, model: ModelConfig) -> Networks:
+        """The networks that a model is made of.
+
+        Raises:
+            ValueError: the experiment has none of that name.
+        """
+        if model.networks not in self.networks:
+            known = ", ".join(map(repr, self.networks))
+            raise ValueError(f"{self.experiment} has no networks {model.networks!r}, expected one of {known}")
+        return self.networks[model.networks]
+
+
 @dataclass(frozen=True)
 class ExperimentConfig:
     """One training run."""
@@ -163,7 +230,7 @@ class ExperimentConfig:
     """Folder of the run; default runs/EXPERIMENT-PRESET-METHOD-seed-SEED. A run that stopped goes on from there."""
     seed: int = 0
     """Of the images or their split, the initial weights, the order of the data, their random changes and the draws."""
-    data: DataConfig = field(default_factory=MegapixelMNISTConfig)
+    data: DataConfig = field(kw_only=True)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -173,19 +240,7 @@ class ExperimentConfig:
         """Refuse values that no run can have."""
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
-        data = self.data
-        if isinstance(data, MegapixelMNISTConfig) and not self.optim.updates:
-            before = data.small_epochs + data.medium_epochs
-            if before and before >= self.optim.epochs:
-                raise ValueError(
-                    f"data.small_epochs={data.small_epochs} and data.medium_epochs={data.medium_epochs} leave none of "
-                    f"optim.epochs={self.optim.epochs} for images of full size; set them to less, or to 0 for none"
-                )
-        if isinstance(self.data, SpeedLimitsConfig) and self.data.drawn_patches and self.model.positions:
-            raise ValueError(
-                "data.drawn_patches teaches features from patches that lie nowhere, model.positions tells them where; "
-                "set data.drawn_patches=0 or model.positions=False"
-            )
+        self.data.check_run(self)
 
     @property
     def experiment(self) -> str:
@@ -202,30 +257,6 @@ class ExperimentConfig:
 def to_dict(config: ExperimentConfig) -> dict[str, Any]:
     """The configuration as plain values, e.g. for a checkpoint or JSON."""
     return json.loads(json.dumps({"experiment": config.experiment} | dataclasses.asdict(config), default=str))
-
-
-def from_dict(values: dict[str, Any]) -> ExperimentConfig:
-    """The inverse of `to_dict`.
-
-    Raises:
-        ValueError: values that are no configuration of this version.
-    """
-    sections = {"model": ModelConfig, "optim": OptimConfig, "trainer": TrainerConfig, "diagnostics": DiagnosticsConfig}
-    try:
-        values = {"diagnostics": {}} | values  # which change no result: a run from before them is still the same
-        sections["data"] = DATA_CONFIGS[values["experiment"]]
-        parts: dict[str, Any] = {name: section(**_typed(values[name])) for name, section in sections.items()}
-        rest = {name: value for name, value in values.items() if name not in sections and name != "experiment"}
-        return ExperimentConfig(**_typed(rest), **parts)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not a configuration of this version of ats: {error}") from error
-
-
-def _typed(values: dict[str, Any]) -> dict[str, Any]:
-    """What JSON has no type for."""
-    typed = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    paths = {name: Path(values[name]) for name in ("output", "folder") if values.get(name) is not None}
-    return typed | paths
 
 
 def differences(one: ExperimentConfig, other: ExperimentConfig) -> list[str]:

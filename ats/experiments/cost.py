@@ -25,13 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats.experiments.build import build_model, normalisation, view_size
+from ats.experiments.build import build_model, make_view, view_size
 from ats.experiments.config import ExperimentConfig, ModelConfig
-from ats.experiments.presets import PRESETS
-from ats.functional import area_downsample
-
-IMAGE_SIZES = {"megapixel-mnist": (1500, 1500), "colon-cancer": (500, 500), "speed-limits": (960, 1280)}
-"""Published, in pixels (height, width)."""
+from ats.experiments.registry import EXPERIMENTS
 
 _BLOCK = 2**24  # random bytes, repeated in images of more
 _SLOW = 1.0  # seconds
@@ -51,7 +47,7 @@ class Timing:
 
 def published(experiment: str, model: ModelConfig) -> ExperimentConfig:
     """The published configuration of an experiment with a model's method, number of patches and CNN scale."""
-    paper = PRESETS[experiment]["paper"]
+    paper = EXPERIMENTS[experiment].presets["paper"]
     chosen = dataclasses.replace(
         paper.model, method=model.method, n_patches=model.n_patches, cnn_scale=model.cnn_scale, grid_chunk=0
     )
@@ -69,7 +65,7 @@ def random_images(
         batch: images a batch.
         copies: batches.
     """
-    height, width = image_size or IMAGE_SIZES[config.experiment]
+    height, width = image_size or EXPERIMENTS[config.experiment].image_size
     pixels = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(copies):
@@ -112,7 +108,7 @@ def training_step(
 
     def step() -> None:
         image, view = next(turns)
-        logits, sample = model(make_view(config, image, device) if view is None else view, image)
+        logits, sample = model(view_on(device, config, image) if view is None else view, image)
         loss = F.cross_entropy(logits, label)
         if sample is not None:
             loss = loss - config.optim.entropy_weight * sample.entropy.mean()
@@ -122,13 +118,10 @@ def training_step(
     return step
 
 
-def make_view(config: ExperimentConfig, image: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """What a model looks at of images (B, C, H, W): (B, C, h, w) on the device, or the images themselves."""
-    seen = view_size(config, (image.shape[2], image.shape[3]))
-    if seen is None:
-        return image
-    mean, std = normalisation(config)
-    return area_downsample(image, seen, mean=mean, std=std).to(device, non_blocking=True)
+def view_on(device: torch.device | str, config: ExperimentConfig, image: Tensor) -> Tensor:
+    """What a model on a device looks at of images in main memory: the view, there, or the images themselves."""
+    view = make_view(config, image)
+    return image if view is image else view.to(device, non_blocking=True)
 
 
 def _seeded_model(config: ExperimentConfig) -> nn.Module:
@@ -196,7 +189,7 @@ def measure_bytes(
     device = torch.device(device)
     if device.type == "cuda":
         images = random_images(config, image_size, batch=batch)
-        views = [make_view(config, image, device) for image in images] if given else None
+        views = [view_on(device, config, image) for image in images] if given else None
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -211,7 +204,7 @@ def measure_bytes(
     context: Any = multiprocessing.get_context(method)
     context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
-    size = image_size or IMAGE_SIZES[config.experiment]
+    size = image_size or EXPERIMENTS[config.experiment].image_size
     process = context.Process(target=_send_rise, args=(sender, config, size, batch, given))
     process.start()
     sender.close()

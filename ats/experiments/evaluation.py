@@ -12,11 +12,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ats.experiments.config import from_dict
-from ats.experiments.data import ExperimentData
-from ats.experiments.data_config import MegapixelMNISTConfig
-from ats.experiments.image_data import experiment_data
+from ats.experiments.experiment import ExperimentData
 from ats.experiments.lightning_module import ClassificationTask
+from ats.experiments.registry import experiment_data, from_dict
 from ats.inference import anytime
 from ats.models import ATSClassifier
 
@@ -133,8 +131,8 @@ def held_out_data(task: ClassificationTask, images: int | None, folder: Path | N
     config = task.config.data
     if folder is not None:
         config = dataclasses.replace(config, folder=folder)
-    if images is not None and isinstance(config, MegapixelMNISTConfig):  # there are as many as anyone wants
-        config = dataclasses.replace(config, test_images=images)
+    if images is not None:
+        config = config.with_test_images(images)
     data = experiment_data(dataclasses.replace(task.config, data=config))
     data.prepare_data()
     available = len(data.labels("test"))

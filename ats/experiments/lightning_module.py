@@ -12,9 +12,9 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassHammingDistance
 
 from ats.experiments.build import build_model, patch_features
-from ats.experiments.config import ExperimentConfig, from_dict, to_dict
-from ats.experiments.data import Batch
-from ats.experiments.data_config import SpeedLimitsConfig
+from ats.experiments.config import ExperimentConfig, to_dict
+from ats.experiments.experiment import Batch
+from ats.experiments.registry import from_dict
 from ats.experiments.schedule import entropy_weight, learning_rate_factor
 from ats.functional import PatchSample
 from ats.models import ATSClassifier
@@ -39,9 +39,8 @@ class ClassificationTask(L.LightningModule):
 
     @property
     def taught_features(self) -> nn.Module | None:
-        """The feature network where drawn patches teach it beforehand, and the training leaves it as it is."""
-        data = self.config.data
-        return patch_features(self.model) if isinstance(data, SpeedLimitsConfig) and data.drawn_patches else None
+        """The feature network where it is taught beforehand, and the training leaves it as it is."""
+        return patch_features(self.model) if self.config.data.taught_patches else None
 
     def setup(self, stage: str) -> None:
         if self.taught_features is not None:

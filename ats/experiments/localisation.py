@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import binary_average_precision
 import ats_kernels
 from ats.datasets.image_dataset import Region
 from ats.experiments.build import Classifier
-from ats.experiments.image_data import ImageData
+from ats.experiments.experiment import ExperimentData
 from ats.experiments.lightning_module import ClassificationTask
 from ats.grid import cell_offsets
 from ats.models import ATSClassifier, MILClassifier
@@ -97,7 +97,7 @@ def on_target(offsets: Tensor, patch_size: tuple[int, int], targets: Sequence[Re
 
 
 @torch.no_grad()
-def localise(task: ClassificationTask, data: ImageData, *, n_draws: int = 10, seed: int = 0) -> Localisation:
+def localise(task: ClassificationTask, data: ExperimentData, *, n_draws: int = 10, seed: int = 0) -> Localisation:
     """Compare a trained model's attention on test images with the ground truth.
 
     Args:
@@ -111,12 +111,13 @@ def localise(task: ClassificationTask, data: ImageData, *, n_draws: int = 10, se
     """
     generator = torch.Generator(task.device).manual_seed(seed)
     rows: list[list[float]] = []  # an image each: mass, uniform mass, hit, share of draws, average precision
-    for index, example in enumerate(data.split("test").examples):
-        if not example.targets:
+    images = len(data.labels("test"))
+    for index in range(images):
+        if not (targets := data.targets(index)):
             continue
         view, image, _ = data.load("test", torch.tensor([index], device=task.device))
         attention, offsets, patch_size = attention_map(task.model, view, image)
-        target = on_target(offsets, patch_size, example.targets)
+        target = on_target(offsets, patch_size, targets)
         if not bool(target.any()):  # between the patches of a grid with gaps
             rows.append([0.0] * 5)
             continue
@@ -134,7 +135,7 @@ def localise(task: ClassificationTask, data: ImageData, *, n_draws: int = 10, se
             ]
         )
     if not rows:
-        raise ValueError(f"none of the {len(data.split('test'))} test images of {data.source} has a target")
+        raise ValueError(f"none of the {images} test images of {data.source} has a target")
     mass, uniform, hit, share, precision = torch.tensor(rows, dtype=torch.float64, device="cpu").mean(0).tolist()
     return Localisation(
         images=len(rows),

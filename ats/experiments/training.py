@@ -25,12 +25,12 @@ from torch import Tensor
 
 from ats._files import write_whole
 from ats.experiments.callbacks import AttentionDiagnostics
-from ats.experiments.config import ExperimentConfig, differences, from_dict, to_dict
-from ats.experiments.data import Batch, ExperimentData
+from ats.experiments.config import ExperimentConfig, differences, to_dict
 from ats.experiments.environment import hardware
-from ats.experiments.image_data import ImageData, experiment_data
+from ats.experiments.experiment import Batch, ExperimentData
 from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.pretrain_features import teach_features
+from ats.experiments.registry import experiment_data, from_dict
 
 
 class InterruptedRunError(Exception):
@@ -242,8 +242,8 @@ def _started(folder: Path) -> bool:
 
 
 def _claim_data(folder: Path, data: ExperimentData) -> None:
-    """Note which photographs a run is of, or check that they are the same. Megapixel MNIST is the same everywhere."""
-    if not isinstance(data, ImageData):
+    """Note which images a run is of, or check that they are the same, where options alone do not say which."""
+    if not data.on_disk:
         return
     recorded = folder / "data.json"
     complete = (folder / "training.json").exists()

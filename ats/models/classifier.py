@@ -92,18 +92,6 @@ class UniformAttention(nn.Module):
         return view.new_zeros(view.shape[0], height, width)
 
 
-NETWORKS = ("paper", "modern")
-
-Normalisation = tuple[list[float], list[float]] | tuple[None, None]
-"""Mean and standard deviation by channel that networks want images normalised with; None: values in [0, 1]."""
-
-
-def check_networks(networks: str) -> None:
-    """Raise ValueError where networks go by no such name."""
-    if networks not in NETWORKS:
-        raise ValueError(f"unknown networks {networks!r}, expected one of {', '.join(map(repr, NETWORKS))}")
-
-
 def conv_norm(
     inputs: int, outputs: int, *, kernel: int, stride: int = 1, padding: int | None = None
 ) -> list[nn.Module]:

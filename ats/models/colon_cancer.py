@@ -4,6 +4,8 @@ Published features are those of Ilse et al. 2018, which the paper shares with De
 stands in docs/experiments.md.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -11,17 +13,11 @@ from ats.models.classifier import (
     ChannelsLast,
     GlobalMaxPool,
     L2Normalise,
-    Normalisation,
     SoftBound,
-    check_networks,
     conv_norm,
 )
+from ats.models.networks import Networks, check_networks
 from ats.models.resnet import RESNET_8, resnet
-
-N_FEATURES = {"paper": 512, "modern": 96}
-ATTENTION_STRIDE = {"paper": 1, "modern": 2}  # view pixels a cell
-ATTENTION_LOSS = {"paper": 0, "modern": 0}  # view pixels lost at the borders
-NORMALISATION: dict[str, Normalisation] = {"paper": (None, None), "modern": ([0.76, 0.6, 0.75], [0.15, 0.2, 0.15])}
 
 
 def attention_network(networks: str) -> nn.Sequential:
@@ -50,7 +46,7 @@ def attention_network(networks: str) -> nn.Sequential:
 
 
 def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
-    """Patches (M, 3, 27, 27) -> features (M, N_FEATURES), of length 1 if `normalised`."""
+    """Patches (M, 3, 27, 27) -> features (M, D), of length 1 if `normalised`."""
     check_networks(networks)
     layers: list[nn.Module]
     if networks == "paper":
@@ -89,3 +85,22 @@ def image_network(networks: str, channels: int = 32) -> tuple[nn.Sequential, int
     check_networks(networks)
     widths = [width * channels // 32 for width in RESNET_8["widths"]]
     return nn.Sequential(ChannelsLast(), *resnet(3, widths, RESNET_8["strides"])), widths[-1]
+
+
+NETWORKS = {
+    "paper": Networks(
+        partial(attention_network, "paper"),
+        partial(feature_network, "paper"),
+        512,
+        image=partial(image_network, "paper"),
+    ),
+    "modern": Networks(
+        partial(attention_network, "modern"),
+        partial(feature_network, "modern"),
+        96,
+        stride=2,
+        mean=[0.76, 0.6, 0.75],
+        std=[0.15, 0.2, 0.15],
+        image=partial(image_network, "modern"),
+    ),
+}

@@ -3,6 +3,8 @@
 What ``modern`` changes and why stands in docs/megapixel-mnist.md.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,17 +13,14 @@ from ats.models.classifier import (
     ChannelsLast,
     GlobalMaxPool,
     L2Normalise,
-    Normalisation,
     SoftBound,
-    check_networks,
     conv_norm,
 )
+from ats.models.networks import Networks, check_networks
 from ats.models.resnet import RESNET_16, resnet
 
-N_FEATURES = {"paper": 32, "modern": 128}
-ATTENTION_STRIDE = {"paper": 1, "modern": 3}  # view pixels a cell
-ATTENTION_LOSS = {"paper": 0, "modern": 0}  # view pixels lost at the borders
-NORMALISATION: dict[str, Normalisation] = {"paper": (None, None), "modern": (None, None)}
+_MODERN_STRIDE = 3  # view pixels a cell
+_MODERN_FEATURES = 128
 
 
 class _FromBrightness(nn.Sequential):
@@ -35,7 +34,7 @@ class _FromBrightness(nn.Sequential):
         self.weight = nn.Parameter(torch.tensor(10.0))
 
     def forward(self, view: Tensor) -> Tensor:  # (B, 1, h, w) -> (B, 1, h // stride, w // stride)
-        return super().forward(view) + self.weight * F.max_pool2d(view, ATTENTION_STRIDE["modern"])
+        return super().forward(view) + self.weight * F.max_pool2d(view, _MODERN_STRIDE)
 
 
 def attention_network(networks: str) -> nn.Sequential:
@@ -56,7 +55,7 @@ def attention_network(networks: str) -> nn.Sequential:
         ChannelsLast(),
         *conv_norm(1, 16, kernel=3),
         *conv_norm(16, 16, kernel=3),
-        nn.MaxPool2d(3),
+        nn.MaxPool2d(_MODERN_STRIDE),
         *conv_norm(16, 32, kernel=3),
         nn.Conv2d(32, 1, 3, padding=1),
     ]
@@ -64,7 +63,7 @@ def attention_network(networks: str) -> nn.Sequential:
 
 
 def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
-    """Patches (M, 1, ph, pw) -> features (M, N_FEATURES), of length 1 if `normalised`."""
+    """Patches (M, 1, ph, pw) -> features (M, D), of length 1 if `normalised`."""
     check_networks(networks)
     if networks == "paper":
         layers: list[nn.Module] = [nn.Conv2d(1, 32, 7), nn.ReLU(inplace=True)]
@@ -79,7 +78,7 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
         ]
     layers.append(GlobalMaxPool())
     if networks == "modern":
-        layers.append(nn.BatchNorm1d(N_FEATURES["modern"]))  # all maxima are positive: around 0 they differ more
+        layers.append(nn.BatchNorm1d(_MODERN_FEATURES))  # all maxima are positive: around 0 they differ more
     return nn.Sequential(ChannelsLast(), *layers, *([L2Normalise()] if normalised else []))
 
 
@@ -91,3 +90,20 @@ def image_network(networks: str, channels: int = 32) -> tuple[nn.Sequential, int
     check_networks(networks)
     widths = [width * channels // 32 for width in RESNET_16["widths"]]
     return nn.Sequential(ChannelsLast(), *resnet(1, widths, RESNET_16["strides"])), widths[-1]
+
+
+NETWORKS = {
+    "paper": Networks(
+        partial(attention_network, "paper"),
+        partial(feature_network, "paper"),
+        32,
+        image=partial(image_network, "paper"),
+    ),
+    "modern": Networks(
+        partial(attention_network, "modern"),
+        partial(feature_network, "modern"),
+        _MODERN_FEATURES,
+        stride=_MODERN_STRIDE,
+        image=partial(image_network, "modern"),
+    ),
+}

@@ -1,5 +1,7 @@
 """Deep MIL (Ilse et al. 2018, Attention-based Deep Multiple Instance Learning): every patch of a grid is read."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -55,8 +57,8 @@ class MILClassifier(nn.Module):
         grid_step: int,
         gated: bool = False,
         chunk_size: int = 0,
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.feature = feature

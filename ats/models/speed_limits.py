@@ -3,6 +3,8 @@
 What ``modern`` changes and why stands in docs/experiments.md.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,18 +13,15 @@ from ats.models.classifier import (
     ChannelsLast,
     GlobalMaxPool,
     L2Normalise,
-    Normalisation,
     SoftBound,
-    check_networks,
     conv_norm,
 )
+from ats.models.networks import Networks, check_networks
 from ats.models.resnet import RESNET_8, RESNET_16, resnet
 
-N_FEATURES = {"paper": 32, "modern": 128}
-ATTENTION_STRIDE = {"paper": 8, "modern": 8}  # view pixels a cell
-ATTENTION_LOSS = {"paper": 8, "modern": 0}  # view pixels lost by the unpadded convolutions
+_STRIDE = 8  # view pixels a cell
+_MODERN_FEATURES = 128
 _MEAN, _STD = 0.4, 0.25
-NORMALISATION: dict[str, Normalisation] = {"paper": (None, None), "modern": ([_MEAN] * 3, [_STD] * 3)}
 
 
 class _FromRedness(nn.Sequential):
@@ -40,13 +39,13 @@ class _FromRedness(nn.Sequential):
         red, green, blue = (view * _STD + _MEAN).split(1, dim=1)
         others = torch.maximum(green, blue)
         redness = (red - others) / (torch.maximum(red, others) + 0.1)  # of the colour, be it bright or dark
-        redness = 25.0 * self.gain.exp() * F.max_pool2d(redness, ATTENTION_STRIDE["modern"])
+        redness = 25.0 * self.gain.exp() * F.max_pool2d(redness, _STRIDE)
         logits = super().forward(view) + redness
         return logits - logits.mean((1, 2, 3), keepdim=True)  # in the middle of the bound that follows
 
 
 def attention_network(networks: str) -> nn.Sequential:
-    """View (B, 3, h, w) -> logits (B, 1, (h − lost) // 8, (w − lost) // 8), see ATTENTION_LOSS."""
+    """View (B, 3, h, w) -> logits (B, 1, (h − lost) // 8, (w − lost) // 8); 8 are lost by the published one."""
     check_networks(networks)
     if networks == "paper":
         layers: list[nn.Module] = [
@@ -57,7 +56,7 @@ def attention_network(networks: str) -> nn.Sequential:
             nn.Conv2d(16, 32, 3),
             nn.ReLU(),
         ]
-        return nn.Sequential(ChannelsLast(), *layers, nn.Conv2d(32, 1, 3), nn.MaxPool2d(8))
+        return nn.Sequential(ChannelsLast(), *layers, nn.Conv2d(32, 1, 3), nn.MaxPool2d(_STRIDE))
     layers = [
         ChannelsLast(),
         *conv_norm(3, 8, kernel=4, stride=2, padding=1),
@@ -70,7 +69,7 @@ def attention_network(networks: str) -> nn.Sequential:
 
 
 def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
-    """Patches (M, 3, ph, pw) -> features (M, N_FEATURES), of length 1 if `normalised`."""
+    """Patches (M, 3, ph, pw) -> features (M, D), of length 1 if `normalised`."""
     check_networks(networks)
     if networks == "paper":
         layers = resnet(3, **RESNET_8)
@@ -83,7 +82,7 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
             *conv_norm(64, 96, kernel=3, stride=2),
             *conv_norm(96, 128, kernel=3),
             GlobalMaxPool(),
-            nn.BatchNorm1d(N_FEATURES["modern"]),  # all maxima are positive: around 0 they differ more
+            nn.BatchNorm1d(_MODERN_FEATURES),  # all maxima are positive: around 0 they differ more
         ]
     return nn.Sequential(ChannelsLast(), *layers, *([L2Normalise()] if normalised else []))
 
@@ -96,3 +95,24 @@ def image_network(networks: str, channels: int = 32) -> tuple[nn.Sequential, int
     check_networks(networks)
     widths = [width * channels // 32 for width in RESNET_16["widths"]]
     return nn.Sequential(ChannelsLast(), *resnet(3, widths, RESNET_16["strides"])), widths[-1]
+
+
+NETWORKS = {
+    "paper": Networks(
+        partial(attention_network, "paper"),
+        partial(feature_network, "paper"),
+        32,
+        stride=_STRIDE,
+        lost=8,
+        image=partial(image_network, "paper"),
+    ),
+    "modern": Networks(
+        partial(attention_network, "modern"),
+        partial(feature_network, "modern"),
+        _MODERN_FEATURES,
+        stride=_STRIDE,
+        mean=[_MEAN] * 3,
+        std=[_STD] * 3,
+        image=partial(image_network, "modern"),
+    ),
+}

@@ -8,12 +8,11 @@ import tyro
 from torch import Tensor
 
 from ats.datasets.image_files import read_image
-from ats.experiments.build import normalisation, view_size
+from ats.experiments.build import make_view
 from ats.experiments.evaluation import load_task
 from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.localisation import attention_map
 from ats.experiments.plotting.overlay import Attention, draw_overlay
-from ats.functional import area_downsample
 from ats.models import ATSClassifier
 
 
@@ -45,9 +44,7 @@ def draw_image(options: AttentionOptions) -> str:
         raise FileExistsError(f"{options.output} is there already; name another file with --output")
     task = load_task(options.checkpoint)
     image = _read(options.image, task)
-    size = view_size(task.config, (image.shape[2], image.shape[3]))
-    mean, std = normalisation(task.config)
-    view = image if size is None else area_downsample(image, size, mean=mean, std=std)
+    view = make_view(task.config, image)
     weights, offsets, patch_size = attention_map(task.model, view, image)
     if isinstance(task.model, ATSClassifier):
         sampler = task.model.sampling.sampler

@@ -17,7 +17,7 @@ from ats.experiments.commands.demo import run_demo
 from ats.experiments.commands.synthesise import SynthesiseOptions, synthesise
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.evaluation import Evaluation, evaluate, load_task
-from ats.experiments.presets import PRESETS
+from ats.experiments.registry import EXPERIMENTS
 from ats.experiments.reproduce.command import ReproduceOptions, reproduce
 from ats.experiments.study.commands import run_study
 from ats.experiments.training import InterruptedRunError, train, write_json
@@ -28,7 +28,7 @@ _HELP = f"""usage: ats COMMAND [OPTIONS]
 Attention sampling: learn from images too large to process whole.
 
 commands:
-  train EXPERIMENT      train a model; experiments: {", ".join(PRESETS)}
+  train EXPERIMENT      train a model; experiments: {", ".join(EXPERIMENTS)}
   evaluate CHECKPOINT   error and loss on images that were not trained on
   attention RUN IMAGE   where a trained model looks in any image, as a picture
   reproduce TABLE       the paper's tables: table1, table2, mnist, figures or all; runs what is missing
@@ -134,15 +134,15 @@ def _said(error: Exception) -> str:
 def _train(arguments: list[str]) -> None:
     experiment = arguments[0] if arguments else "--help"
     if experiment in ("-h", "--help"):
-        print(f"usage: ats train {{{','.join(PRESETS)}}} [OPTIONS]\n\nats train EXPERIMENT --help lists them.")
+        print(f"usage: ats train {{{','.join(EXPERIMENTS)}}} [OPTIONS]\n\nats train EXPERIMENT --help lists them.")
         return
-    if experiment not in PRESETS:
-        raise ValueError(f"unknown experiment {experiment!r}, expected one of {', '.join(PRESETS)}")
+    if experiment not in EXPERIMENTS:
+        raise ValueError(f"unknown experiment {experiment!r}, expected one of {', '.join(EXPERIMENTS)}")
     # The preset decides what the other options default to, so it is looked for first.
     first = argparse.ArgumentParser(prog=f"ats train {experiment}", add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default=ExperimentConfig().preset)
+    first.add_argument("--preset", default=ExperimentConfig.preset)
     preset = first.parse_known_args(arguments[1:])[0].preset
-    presets = PRESETS[experiment]
+    presets = EXPERIMENTS[experiment].presets
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r} of {experiment}, expected one of {', '.join(presets)}")
     config = tyro.cli(

@@ -10,11 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ats.experiments.config import ExperimentConfig
-from ats.experiments.data import MegapixelMNISTData
-from ats.experiments.data_config import MegapixelMNISTConfig
 from ats.experiments.evaluation import Evaluation, evaluate, load_task
+from ats.experiments.experiment import ExperimentData
 from ats.experiments.plotting.figures import draw_attention
-from ats.experiments.presets import PRESETS
+from ats.experiments.registry import EXPERIMENTS, experiment_data
 from ats.experiments.training import train, write_json
 from ats.models import ATSClassifier
 
@@ -25,7 +24,9 @@ _REPEATS = 5  # draws an image for the averaged prediction
 _TEST_PATCHES = 16  # testing is cheap beside training, and more patches leave less to chance
 
 
-def run_demo(folder: Path, seed: int, config: ExperimentConfig = PRESETS["megapixel-mnist"]["demo"]) -> None:
+def run_demo(
+    folder: Path, seed: int, config: ExperimentConfig = EXPERIMENTS["megapixel-mnist"].presets["demo"]
+) -> None:
     """Train both models, print a table, and write metrics.json and attention.png to `folder`.
 
     A demo that was interrupted goes on; one that is complete is kept beside the new one, under another name.
@@ -40,22 +41,22 @@ def run_demo(folder: Path, seed: int, config: ExperimentConfig = PRESETS["megapi
             f"--output {folder} is the current folder or one around it; name one for the demo alone, "
             "e.g. --output runs/demo"
         )
-    console, data = Console(), config.data
-    assert isinstance(data, MegapixelMNISTConfig)
+    console, config = Console(), dataclasses.replace(config, seed=seed)
     if (folder / "metrics.json").exists() and (folder / "learned" / "config.json").exists():
         kept = _set_aside(folder)
         console.print(f"The demo that was in {folder} is now in {kept}.")
+    data = experiment_data(config)
+    images, size = len(data.labels("train")), data.examples("test", torch.tensor([0], device="cpu"))[0].shape[-1]
     results: dict[str, tuple[Evaluation, float]] = {}
     for attention, method in _METHODS.items():
         run = dataclasses.replace(
             config,
-            seed=seed,
             output=folder / attention,
             model=dataclasses.replace(config.model, method=method),
         )
         console.print(
-            f"Training with {attention} attention: {data.train_images:,} images of {data.image_size}×"
-            f"{data.image_size}, {run.optim.epochs} epochs, {run.model.n_patches} patches an image"
+            f"Training with {attention} attention: {images:,} images of {size}×{size}, "
+            f"{run.optim.epochs} epochs, {run.model.n_patches} patches an image"
         )
         checkpoint = train(run)
         seconds = json.loads((folder / attention / "training.json").read_text())["seconds"]
@@ -63,7 +64,7 @@ def run_demo(folder: Path, seed: int, config: ExperimentConfig = PRESETS["megapi
         results[attention] = evaluate(task, n_patches=_TEST_PATCHES, repeats=_REPEATS, seed=seed), seconds
 
     picture = folder / "attention.png"
-    _draw(folder / "learned" / "checkpoints" / "last.ckpt", picture, seed)
+    _draw(folder / "learned" / "checkpoints" / "last.ckpt", data, picture)
     (ours, seconds), (uniform, uniform_seconds) = results["learned"], results["uniform"]
     metrics = {
         "test_error": ours.error,
@@ -76,15 +77,15 @@ def run_demo(folder: Path, seed: int, config: ExperimentConfig = PRESETS["megapi
         "uniform_seconds": uniform_seconds,
         "n_patches": ours.n_patches,
         "train_n_patches": config.model.n_patches,
-        "image_size": data.image_size,
-        "train_images": data.train_images,
+        "image_size": size,
+        "train_images": images,
         "test_images": ours.images,
         "epochs": config.optim.epochs,
         "repeats": _REPEATS,
         "seed": seed,
     }
     write_json(folder / "metrics.json", metrics)
-    console.print(_table(results, config.model.patch_size, data.image_size))
+    console.print(_table(results, config.model.patch_size, size))
     console.print(f"What it looked at: {picture}\nThe numbers: {folder / 'metrics.json'}")
 
 
@@ -108,11 +109,11 @@ def _table(results: dict[str, tuple[Evaluation, float]], patch_size: int, image_
     return table
 
 
-def _draw(checkpoint: Path, path: Path, seed: int) -> None:
+def _draw(checkpoint: Path, data: ExperimentData, path: Path) -> None:
     task = load_task(checkpoint)
-    view, image, label = MegapixelMNISTData(task.config).load("test", torch.arange(_SHOWN, device="cpu"))
+    view, image, label = data.load("test", torch.arange(_SHOWN, device="cpu"))
     assert isinstance(task.model, ATSClassifier)
-    draw_attention(task.model, view, image, label, path, generator=torch.Generator().manual_seed(seed))
+    draw_attention(task.model, view, image, label, path, generator=torch.Generator().manual_seed(data.config.seed))
 
 
 def _set_aside(folder: Path) -> Path:

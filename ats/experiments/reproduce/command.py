@@ -2,25 +2,30 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
 
-from ats.experiments.image_data import experiment_data
+from ats.experiments.registry import EXPERIMENTS, experiment_data, tables
 from ats.experiments.reproduce.costs import costs
 from ats.experiments.reproduce.figures import complete_runs, draw_figures, sweep_entropy
 from ats.experiments.reproduce.report import row_values, write_report
 from ats.experiments.reproduce.runs import Job, claim, result_of, run_jobs
-from ats.experiments.reproduce.tables import TABLE_1, TABLES, Table
+from ats.experiments.tables import Table
+
+
+def _choices() -> Any:
+    """What can be reproduced, as a type whose values the command line lists."""
+    return tyro.extras.literal_type_from_choices([*tables(), "figures", "all"])
 
 
 @dataclass(frozen=True)
 class ReproduceOptions:
     """Run what is missing of the paper's tables, and write them as Markdown, CSV and JSON."""
 
-    what: tyro.conf.Positional[Literal["table1", "table2", "mnist", "figures", "all"]]
+    what: tyro.conf.Positional[Annotated[str, tyro.conf.arg(constructor=_choices())]]
     """table1: colon cancer; table2: speed limits; mnist: Megapixel MNIST; figures: of their complete runs, and a
     sweep of the entropy weight on colon cancer."""
     preset: Literal["paper", "modern", "quick"] = "quick"
@@ -53,9 +58,9 @@ def reproduce(options: ReproduceOptions) -> None:
     Raises:
         ValueError: methods without a table that they are of.
     """
-    if options.what not in TABLES and options.methods:
-        raise ValueError(f"methods are those of one table: name {', '.join(TABLES)} in place of {options.what}")
-    for table in TABLES.values():
+    if options.what not in tables() and options.methods:
+        raise ValueError(f"methods are those of one table: name {', '.join(tables())} in place of {options.what}")
+    for table in tables().values():
         if options.what in (table.name, "all"):
             _table(table, options)
     if options.what in ("figures", "all"):
@@ -64,18 +69,18 @@ def reproduce(options: ReproduceOptions) -> None:
 
 def _figures(options: ReproduceOptions) -> None:
     folder, written = options.output / "figures", []
-    for table in TABLES.values():
+    for table in tables().values():
         runs = complete_runs(table, options.preset, options.seeds, options.output, _data_folder(table, options))
         written += draw_figures(table, runs, folder)
-    if options.train:
-        written += sweep_entropy(options.preset, options.output, _data_folder(TABLE_1, options), folder)
+        if options.train and table.swept is not None:
+            written += sweep_entropy(table, options.preset, options.output, _data_folder(table, options), folder)
     Console().print(f"Written: {', '.join(map(str, written)) or 'nothing'}", soft_wrap=True)
 
 
 def _data_folder(table: Table, options: ReproduceOptions) -> Path | None:
     if options.data is None:
         return None
-    return options.data / ("mnist" if table.experiment == "megapixel-mnist" else table.experiment)
+    return options.data / EXPERIMENTS[table.experiment].options.subfolder()
 
 
 def _table(table: Table, options: ReproduceOptions) -> None:

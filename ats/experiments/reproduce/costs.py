@@ -11,7 +11,7 @@ from ats.experiments.config import ExperimentConfig
 from ats.experiments.cost import measure_bytes, measure_seconds, published
 from ats.experiments.environment import hardware, versions
 from ats.experiments.reproduce.runs import read_json
-from ats.experiments.reproduce.tables import Table
+from ats.experiments.tables import Table
 from ats.experiments.training import write_json
 
 

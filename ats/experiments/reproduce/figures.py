@@ -8,21 +8,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ats.datasets.megapixel_mnist import GLYPH
+from ats.experiments.build import Classifier, make_view
 from ats.experiments.config import ExperimentConfig
-from ats.experiments.data import ExperimentData, MegapixelMNISTData
 from ats.experiments.evaluation import load_task
-from ats.experiments.image_data import ImageData, experiment_data
+from ats.experiments.experiment import ExperimentData
 from ats.experiments.localisation import attention_map
 from ats.experiments.plotting.overlay import Attention, draw_comparison
 from ats.experiments.plotting.plots import Panel, draw_curves, draw_lines, draw_maps
+from ats.experiments.registry import experiment_data
 from ats.experiments.reproduce.curves import curve_of, entropies
 from ats.experiments.reproduce.runs import Job, result_of, run_jobs
-from ats.experiments.reproduce.tables import TABLE_1, Table
+from ats.experiments.tables import Table
 from ats.experiments.training import write_json
 
 ENTROPY_WEIGHTS = (0.0, 0.001, 0.01, 0.1, 1.0)
 _SHOWN = 3  # images of a comparison
+_COMPARED: tuple[str, ...] = ("ATS-5", "ATS-10", "Deep MIL", "Gated Deep MIL")
 
 Runs = dict[str, list[ExperimentConfig]]  # complete runs by method
 
@@ -48,7 +49,8 @@ def draw_figures(table: Table, runs: Runs, folder: Path) -> list[Path]:
     console, written = Console(), []
     curves = {name: [points for config in configs if (points := curve_of(config))] for name, configs in runs.items()}
     curves = {name: found for name, found in curves.items() if found}
-    data = experiment_data(next(iter(runs.values()))[0]) if runs else None
+    first = next(iter(runs.values()))[0] if runs else None
+    data = None if first is None else experiment_data(first)
     path = folder / f"{table.name}-curves.png"
     if curves and data is not None:
         title = table.title if data.source == table.title else f"{table.title}: {data.source}"
@@ -57,21 +59,25 @@ def draw_figures(table: Table, runs: Runs, folder: Path) -> list[Path]:
         written += [path, path.with_suffix(".json")]
     else:
         console.print(f"{path.name}: not run, no complete run of {table.name}")
-    sampled = {name: configs[0] for name, configs in runs.items() if configs[0].model.method == "ats"}
+    if first is None or data is None:
+        return written
+    # Of one seed: another may have trained on what this one tests on.
+    same = {name: config for name, configs in runs.items() for config in configs if config.seed == first.seed}
+    sampled = {name: config for name, config in same.items() if config.model.method == "ats"}
     if sampled:
-        written.append(_over_training(table, next(iter(sampled.values())), folder))
+        written.append(_over_training(table, next(iter(sampled.values())), data, folder))
     if len(sampled) > 1:
-        written.append(_over_patches(table, sampled, folder))
-    compared = [name for name in ("ATS-5", "ATS-10", "Deep MIL", "Gated Deep MIL") if name in runs]
-    if isinstance(data, ImageData) and compared:
-        written.append(_comparison(table, {name: runs[name][0] for name in compared}, folder))
+        written.append(_over_patches(table, sampled, data, folder))
+    compared = {name: same[name] for name in _COMPARED if name in same}
+    if data.knows_targets and compared:
+        written.append(_comparison(table, compared, data, folder))
     return written
 
 
-def sweep_entropy(preset: str, output: Path, data: Path | None, folder: Path) -> list[Path]:
-    """Train ATS-10 on colon cancer with other entropy weights, and show what becomes of the attention."""
-    row = next(row for row in TABLE_1.rows if row.name == "ATS-10")
-    base = TABLE_1.config(row, preset, 0, output, data)
+def sweep_entropy(table: Table, preset: str, output: Path, data: Path | None, folder: Path) -> list[Path]:
+    """Train a table's row `swept` with other entropy weights, and show what becomes of the attention."""
+    row = next(row for row in table.rows if row.name == table.swept)
+    base = table.config(row, preset, 0, output, data)
     configs = {
         weight: dataclasses.replace(
             base,
@@ -86,13 +92,11 @@ def sweep_entropy(preset: str, output: Path, data: Path | None, folder: Path) ->
     path = folder / "entropy-curves.png"
     names = {"x": "step", "y": "entropy of the attention (nats)", "legend": "entropy weight"}
     lines = {f"{weight:g}": _as_float(curve) for weight, curve in curves.items()}
-    draw_lines(lines, path, title=f"ATS-10: {loaded.source}", **names)
+    draw_lines(lines, path, title=f"{row.name}: {loaded.source}", **names)
     rows = [_swept(weight, config, curves[weight]) for weight, config in configs.items()]
     write_json(path.with_suffix(".json"), {"source": loaded.source, "preset": preset, "seed": base.seed, "rows": rows})
-    view, image, _ = loaded.load("test", torch.tensor([_first_positive(loaded)], device="cpu"))
-    panels = [
-        Panel(f"entropy weight {weight:g}", _map(config.run_folder, view, image)) for weight, config in configs.items()
-    ]
+    image = _shown_image(loaded)
+    panels = [Panel(f"entropy weight {weight:g}", _map(config.run_folder, image)) for weight, config in configs.items()]
     maps = folder / "entropy-maps.png"
     _draw_maps(image[0], panels, maps, "test image", loaded)
     return [path, path.with_suffix(".json"), maps]
@@ -111,81 +115,67 @@ def _swept(weight: float, config: ExperimentConfig, entropy: dict[int, float]) -
     }
 
 
-def _over_training(table: Table, config: ExperimentConfig, folder: Path) -> Path:
-    data = experiment_data(config)
-    view, image, _ = data.load("test", torch.tensor([_first_positive(data)], device="cpu"))
-    rows, columns = _region(data, image)
+def _over_training(table: Table, config: ExperimentConfig, data: ExperimentData, folder: Path) -> Path:
+    image = _shown_image(data)
+    rows, columns = data.shown_region((image.shape[2], image.shape[3]))
     snapshots = sorted((config.run_folder / "checkpoints").glob("step-*.ckpt"))
-    panels = [
-        Panel(f"step {int(path.stem[5:])}", _crop(_map(path, view, image), image, rows, columns)) for path in snapshots
-    ]
+    panels = [Panel(f"step {int(path.stem[5:])}", _crop(_map(path, image), image, rows, columns)) for path in snapshots]
     path = folder / f"{table.name}-over-training.png"
     title = f"test image, {config.model.label.upper()}"
     _draw_maps(image[0][:, rows, columns], panels, path, title, data)
     return path
 
 
-def _draw_maps(image: Tensor, panels: list[Panel], path: Path, title: str, data: ExperimentData) -> None:
-    targets = data.split("test").examples[_first_positive(data)].targets if isinstance(data, ImageData) else ()
-    draw_maps(image, panels, path, title=title, source=data.source, targets=targets)
-
-
-def _over_patches(table: Table, configs: dict[str, ExperimentConfig], folder: Path) -> Path:
-    data = experiment_data(next(iter(configs.values())))
-    view, image, _ = data.load("test", torch.tensor([_first_positive(data)], device="cpu"))
-    rows, columns = _region(data, image)
+def _over_patches(table: Table, configs: dict[str, ExperimentConfig], data: ExperimentData, folder: Path) -> Path:
+    image = _shown_image(data)
+    rows, columns = data.shown_region((image.shape[2], image.shape[3]))
     panels = [
-        Panel(name, _crop(_map(config.run_folder, view, image), image, rows, columns))
-        for name, config in configs.items()
+        Panel(name, _crop(_map(config.run_folder, image), image, rows, columns)) for name, config in configs.items()
     ]
     path = folder / f"{table.name}-over-patches.png"
     _draw_maps(image[0][:, rows, columns], panels, path, "test image", data)
     return path
 
 
-def _comparison(table: Table, configs: dict[str, ExperimentConfig], folder: Path) -> Path:
-    data = experiment_data(next(iter(configs.values())))
-    assert isinstance(data, ImageData)
-    test = data.split("test")
-    chosen = [index for index, example in enumerate(test.examples) if example.targets][:_SHOWN]
-    attention = {name: [_attention(config, index) for index in chosen] for name, config in configs.items()}
+def _draw_maps(image: Tensor, panels: list[Panel], path: Path, title: str, data: ExperimentData) -> None:
+    draw_maps(image, panels, path, title=title, source=data.source, targets=data.targets(data.shown_image()))
+
+
+def _comparison(table: Table, configs: dict[str, ExperimentConfig], data: ExperimentData, folder: Path) -> Path:
+    chosen = [index for index in range(len(data.labels("test"))) if data.targets(index)][:_SHOWN]
+    images, labels = data.examples("test", torch.tensor(chosen, device="cpu"))
+    attention: dict[str, list[Attention]] = {}
+    for name, config in configs.items():
+        model = load_task(config.run_folder).model
+        attention[name] = [_attention(model, config, image.unsqueeze(0)) for image in images]
     path = folder / f"{table.name}-comparison.png"
     draw_comparison(
-        [test.image(index) for index in chosen],
-        [test.examples[index].targets for index in chosen],
+        list(images),
+        [data.targets(index) for index in chosen],
         attention,
         path,
-        labels=[test.classes[test.label(index)] for index in chosen],
-        source=test.source,
+        labels=[data.classes[label] for label in labels.tolist()],
+        source=data.source,
     )
     return path
 
 
-def _attention(config: ExperimentConfig, index: int) -> Attention:
-    view, image, _ = experiment_data(config).load("test", torch.tensor([index], device="cpu"))
-    weights, offsets, patch_size = attention_map(load_task(config.run_folder).model, view, image)
+def _shown_image(data: ExperimentData) -> Tensor:
+    """The image (1, C, H, W) that figures show."""
+    return data.examples("test", torch.tensor([data.shown_image()], device="cpu"))[0]
+
+
+def _attention(model: Classifier, config: ExperimentConfig, image: Tensor) -> Attention:
+    weights, offsets, patch_size = attention_map(model, make_view(config, image), image)
     return Attention(weights[0], offsets, patch_size)
 
 
-def _map(checkpoint: Path, view: Tensor, image: Tensor) -> Tensor:
+def _map(checkpoint: Path, image: Tensor) -> Tensor:
     """Attention (gh, gw) on the cells of one image."""
-    weights, offsets, _ = attention_map(load_task(checkpoint).model, view, image)
-    columns = int((offsets[:, 0] == offsets[0, 0]).sum())
-    return weights[0].view(-1, columns)
-
-
-def _region(data: ExperimentData, image: Tensor) -> tuple[slice, slice]:
-    """What of an image to look at: of Megapixel MNIST half of a side, where most digits are; else everything."""
-    height, width = image.shape[-2:]
-    if not isinstance(data, MegapixelMNISTData):
-        return slice(0, height), slice(0, width)
-    images = data.split("test")
-    digits = images.places[0, : images.n_digits].long()  # (D, 2) of the first image
-    side = max(8 * GLYPH, height // 2)
-    corners = (digits + GLYPH // 2 - side // 2).clamp(min=0, max=max(0, height - side))  # of regions around each digit
-    inside = (digits >= corners[:, None]) & (digits + GLYPH <= corners[:, None] + side)  # (D, D, 2)
-    top, left = corners[inside.all(-1).sum(-1).argmax()].tolist()
-    return slice(top, min(top + side, height)), slice(left, min(left + side, width))
+    task = load_task(checkpoint)
+    attention = _attention(task.model, task.config, image)
+    columns = int((attention.offsets[:, 0] == attention.offsets[0, 0]).sum())
+    return attention.weights.view(-1, columns)
 
 
 def _crop(attention: Tensor, image: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -195,13 +185,6 @@ def _crop(attention: Tensor, image: Tensor, rows: slice, columns: slice) -> Tens
         first = part.start * cells // size
         parts.append(slice(first, max(first + 1, -(-part.stop * cells // size))))
     return attention[parts[0], parts[1]]
-
-
-def _first_positive(data: ExperimentData) -> int:
-    """The first test image with something to find: any of Megapixel MNIST, else one that is not of class 0."""
-    if isinstance(data, MegapixelMNISTData):
-        return 0
-    return int(data.labels("test").nonzero()[0])
 
 
 def _as_float(values: dict[int, float]) -> dict[float, float]:

@@ -11,11 +11,9 @@ from typing import Any
 
 from ats._files import write_whole
 from ats.experiments.config import ExperimentConfig, differences, to_dict
-from ats.experiments.data_config import ColonCancerConfig
 from ats.experiments.environment import describe
-from ats.experiments.presets import PRESETS
 from ats.experiments.reproduce.runs import DRAWS, REPEATS, Result
-from ats.experiments.reproduce.tables import Published, Row, Table
+from ats.experiments.tables import Published, Row, Table
 
 NOT_RUN, NOT_MEASURED = "not run", "not measured"
 _ATTENTION = ("mass", "uniform_mass", "times_uniform", "hit_rate", "draws_on_target", "average_precision")
@@ -173,11 +171,8 @@ def _notes(table: Table, preset: str, config: ExperimentConfig, rows: Sequence[M
     if any(row["seconds_per_sample"] is not None for row in rows):
         measured = f"{describe(first['hardware'])}; {software}"
         notes.append(f"- Costs were measured on {measured}. Published figures are from the authors' GPU.")
-    if isinstance(config.data, ColonCancerConfig):
-        notes.append(
-            f"- The run with seed s tests on fold s of a stratified partition into {config.data.folds} "
-            f"and trains on the rest; {max(row['images_tested'] for row in rows)} images were tested on in all."
-        )
+    if table.note is not None:
+        notes.append(f"- {table.note(config, max(row['images_tested'] for row in rows))}")
     if any(row["attention"] for row in rows):
         notes.append(
             "- Attention on target: the share on cells whose patch shows the centre of a target (nucleus, sign), over "
@@ -186,9 +181,7 @@ def _notes(table: Table, preset: str, config: ExperimentConfig, rows: Sequence[M
     if preset != "paper":
         own = {"preset", "seed", *(f"model.{name}" for row in table.rows for name in row.model)}  # the rows' affair
         own |= {name for row in table.rows for name in row.quick if preset == "quick"}  # said below
-        shrunk = [
-            line for line in differences(PRESETS[table.experiment]["paper"], config) if line.split(":")[0] not in own
-        ]
+        shrunk = [line for line in differences(table.presets["paper"], config) if line.split(":")[0] not in own]
         notes.append(f"- What `{preset}` trains otherwise than published: {'; '.join(shrunk)}.")
     return notes + ([_by_method(table, preset, rows)] if preset == "quick" else [])
 

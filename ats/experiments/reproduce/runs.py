@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ats.experiments.config import ExperimentConfig, differences, from_dict, to_dict
+from ats.experiments.config import ExperimentConfig, differences, to_dict
 from ats.experiments.evaluation import evaluate, load_task
-from ats.experiments.image_data import ImageData, experiment_data
 from ats.experiments.localisation import localise
+from ats.experiments.registry import experiment_data, from_dict
 from ats.experiments.training import train, write_json
 
 REPEATS = 5
@@ -60,9 +60,8 @@ def complete(config: ExperimentConfig) -> None:
         result = evaluate(task, repeats=REPEATS if draws else 1, folder=config.data.folder, seed=config.seed)
         write_json(folder / "evaluation.json", result.to_dict())
     data = experiment_data(config)
-    known = isinstance(data, ImageData) and config.model.method in ("ats", "mil", "gated-mil")
+    known = data.knows_targets and config.model.method in ("ats", "mil", "gated-mil")
     if known and not (folder / "localisation.json").exists():
-        assert isinstance(data, ImageData)
         found = localise(load_task(checkpoint).to(device), data, n_draws=DRAWS, seed=config.seed)
         write_json(folder / "localisation.json", found.to_dict())
 

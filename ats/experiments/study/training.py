@@ -13,10 +13,10 @@ import ats
 from ats.datasets.megapixel_mnist import N_CLASSES, MegapixelMNIST
 from ats.datasets.mnist import load_digits
 from ats.experiments.study.methods import released_coefficients
-from ats.models.megapixel_mnist import ATTENTION_STRIDE, N_FEATURES, attention_network, feature_network
+from ats.models.megapixel_mnist import NETWORKS
 
 FORMULAS = ("ordered", "released", "unordered", "unordered-centred")
-_NETWORKS = "modern"
+_NETWORKS = NETWORKS["modern"]
 _PATCH = 32
 _FEATURE_SCALE = 8.0
 CURVE_STEPS = 25  # steps that a point of the learning curve is the mean of
@@ -97,9 +97,9 @@ def pool(formula: str, features: Tensor, log_attention: Tensor) -> Tensor:
 class _Model(nn.Module):
     def __init__(self, options: TrainingOptions, formula: str, n_patches: int) -> None:
         super().__init__()
-        self.attention = attention_network(_NETWORKS)
-        self.feature = feature_network(_NETWORKS)
-        self.head = nn.Linear(N_FEATURES[_NETWORKS], N_CLASSES)
+        self.attention = _NETWORKS.attention()
+        self.feature = _NETWORKS.feature()
+        self.head = nn.Linear(_NETWORKS.n_features, N_CLASSES)
         self.options, self.formula, self.n_patches = options, formula, n_patches
 
     def forward(self, image: Tensor, generator: torch.Generator) -> tuple[Tensor, ats.PatchSample]:
@@ -118,7 +118,7 @@ def check(options: TrainingOptions) -> None:
         raise ValueError(
             f"seeds must be at least 1 and steps at least {CURVE_STEPS}, got {options.seeds} and {options.steps}"
         )
-    cells = (options.view_size // ATTENTION_STRIDE[_NETWORKS]) ** 2
+    cells = (options.view_size // _NETWORKS.stride) ** 2
     if max(options.n_patches) > cells:
         raise ValueError(f"n_patches {max(options.n_patches)} is more than the attention's {cells} cells")
 

@@ -1,0 +1,157 @@
+"""What an experiment is: its options, its data for Lightning, its presets and, where the paper has one, its table.
+
+Whatever differs between experiments is asked of these classes; `registry` says which experiments there are.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar, cast
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from ats.datasets.image_dataset import Region
+from ats.experiments.build import make_view
+from ats.experiments.config import DataConfig, ExperimentConfig
+from ats.experiments.tables import Table
+
+Options = TypeVar("Options", bound=DataConfig)
+
+Batch = tuple[Tensor, Tensor, Tensor]  # view (B, C, h, w), image (B, C, H, W) uint8, label (B,)
+
+
+class ExperimentData(L.LightningDataModule, Generic[Options]):
+    """An experiment's data for Lightning: batches (view, image, label) of the splits "train", "validation" and "test".
+
+    Loaders yield indices; images are made, on the device, once a batch is there.
+    """
+
+    on_disk: ClassVar[bool] = False
+    """Images are files, so that the same options may mean others in another folder, or tomorrow."""
+    knows_targets: ClassVar[bool] = False
+    """It is known of test images where the evidence for their label is."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.options = cast("Options", config.data)
+
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """What the images are, for reports."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> tuple[str, ...]:
+        """The classes' names; a label is an index into them."""
+
+    @abstractmethod
+    def labels(self, name: str) -> Tensor:
+        """Labels (n,) int64 of a split's images."""
+
+    @abstractmethod
+    def examples(self, name: str, indices: Tensor, epoch: int | None = None) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) uint8 of a split and their labels (B,) int64, on the indices' device; as an epoch changes
+        them, if one is given."""
+
+    def targets(self, index: int) -> tuple[Region, ...]:
+        """Where the evidence for the label of a test image is, if that is known."""
+        return ()
+
+    def shown_image(self) -> int:
+        """The test image that figures show: the first that is not of class 0, which often stands for nothing there."""
+        return int(self.labels("test").nonzero()[0])
+
+    def shown_region(self, image_size: tuple[int, int]) -> tuple[slice, slice]:
+        """Rows and columns that figures show of an image of this size."""
+        return slice(0, image_size[0]), slice(0, image_size[1])
+
+    def teaching_batch(self, count: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Patches (count, C, ph, pw) uint8 and labels (count,), for features to learn on where `taught_patches` are
+        asked for."""
+        raise NotImplementedError(f"{type(self).__name__} has no patches to teach features on")
+
+    def class_counts(self) -> Tensor:
+        """Training images of each class, (classes,) float64: as many as an epoch is expected to have."""
+        return torch.bincount(self.labels("train"), minlength=self.config.data.n_classes).double()
+
+    def load(self, name: str, indices: Tensor, epoch: int | None = None) -> Batch:
+        """Images of a split with their views and labels, on the indices' device."""
+        image, label = self.examples(name, indices, epoch)
+        return make_view(self.config, image), image, label
+
+    def class_weights(self) -> Tensor:
+        """The inverse of the classes' shares of the training images, (classes,), scaled to be 1 for equal shares.
+
+        Raises:
+            ValueError: a class has no training image.
+        """
+        counts = self.class_counts()
+        if bool((counts == 0).any()):
+            raise ValueError(f"training images by class are {counts.tolist()}: a class without any cannot be learned")
+        return counts.sum() / (counts * len(counts))
+
+    def train_dataloader(self) -> DataLoader[int]:
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[int] | list[DataLoader[int]]:
+        return self._loader("validation") if len(self.labels("validation")) else []
+
+    def test_dataloader(self) -> DataLoader[int]:
+        return self._loader("test")
+
+    def _loader(self, name: str, *, shuffle: bool = False) -> DataLoader[int]:
+        # The order depends on nothing but the seed and the epoch, so that a resumed run sees the same one.
+        indices = range(len(self.labels(name)))
+        trainer = self.trainer
+        sampler: DistributedSampler[int] = DistributedSampler(
+            indices,  # type: ignore[arg-type]
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            shuffle=shuffle,
+            seed=self.config.seed,
+        )
+        return DataLoader(
+            indices,  # type: ignore[arg-type]
+            batch_size=self.config.optim.batch_size,
+            sampler=sampler,
+            drop_last=shuffle and len(sampler) > self.config.optim.batch_size,
+        )
+
+    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Batch:
+        trainer = self.trainer
+        assert trainer is not None  # Lightning calls this within a trainer only
+        if trainer.testing:
+            return self.load("test", batch)
+        if trainer.validating or trainer.sanity_checking:
+            return self.load("validation", batch)
+        return self.load("train", batch, epoch=trainer.current_epoch)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A data set, what is learned from it, and by which settings.
+
+    Args:
+        options: what its data are made of, the experiment's name and its networks.
+        data: for Lightning.
+        presets: complete configurations by name.
+        image_size: pixels (H, W) of an image as published, which costs are measured on.
+        table: of the paper or like them.
+    """
+
+    options: type[DataConfig]
+    data: Callable[[ExperimentConfig], ExperimentData]
+    presets: Mapping[str, ExperimentConfig]
+    image_size: tuple[int, int]
+    table: Table | None = None
+
+    @property
+    def name(self) -> str:
+        """On the command line, in folders' names and in files."""
+        return self.options.experiment

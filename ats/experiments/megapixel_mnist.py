@@ -1,0 +1,211 @@
+"""Megapixel MNIST: which digit is three times in an image that is nearly all black?"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from ats.datasets.megapixel_mnist import GLYPH, N_CLASSES, MegapixelMNIST
+from ats.datasets.mnist import Digits, fetch_mnist, load_digits
+from ats.experiments.config import LESS_NOISE, DataConfig, ExperimentConfig, ModelConfig, OptimConfig, check_least
+from ats.experiments.experiment import Experiment, ExperimentData
+from ats.experiments.tables import Row, Table, cnn_row, draws_row
+from ats.models import megapixel_mnist
+from ats.models.networks import Networks
+
+
+@dataclass(frozen=True)
+class MegapixelMNISTConfig(DataConfig):
+    """Megapixel MNIST."""
+
+    experiment: ClassVar[str] = "megapixel-mnist"
+    channels: ClassVar[int] = 1
+    networks: ClassVar[Mapping[str, Networks]] = megapixel_mnist.NETWORKS
+
+    digits: Literal["bundled", "full"] = "full"
+    """The 6,000 digits that ship with the package, or all of MNIST."""
+    folder: Path | None = None
+    """Folder with MNIST's IDX files, for digits=full. Default: $ATS_DATA/mnist, else a cache; downloaded if missing."""
+    image_size: int = 1500
+    """Pixels a side."""
+    n_noise: int = 50
+    """Patches of noise an image."""
+    train_images: int = 5000
+    """Images to train on."""
+    small_epochs: int = 0
+    """Epochs, at the start, on as many other images, new ones in each, of a third of the size with a fifth of the
+    noise, where digits are found sooner."""
+    medium_epochs: int = 0
+    """Epochs, after those, on as many other images, new ones in each, of half the size with all of the noise: what is
+    noise is as hard to tell as at full size, and an epoch takes about half as long."""
+    validation_images: int = 0
+    """Images, made of training digits, to validate on after each epoch; 0 for none."""
+    test_images: int = 1000
+    """Images, made of test digits, that `ats evaluate` uses."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no images can have."""
+        check_least(self, "data", 1, "train_images", "test_images")
+        check_least(self, "data", 0, "n_noise", "validation_images", "small_epochs", "medium_epochs")
+
+    @property
+    def n_classes(self) -> int:
+        """The digits."""
+        return N_CLASSES
+
+    @classmethod
+    def subfolder(cls) -> str:
+        """Of MNIST: that is what is on disk."""
+        return "mnist"
+
+    def find_folder(self) -> Path:
+        """Where MNIST is, or is to be put."""
+        if self.folder is not None:
+            return self.folder
+        if "ATS_DATA" in os.environ:
+            return Path(os.environ["ATS_DATA"]) / self.subfolder()
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(cache) / "torch-ats" / self.subfolder()
+
+    def check_run(self, config: ExperimentConfig) -> None:
+        """Refuse a training that never comes to images of full size."""
+        before = self.small_epochs + self.medium_epochs
+        if before and not config.optim.updates and before >= config.optim.epochs:
+            raise ValueError(
+                f"data.small_epochs={self.small_epochs} and data.medium_epochs={self.medium_epochs} leave none of "
+                f"optim.epochs={config.optim.epochs} for images of full size; set them to less, or to 0 for none"
+            )
+
+    def with_test_images(self, count: int) -> "MegapixelMNISTConfig":
+        """The same with `count` images to test on: there are as many as anyone wants."""
+        return dataclasses.replace(self, test_images=count)
+
+
+class MegapixelMNISTData(ExperimentData[MegapixelMNISTConfig]):
+    """Megapixel MNIST, rendered on the device. Images of full size are the same in each epoch."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        super().__init__(config)
+        self._digits: dict[str, Digits] = {}
+        self._sets: dict[str, MegapixelMNIST] = {}
+        self._smaller: tuple[int, MegapixelMNIST] | None = None  # those of one epoch
+
+    @property
+    def source(self) -> str:
+        return "Megapixel MNIST" if self.options.digits == "full" else "Megapixel MNIST of the bundled digits"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(map(str, range(self.options.n_classes)))
+
+    def prepare_data(self) -> None:
+        if self.options.digits == "full":
+            fetch_mnist(self.options.find_folder())
+
+    def split(self, name: str) -> MegapixelMNIST:
+        """The images of a split; those of "validation" are other images of the training digits."""
+        if name not in self._sets:
+            self._sets[name] = self._images(name, getattr(self.options, f"{name}_images"))
+        return self._sets[name]
+
+    def labels(self, name: str) -> Tensor:
+        return self.split(name).labels
+
+    def examples(self, name: str, indices: Tensor, epoch: int | None = None) -> tuple[Tensor, Tensor]:
+        split = self.split(name) if name != "train" or epoch is None else self.trained_on(epoch)
+        return split.render(indices, indices.device), split.labels[indices.cpu()].to(indices.device)
+
+    def trained_on(self, epoch: int) -> MegapixelMNIST:
+        """The images of an epoch: those of "train", or smaller ones that no other epoch has."""
+        small, medium = self.options.small_epochs, self.options.medium_epochs
+        if epoch >= small + medium:
+            return self.split("train")
+        if self._smaller is None or self._smaller[0] != epoch:
+            count = self.options.train_images
+            if epoch < small:
+                images = self._images("small", count, shrink=3, less_noise=5, first=epoch * count)
+            else:
+                images = self._images("medium", count, shrink=2, first=(epoch - small) * count)
+            self._smaller = epoch, images
+        return self._smaller[1]
+
+    def _images(
+        self, split: str, count: int, *, shrink: int = 1, less_noise: int = 1, first: int = 0
+    ) -> MegapixelMNIST:
+        of = "test" if split == "test" else "train"
+        if of not in self._digits:
+            self._digits[of] = load_digits(of, self.options.find_folder() if self.options.digits == "full" else None)
+        return MegapixelMNIST(
+            self._digits[of],
+            count,
+            image_size=self.options.image_size // shrink,
+            n_noise=self.options.n_noise // less_noise,
+            seed=self.config.seed,
+            split=split,
+            first=first,
+        )
+
+    def shown_image(self) -> int:
+        """Any: all show digits."""
+        return 0
+
+    def shown_region(self, image_size: tuple[int, int]) -> tuple[slice, slice]:
+        """Half of a side of the first test image, where most of its digits are."""
+        height, width = image_size
+        images = self.split("test")
+        digits = images.places[0, : images.n_digits].long()  # (D, 2)
+        side = max(8 * GLYPH, height // 2)
+        corners = (digits + GLYPH // 2 - side // 2).clamp(min=0, max=max(0, height - side))  # of a region around each
+        inside = (digits >= corners[:, None]) & (digits + GLYPH <= corners[:, None] + side)  # (D, D, 2)
+        top, left = corners[inside.all(-1).sum(-1).argmax()].tolist()
+        return slice(top, min(top + side, height)), slice(left, min(left + side, width))
+
+
+_MODEL = ModelConfig(**LESS_NOISE)
+_OPTIM = OptimConfig(
+    batch_size=32, learning_rate=5e-3, weight_decay=0.05, warmup=0.03, schedule="cosine", entropy_weight=1e-3
+)
+PRESETS = {
+    "paper": ExperimentConfig(
+        preset="paper",
+        data=MegapixelMNISTConfig(),
+        model=ModelConfig(networks="paper", feature_scale=1.0),
+    ),
+    "modern": ExperimentConfig(
+        preset="modern",
+        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=54),
+        model=_MODEL,
+        optim=dataclasses.replace(_OPTIM, batch_size=16, epochs=100),
+    ),
+    "quick": ExperimentConfig(
+        preset="quick",
+        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=40),
+        model=_MODEL,
+        optim=dataclasses.replace(_OPTIM, batch_size=16, epochs=52),
+    ),
+    "demo": ExperimentConfig(
+        preset="demo",
+        data=MegapixelMNISTConfig(digits="bundled", image_size=500, n_noise=10, train_images=14_000, test_images=500),
+        model=_MODEL,
+        optim=dataclasses.replace(_OPTIM, epochs=3),
+    ),
+}
+
+TABLE = Table(
+    "mnist",
+    "Megapixel MNIST",
+    PRESETS,
+    (
+        draws_row("U-10", "0.12/1"),
+        cnn_row(1),
+        Row("Deep MIL", "1", {"method": "mil"}),
+        *(draws_row(f"ATS-{n}", "0.12/1") for n in (5, 10, 25, 50, 100)),
+    ),
+    few=("ATS-10",),
+)
+
+MEGAPIXEL_MNIST = Experiment(MegapixelMNISTConfig, MegapixelMNISTData, PRESETS, (1500, 1500), TABLE)

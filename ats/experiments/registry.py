@@ -1,0 +1,64 @@
+"""Which experiments there are. A new one is a file with an `Experiment`, and a line here."""
+
+from pathlib import Path
+from typing import Any
+
+from ats.experiments.colon_cancer import COLON_CANCER
+from ats.experiments.config import DiagnosticsConfig, ExperimentConfig, ModelConfig, OptimConfig, TrainerConfig
+from ats.experiments.experiment import Experiment, ExperimentData
+from ats.experiments.megapixel_mnist import MEGAPIXEL_MNIST
+from ats.experiments.speed_limits import SPEED_LIMITS
+from ats.experiments.tables import Table
+
+EXPERIMENTS: dict[str, Experiment] = {}
+"""By name."""
+
+
+def register(experiment: Experiment) -> None:
+    """Add an experiment to what every command knows.
+
+    Raises:
+        ValueError: there is another one of that name.
+    """
+    if EXPERIMENTS.setdefault(experiment.name, experiment) is not experiment:
+        raise ValueError(f"there is an experiment {experiment.name!r} already; give yours another name")
+
+
+register(MEGAPIXEL_MNIST)
+register(COLON_CANCER)
+register(SPEED_LIMITS)
+
+
+def experiment_data(config: ExperimentConfig) -> ExperimentData:
+    """The data that a configuration names."""
+    return EXPERIMENTS[config.experiment].data(config)
+
+
+def tables() -> dict[str, Table]:
+    """The experiments' tables by name, the paper's first."""
+    found = [experiment.table for experiment in EXPERIMENTS.values() if experiment.table is not None]
+    return {table.name: table for table in sorted(found, key=lambda table: not table.is_published)}
+
+
+def from_dict(values: dict[str, Any]) -> ExperimentConfig:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ValueError: values that are no configuration of this version.
+    """
+    sections = {"model": ModelConfig, "optim": OptimConfig, "trainer": TrainerConfig, "diagnostics": DiagnosticsConfig}
+    try:
+        values = {"diagnostics": {}} | values  # which change no result: a run from before them is still the same
+        sections["data"] = EXPERIMENTS[values["experiment"]].options
+        parts: dict[str, Any] = {name: section(**_typed(values[name])) for name, section in sections.items()}
+        rest = {name: value for name, value in values.items() if name not in sections and name != "experiment"}
+        return ExperimentConfig(**_typed(rest), **parts)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a configuration of this version of ats: {error}") from error
+
+
+def _typed(values: dict[str, Any]) -> dict[str, Any]:
+    """What JSON has no type for."""
+    typed = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    paths = {name: Path(values[name]) for name in ("output", "folder") if values.get(name) is not None}
+    return typed | paths

@@ -1,0 +1,48 @@
+"""What an experiment has to know of its networks."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+NETWORK_NAMES = ("paper", "modern")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of an experiment, each made with fresh weights when it is called.
+
+    Args:
+        attention: () -> network from a view (B, C, h, w) to logits (B, 1, (h − lost) // stride, (w − lost) // stride).
+        feature: (normalised=…) -> network from patches (M, C, ph, pw) to features (M, n_features), of length 1 if
+            `normalised`.
+        n_features: the features' size.
+        stride: view pixels from one cell of the attention's grid to the next.
+        lost: view pixels that unpadded convolutions of the attention network lose along an axis: what
+            `ats.receptive_field` measures, and `ats.nn.AttentionSampling` takes as its receptive_field.
+        image: (channels) -> layers of a CNN from images (B, C, H, W) to features, and how many these are; `channels`
+            is what it starts with. None: the experiment has no CNN.
+        mean, std: of the images, by channel, where values of 1 are white: networks see (x − mean) / std. None: as is.
+    """
+
+    attention: Callable[[], nn.Module]
+    feature: Callable[..., nn.Module]
+    n_features: int
+    stride: int = 1
+    lost: int = 0
+    image: Callable[[int], tuple[nn.Module, int]] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+    def view_size(self, image_size: tuple[int, int], scale: float) -> tuple[int, int]:
+        """Pixels (h, w) of a view of about `scale` times an image (H, W), in whole cells of the attention's grid."""
+        height, width = (
+            self.lost + self.stride * max(1, round((size * scale - self.lost) / self.stride)) for size in image_size
+        )
+        return height, width
+
+
+def check_networks(networks: str) -> None:
+    """Raise ValueError where networks go by no such name."""
+    if networks not in NETWORK_NAMES:
+        raise ValueError(f"unknown networks {networks!r}, expected one of {', '.join(map(repr, NETWORK_NAMES))}")
