@@ -292,7 +292,7 @@ def test_several_draws_of_a_step_share_one_attention(colon_cancer: Path, tmp_pat
     assert isinstance(model, ATSClassifier)
     calls: list[int] = []
     model.sampling.attention.register_forward_hook(lambda *_: calls.append(1))
-    view, image, _ = ImageData(config).load("train", torch.arange(2))
+    view, image, _ = experiment_data(config).load("train", torch.arange(2))
     several, _ = model(view, image, generator=torch.Generator().manual_seed(5), draws=3)
     assert len(calls) == 1
     one, _ = model(view, image, generator=torch.Generator().manual_seed(5))

@@ -13,8 +13,7 @@ from ats.experiments.colon_cancer import ColonCancerConfig
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.localisation import attention_map, localise, on_target
-from ats.experiments.photographs import ImageData
-from ats.experiments.registry import EXPERIMENTS
+from ats.experiments.registry import EXPERIMENTS, experiment_data
 from ats.models import ATSClassifier
 
 
@@ -62,7 +61,7 @@ class Oracle(nn.Module):
 
 def test_perfect_uniform_and_wrong_attention(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(folder, "uniform")
-    task, data = ClassificationTask(config).eval(), ImageData(config)
+    task, data = ClassificationTask(config).eval(), experiment_data(config)
     assert isinstance(task.model, ATSClassifier)
     uniform = localise(task, data, n_draws=20)
     assert uniform.images == int(data.labels("test").sum())
@@ -99,7 +98,7 @@ def test_perfect_uniform_and_wrong_attention(folder: Path, monkeypatch: pytest.M
 def test_deep_mil_is_scored_on_its_own_grid(folder: Path) -> None:
     config = config_of(folder, "gated-mil")
     torch.manual_seed(0)
-    task, data = ClassificationTask(config).eval(), ImageData(config)
+    task, data = ClassificationTask(config).eval(), experiment_data(config)
     view, image, _ = data.load("test", torch.tensor([1]))
     attention, offsets, size = attention_map(task.model, view, image)
     assert (attention.shape, offsets.shape, size) == ((1, 100), (100, 2), (27, 27))
@@ -112,4 +111,4 @@ def test_deep_mil_is_scored_on_its_own_grid(folder: Path) -> None:
 def test_a_cnn_has_no_attention(folder: Path) -> None:
     config = config_of(folder, "cnn")
     with pytest.raises(ValueError, match="CNNClassifier has no attention"):
-        localise(ClassificationTask(config).eval(), ImageData(config))
+        localise(ClassificationTask(config).eval(), experiment_data(config))
