@@ -24,6 +24,7 @@ from torch import Tensor
 from ats_kernels import philox
 from ats_kernels.checks import compute_dtype
 from ats_kernels.sampling.draws import Draw, Statistics, block_size, repeats, ring_times
+from ats_kernels.sampling.small import small_draw
 
 # Logits a chunk: its arrays stay in cache, and the work outweighs what starting an operation and its threads costs.
 _CHUNK = 2**20
@@ -45,6 +46,7 @@ _FARTHEST_PEAK = 1e38  # from 0, that is still finite to base 2
 _scratch = threading.local()
 
 _LOG2_E = 1 / math.log(2)
+_NUMPY_DTYPES = (torch.float32, torch.float64)
 _NO_LOG = -1e300  # in place of log 0 where it is multiplied by 0
 
 
@@ -76,6 +78,23 @@ def sample_cpu(logits: Tensor, n: int, replace: bool, method: str, seed: Tensor 
 
 
 def _sample(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Draw, Statistics]:
+    if seed is None or replace or logits.numel() > _SMALL:
+        return _sample_in_blocks(logits, n, replace, seed)
+    values = (logits if logits.dtype in _NUMPY_DTYPES else logits.float()).numpy()
+    with np.errstate(all="ignore"):
+        drawn = small_draw(*values.shape).draw(values, n, int(seed))
+    indices, log_attention, peak, log_total, entropy = (torch.from_numpy(value) for value in drawn)
+    found = Draw(indices, log_attention, peak + log_total, entropy), Statistics(peak, log_total, entropy)
+    others = np.isnan(drawn[3])
+    if others.any():
+        rows = torch.from_numpy(others)
+        for values, instead in zip(found, _sample_in_blocks(logits, n, replace, seed), strict=True):
+            for value, other in zip(values, instead, strict=True):
+                value[rows] = other[rows]
+    return found
+
+
+def _sample_in_blocks(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Draw, Statistics]:
     rows, cells = logits.shape
     block = block_size(cells)
     distinct = min(n, cells)

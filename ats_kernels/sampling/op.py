@@ -33,22 +33,30 @@ from ats_kernels.sampling.draws import METHODS, Draw, Statistics, draw_seed
 from ats_kernels.sampling.reference import draw_cells_ref, drawn_values, grad_again, grad_ref
 
 
+def _draw(
+    logits: Tensor, n: int, replace: bool, method: str, seed: Tensor | None, backend: str
+) -> tuple[Draw, Statistics]:
+    """The draw, its values in the dtype that comes out, and what its backward needs."""
+    if backend == "triton":
+        from ats_kernels.sampling.triton import sample_triton as draw_cells
+    else:
+        draw_cells = sample_cpu if backend == "cpu" else draw_cells_ref
+    with device_guard(logits):
+        draw, statistics = draw_cells(logits, n, replace, method, seed)
+    dtype = compute_dtype(logits.dtype)
+    return Draw(draw.indices, *(value.to(dtype) for value in draw[1:])), statistics
+
+
 class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, n: int, replace: bool, method: str, seed: Tensor | None, backend: str
     ) -> tuple[Tensor, ...]:
-        if backend == "triton":
-            from ats_kernels.sampling.triton import sample_triton as draw_cells
-        else:
-            draw_cells = sample_cpu if backend == "cpu" else draw_cells_ref
-        with device_guard(logits):
-            draw, statistics = draw_cells(logits, n, replace, method, seed)
+        draw, statistics = _draw(logits, n, replace, method, seed, backend)
         ctx.save_for_backward(logits, draw.indices, *statistics)
         ctx.backend, ctx.replace = backend, replace
         ctx.mark_non_differentiable(draw.indices)
-        dtype = compute_dtype(logits.dtype)
-        return draw.indices, *(value.to(dtype) for value in draw[1:])
+        return tuple(draw)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -120,7 +128,10 @@ def sample(
         dtype = compute_dtype(logits.dtype)
         return Draw(indices, *(value.to(dtype) for value in drawn_values(logits, indices)))
     backend = "reference" if logits.dtype == torch.float64 and logits.device.type != "cpu" else backend_for(logits)
-    draw = Draw(*_Sample.apply(logits, n, replace, method, seed, backend))
+    if logits.requires_grad and torch.is_grad_enabled():
+        draw = Draw(*_Sample.apply(logits, n, replace, method, seed, backend))
+    else:  # an autograd.Function costs as much as drawing few cells does
+        draw, _ = _draw(logits, n, replace, method, seed, backend)
     if validate is None:
         validate = logits.device.type == "cpu" and not torch.compiler.is_compiling()
     if validate:
