@@ -63,7 +63,7 @@ class Counters:
 
     def __init__(self, pair: np.ndarray, row: np.ndarray | int, stream: int | np.ndarray) -> None:
         shape = np.broadcast(pair, row, stream).shape
-        count = math.prod(shape)
+        self.count = count = math.prod(shape)
         # Flat halves: of c0, then of c2; upper words stay 0, as the multiplication needs them.
         self._state = np.empty(2 * count, np.uint64)
         self._multipliers = np.repeat(_MULTIPLIERS_64, count)
@@ -89,7 +89,7 @@ class Counters:
         lowers = [_words(array)[_LOW : 4 * count - _HIGH] for array in last]
         mixed = _words(self._mixed)[_LOW : 4 * count - _HIGH]
         self._rounds = [
-            (self._products[k % 2], uppers[k % 2], lowers[0 if k == 0 else 2 - k % 2], mixed) for k in range(_ROUNDS - 1)
+            (self._products[k % 2], uppers[k % 2], lowers[2 - k % 2 if k else 0], mixed) for k in range(_ROUNDS - 1)
         ]
         self._last, self._last_halves = (array[-(_ROUNDS % 2)] for array in (self._products, halves[2:]))
 

@@ -32,3 +32,19 @@ def test_paired_random_numbers():
     assert expected.min() >= 0
     assert expected.max() < 2**53
     assert len(expected.unique()) == 3 * 14
+
+
+def test_kept_counters():
+    """The numbers of a call are those of its seed and counters, whatever the arrays were used for before."""
+    counters = philox.Counters(np.arange(5), 2, philox.BLOCKS)
+    exponentials = np.empty((5, 2))
+    for seed, start in ((7, 0), (2**63 - 1, 0), (2**40, 100)):
+        counters.number(np.arange(start, start + 5))
+        expected = philox.random_bits(
+            torch.tensor(seed), torch.arange(2 * start, 2 * start + 10), torch.tensor(2), philox.BLOCKS
+        )
+        assert torch.equal(torch.from_numpy(counters.bits(seed).T.astype(np.int64)).flatten(), expected)
+        counters.negative_exponentials(seed, exponentials)
+
+        negative = torch.log1p(-philox.uniform(expected))
+        assert_close(torch.from_numpy(exponentials).flatten(), negative, rtol=1e-15, atol=0)

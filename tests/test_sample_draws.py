@@ -130,6 +130,40 @@ def test_same_draws_as_the_reference(rows, cells, n, options, dtype):
         assert_close(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("cells", [1, 63, 65, 400, 1_500])
+def test_small_draws_are_those_of_the_reference(cells, dtype):
+    """Two hundred draws a size or more, sharp and flat, some cells masked; all cells have numbers there."""
+    rows = 2**12 // cells
+    for seed in range(200 // min(rows, 50)):
+        logits = randn(rows, cells, dtype=dtype, seed=seed) * (1, 8, 90)[seed % 3]
+        logits[:, 12:] = logits[:, 12:].masked_fill(randn(rows, max(0, cells - 12), seed=seed + 1) > 0, -INF)
+        n = min(cells, 10)
+        draw, expected = (function(logits, n, generator=seeded(seed)) for function in (sample, sample_ref))
+        assert torch.equal(draw.indices, expected.indices)
+        for got, want in zip(draw[1:], expected[1:], strict=True):
+            assert_close(got, want.to(got.dtype))
+
+
+def test_threads_do_not_share_arrays():
+    """Small draws work in arrays that are kept: each thread must have its own."""
+    logits = randn(1, 900)
+    expected = [sample(logits, 9, generator=seeded(seed)).indices for seed in range(40)]
+    drawn: list[list[torch.Tensor]] = [[] for _ in range(4)]
+
+    def draw(into):
+        for seed in range(40):
+            into.append(sample(logits, 9, generator=seeded(seed)).indices)
+
+    threads = [threading.Thread(target=draw, args=(into,)) for into in drawn]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for indices in drawn:
+        assert torch.equal(torch.cat(indices), torch.cat(expected))
+
+
 @pytest.mark.usefixtures("sums")
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize(
@@ -223,6 +257,7 @@ def test_extreme_random_numbers(bits, small, monkeypatch):
     """The least and the largest uniform must neither draw a masked cell, nor a cell twice, nor one past the end."""
     monkeypatch.setattr(philox, "random_bits", lambda _, index, row, __: index * 0 + row * 0 + bits)
     monkeypatch.setattr(philox, "paired_bits", lambda _, pair, row, __: (pair * 0 + row * 0).repeat(2, -1) + bits)
+    monkeypatch.setattr(philox.Counters, "bits", lambda self, _: np.full((2, self.count), bits, np.uint64))
     monkeypatch.setattr(sample_cpu, "_SMALL", small)
     logits = torch.tensor([[-INF, 0.0, 1.0, -INF, 0.5, -INF]])
     assert sample(logits, 3).indices[0].sort().values.tolist() == [1, 2, 4]

@@ -24,13 +24,14 @@ from torch import Tensor
 from ats_kernels import philox
 from ats_kernels.checks import compute_dtype
 from ats_kernels.sampling.draws import Draw, Statistics, block_size, repeats, ring_times
-from ats_kernels.sampling.small import small_draw
+from ats_kernels.sampling.small import small_draw, small_grad
 
 # Logits a chunk: its arrays stay in cache, and the work outweighs what starting an operation and its threads costs.
 _CHUNK = 2**20
 
 # Up to so many logits in all, operations cost more than what they work on: every block is a candidate.
 _SMALL = 2**12
+_SMALL_GRAD = 2**15  # the same of the backward, which works on less
 
 # Ring times of blocks from float32 sums are off by about 1e-6. Where the n-th and the next are no farther apart than
 # NEAR, blocks beyond the n first are taken: one missing then would need that many others as near.
@@ -352,6 +353,8 @@ def grad_cpu(logits: Tensor, indices: Tensor, statistics: Statistics, grads: tup
     """
     rows, cells = logits.shape
     dtype = compute_dtype(logits.dtype)
+    if rows * cells <= _SMALL_GRAD and logits.dtype == dtype and not torch.compiler.is_compiling():
+        return small_grad(logits, indices, statistics, grads)
     floor = -150.0 if dtype == torch.float32 else -1080.0  # 2 to this is 0, and so is 0 · floor
     grad_log_attention, grad_logsumexp, grad_entropy = grads
     peak, log_total, entropy = statistics  # (B,) float64
