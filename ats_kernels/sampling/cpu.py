@@ -89,8 +89,8 @@ def _sample(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple
     others = np.isnan(drawn[3])
     if others.any():
         rows = torch.from_numpy(others)
-        for values, instead in zip(found, _sample_in_blocks(logits, n, replace, seed), strict=True):
-            for value, other in zip(values, instead, strict=True):
+        for ours, instead in zip(found, _sample_in_blocks(logits, n, replace, seed), strict=True):
+            for value, other in zip(ours, instead, strict=True):
                 value[rows] = other[rows]
     return found
 
