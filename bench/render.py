@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ats._files import write_whole
+from ats.experiments.markdown import wrap
 from bench.plots import draw
 
 Record = dict[str, Any]
@@ -30,7 +31,8 @@ def write(path: Path) -> list[Path]:
     record = json.loads(path.read_text())
     plots = draw(record["groups"], path.with_suffix(""))
     page = path.with_suffix(".md")
-    write_whole(page, markdown(record, {section: plot.name for section, plot in plots.items()}).encode())
+    text = markdown(record, {section: plot.name for section, plot in plots.items()})
+    write_whole(page, wrap(text).encode())
     return [page, *plots.values()]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ats._files import write_whole
 from ats.experiments.config import ExperimentConfig, differences, to_dict
 from ats.experiments.environment import describe
+from ats.experiments.markdown import wrap
 from ats.experiments.reproduce.runs import DRAWS, REPEATS, Result
 from ats.experiments.tables import Published, Row, Table
 
@@ -85,7 +86,7 @@ def write_report(
     contents = {
         "json": json.dumps(list(rows), indent=2) + "\n",
         "csv": _csv(rows),
-        "md": markdown(table, preset, config, rows),
+        "md": wrap(markdown(table, preset, config, rows)),
     }
     paths = tuple(folder / f"{table.name}.{ending}" for ending in contents)
     for path, text in zip(paths, contents.values(), strict=True):

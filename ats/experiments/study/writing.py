@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from ats._files import write_whole
+from ats.experiments.markdown import wrap
 
 # Okabe and Ito's colours, apart for every kind of colour vision; markers tell them apart in grey as well.
 STYLES: dict[str, dict[str, Any]] = {
@@ -67,7 +68,7 @@ def write_study(
     """Write its files."""
     record, tables, plot = study_files(folder, study)
     values = {"command": f"ats study {study}", "options": plain(options), "rows": rows}
-    write_whole(tables, text.encode())
+    write_whole(tables, wrap(text).encode())
     if picture is not None:
         write_whole(plot, picture)
     write_whole(record, (json.dumps(values, indent=1) + "\n").encode())
