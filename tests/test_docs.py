@@ -40,3 +40,19 @@ def test_links_and_pictures_lead_somewhere() -> None:
         assert "@@" not in page.read_text(), f"{page.name} has a placeholder"
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def pages() -> list[Path]:
+    return [path for path in ROOT.rglob("*.md") if not {".venv", "runs", "build"} & set(path.relative_to(ROOT).parts)]
+
+
+def test_no_line_is_longer_than_a_reader_likes() -> None:
+    """Of all pages, those that commands wrote among them; tables, pictures and links keep their lines."""
+    kept = ("|", "![", "http", "[")
+    long = [
+        f"{page.relative_to(ROOT)}:{number}"
+        for page in pages()
+        for number, line in enumerate(page.read_text().splitlines(), start=1)
+        if len(line) > 100 and not line.lstrip().startswith(kept)
+    ]
+    assert not long
