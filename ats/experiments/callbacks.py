@@ -73,11 +73,14 @@ class AttentionDiagnostics(Callback):
         self._step = -1  # last looked at
 
     def state_dict(self) -> dict[str, Any]:
-        return {"streaks": dict(self._streaks), "warned": list(self._warned)}
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        return {"streaks": dict(self._streaks), "warned": list(self._warned), "losses": losses, "step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._streaks |= state_dict["streaks"]
         self._warned = list(state_dict["warned"])
+        self._losses = [torch.tensor(loss) for loss in state_dict.get("losses", ())]
+        self._step = state_dict.get("step", -1)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -98,7 +101,8 @@ class AttentionDiagnostics(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if isinstance(outputs, dict) and "loss" in outputs and trainer.is_global_zero:
-            self._losses.append(outputs["task_loss" if "task_loss" in outputs else "loss"].detach())
+            self._losses = [loss.to(pl_module.device) for loss in self._losses]  # some may be from a checkpoint
+            self._losses.append(outputs["task_loss" if "task_loss" in outputs else "loss"].detach().float())
         while self._handles:
             self._handles.pop().remove()
         seen, self._seen = self._seen, {}

@@ -139,6 +139,12 @@ class TrainerConfig:
     """A checkpoint is written after an epoch if the last one is at least this old, and after the last epoch."""
     snapshots: int = 0
     """Checkpoints to keep, evenly over the training, as checkpoints/step-STEP.ckpt: for curves and pictures of it."""
+    sync_batchnorm: bool = False
+    """On several GPUs: batch normalisation's statistics are those of all of a step's images, which makes steps wait
+    for each other; else each GPU has those of its own images, and rank 0's are what is evaluated."""
+    extend: bool = False
+    """Train a run on that had fewer epochs, or updates. The schedule is the longer training's, from the step at which
+    the run is: a learning rate that had fallen along a cosine rises to where the longer one has it."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +257,7 @@ class ExperimentConfig:
     def run_folder(self) -> Path:
         """Where the run's files go."""
         name = f"{self.experiment}-{self.preset}-{self.model.label}-seed-{self.seed}"
-        return self.output or Path("runs") / name
+        return (self.output or Path("runs") / name).expanduser()
 
 
 def to_dict(config: ExperimentConfig) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from ats.experiments.checkpoints import read_checkpoint
+from ats.experiments.console import plain_console
 from ats.experiments.experiment import ExperimentData
 from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.registry import experiment_data, from_dict
@@ -30,17 +31,17 @@ def load_task(checkpoint: Path) -> ClassificationTask:
         checkpoint = checkpoint / "checkpoints" / "last.ckpt"
     if not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}; `ats train` writes RUN/checkpoints/last.ckpt")
+    content = read_checkpoint(checkpoint)
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         values = content["hyper_parameters"]["config"]
-    except Exception as error:
-        raise ValueError(f"{checkpoint} is not a checkpoint that `ats train` wrote ({error!r})") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint} is not a checkpoint that `ats train` wrote: it has no configuration") from error
     try:
         task = ClassificationTask(from_dict(values))
         task.load_state_dict(content["state_dict"])
         task.on_load_checkpoint(content)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{checkpoint} was written by another version of ats: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint} was written by another version of ats, or is damaged: {error}") from error
     return task.eval()
 
 
@@ -202,7 +203,7 @@ def _logits(
     generator = torch.Generator(task.device).manual_seed(seed)
     logits, labels = [], []
     batches = torch.arange(images or len(data.labels("test")), device="cpu").split(batch_size)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     # Where there is no terminal, all that is left of a bar is empty lines.
     for indices in track(batches, "evaluating", console=console, transient=True, disable=not console.is_terminal):
         view, image, label = data.load("test", indices.to(task.device))

@@ -68,6 +68,7 @@ class ClassificationTask(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["classes"] = list(self.classes)
+        checkpoint["ran_on"] = ran_on(self.trainer, self.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.classes = tuple(checkpoint["classes"])
@@ -124,3 +125,12 @@ class ClassificationTask(L.LightningModule):
         total = self.total_steps()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, optim))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def ran_on(trainer: L.Trainer, config: ExperimentConfig) -> dict[str, Any]:
+    """What of a training's surroundings is part of its result, under the names of `TrainerConfig`."""
+    return {
+        "devices": trainer.world_size,
+        "precision": str(trainer.precision),
+        "sync_batchnorm": config.trainer.sync_batchnorm,
+    }

@@ -5,7 +5,6 @@ begin with there are neither. Patches that an experiment makes by itself, as spe
 attention, no labels and no boxes.
 """
 
-import io
 import math
 import time
 from pathlib import Path
@@ -17,8 +16,8 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from ats._files import write_whole
 from ats.experiments.build import Classifier, patch_features
+from ats.experiments.checkpoints import read_checkpoint, write_checkpoint
 from ats.experiments.experiment import ExperimentData
 from ats.experiments.schedule import learning_rate_factor
 from ats.models import ATSClassifier
@@ -50,7 +49,7 @@ def teach_features(model: Classifier, data: ExperimentData, checkpoint: Path) ->
     std = torch.tensor(networks.std or [1.0], device=device).view(-1, 1, 1)
     model.train()
     state = _State(feature, model.head, optimizer, schedule, random)
-    first = state.load(checkpoint, device) if checkpoint.exists() else 0
+    first = state.load(checkpoint) if checkpoint.exists() else 0
     if first < steps:
         _report(f"drawn patches, step {first}/{steps}")
     recent, reported, written = [], time.monotonic(), time.monotonic()
@@ -87,18 +86,26 @@ class _State:
 
     @rank_zero_only
     def save(self, path: Path, step: int) -> None:
-        state = {name: part.state_dict() for name, part in self._parts.items()}
-        file = io.BytesIO()
-        torch.save(state | {"step": step, "random": _plain(self._random.bit_generator.state)}, file)
-        write_whole(path, file.getvalue())
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts.items()}
+        write_checkpoint(path, state | {"step": step, "random": _plain(self._random.bit_generator.state)})
 
-    def load(self, path: Path, device: torch.device) -> int:
-        """Set everything as it was saved, and return the step at which."""
-        state = torch.load(path, map_location=device, weights_only=True)
-        for name, part in self._parts.items():
-            part.load_state_dict(state[name])
-        self._random.bit_generator.state = state["random"]
-        return int(state["step"])
+    def load(self, path: Path) -> int:
+        """Set everything as it was saved, and return the step at which.
+
+        Raises:
+            ValueError: what was saved is damaged, or of another model.
+        """
+        try:
+            state = read_checkpoint(path)
+            try:
+                for name, part in self._parts.items():
+                    part.load_state_dict(state[name])
+                self._random.bit_generator.state = state["random"]
+                return int(state["step"])
+            except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+                raise ValueError(f"{path} is of another model, or damaged ({error!r})") from error
+        except ValueError as error:
+            raise ValueError(f"{error}; remove it to teach the features anew") from error
 
 
 def _plain(state: Any) -> Any:

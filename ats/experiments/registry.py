@@ -1,7 +1,10 @@
 """Which experiments there are. A new one is a file with an `Experiment`, and a line here."""
 
+import dataclasses
+import types
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from ats.experiments.colon_cancer import COLON_CANCER
 from ats.experiments.config import DiagnosticsConfig, ExperimentConfig, ModelConfig, OptimConfig, TrainerConfig
@@ -49,12 +52,40 @@ def from_dict(values: dict[str, Any]) -> ExperimentConfig:
     sections = {"model": ModelConfig, "optim": OptimConfig, "trainer": TrainerConfig, "diagnostics": DiagnosticsConfig}
     try:
         values = {"diagnostics": {}} | values  # which change no result: a run from before them is still the same
+        if not all(isinstance(values[name], dict) for name in (*sections, "data")):
+            raise TypeError("a section is no object")
         sections["data"] = EXPERIMENTS[values["experiment"]].options
         parts: dict[str, Any] = {name: section(**_typed(values[name])) for name, section in sections.items()}
         rest = {name: value for name, value in values.items() if name not in sections and name != "experiment"}
-        return ExperimentConfig(**_typed(rest), **parts)
-    except (KeyError, TypeError) as error:
+        config = ExperimentConfig(**_typed(rest), **parts)
+        for part in (config, *parts.values()):
+            _check_types(part)
+        return config
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a configuration of this version of ats: {error}") from error
+
+
+def _check_types(values: Any) -> None:
+    """Raise TypeError where a dataclass has a value that its field's type does not allow; int is one of float's."""
+    for name, kind in typing.get_type_hints(type(values)).items():
+        if typing.get_origin(kind) is ClassVar or kind is ClassVar:
+            continue
+        value = getattr(values, name)
+        if not dataclasses.is_dataclass(value) and not _allows(kind, value):
+            raise TypeError(f"{name}={value!r:.80} where {kind} is expected")
+
+
+def _allows(kind: Any, value: Any) -> bool:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return any(value == each and type(value) is type(each) for each in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return any(_allows(each, value) for each in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_allows(arguments[0], each) for each in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _typed(values: dict[str, Any]) -> dict[str, Any]:

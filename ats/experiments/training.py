@@ -1,84 +1,185 @@
 """Run a training: a folder of its own, logs, checkpoints, and going on where a run stopped."""
 
-import json
 import logging
 import math
 import sys
-import time
 import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import (
-    Callback,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    RichProgressBar,
-    Timer,
-    WeightAveraging,
-)
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from rich.console import Console
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar, Timer, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from ats._files import write_whole
+from ats._files import write_json
+from ats.experiments.agreement import Agreement, RunCompleteError
 from ats.experiments.callbacks import AttentionDiagnostics
+from ats.experiments.checkpoints import EpochCheckpoint, WholeCheckpoints, check_resumable, fingerprint, read_checkpoint
 from ats.experiments.config import ExperimentConfig, differences, to_dict
+from ats.experiments.console import say
 from ats.experiments.environment import hardware
 from ats.experiments.experiment import Batch, ExperimentData
-from ats.experiments.lightning_module import ClassificationTask
+from ats.experiments.lightning_module import ClassificationTask, ran_on
 from ats.experiments.pretrain_features import teach_features
+from ats.experiments.progress import ProgressLines
+from ats.experiments.records import MetricsRecord
 from ats.experiments.registry import experiment_data, from_dict
+from ats.experiments.run_folder import RunFolder, described, is_longer
+
+_MEND = "put a whole one of this run in its place, remove it to begin anew, or name another folder with --output"
 
 
 class InterruptedRunError(Exception):
     """The user stopped a run; the same command goes on with it."""
 
 
+class LostRankError(Exception):
+    """Another process of the training ended."""
+
+
 def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> Path:
     """Train, or go on training, the run of `config`, and return its last checkpoint.
 
     The folder gets config.json, checkpoints/last.ckpt (after an epoch), csv/ and tensorboard/ logs, and
-    training.json once the run is complete. A run continued from a checkpoint ends with the same weights as one
-    that was never stopped; a complete run is left as it is.
+    training.json once the run is complete. A run continued from a checkpoint ends with the same weights and records
+    as one that was never stopped; a complete run is left as it is, unless `config.trainer.extend` trains it on.
 
     Raises:
-        ValueError: the folder holds a run with other options, or on other data.
+        ValueError: the folder is in use, or holds a run with other options, on other data, of another number of
+            devices or precision, or a damaged one; ranks that do not see the same run.
+        OSError: files that cannot be read or written.
         InterruptedRunError: by the user.
     """
-    folder = config.run_folder
-    last = folder / "checkpoints" / "last.ckpt"
+    folder = RunFolder(config.run_folder)
+    resumes = folder.last.exists()
+    record = MetricsRecord(folder.path, resumes=resumes)
+    timer, start = Timer(), Agreement()
+    trainer = _trainer(config, record, [start, timer, *_diagnostics(config), *callbacks])
+    # Where others see other disks, or are started by somebody else, they wait to be told.
+    told = trainer.world_size > 1 and (trainer.num_nodes > 1 or _from_outside(trainer))
+    if config.trainer.sync_batchnorm and trainer.strategy.root_device.type == "cpu":
+        raise ValueError("trainer.sync_batchnorm is for GPUs, and this runs on the CPU; leave it out")
+    first = trainer.is_global_zero
+    complete = first and folder.check(config)
     data = experiment_data(config)
-    _claim(folder, config)
-    _claim_data(folder, data)
-    if (folder / "training.json").exists():
-        Console().print(f"{folder} is complete: nothing to train.")
-        return last
-    L.seed_everything(config.seed, workers=True, verbose=False)
-    timer = Timer()
-    trainer = _trainer(config, [timer, *_diagnostics(config), *callbacks])
-    task = ClassificationTask(config)
-    try:
-        if not last.exists():
-            teach_features(task.model.to(trainer.strategy.root_device), data, folder / "checkpoints" / "taught.ckpt")
-        trainer.fit(task, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
-    except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into an exit
-        raise InterruptedRunError(f"stopped in {folder}; the same command goes on from its last checkpoint") from stop
-    if trainer.is_global_zero:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        summary = {
-            "seconds": timer.time_elapsed("train"),
-            "steps": trainer.global_step,
-            "metrics": metrics,
-            "hardware": hardware(),
-            "data": data.source,
-            "train_images": len(data.labels("train")),
-            "test_images": len(data.labels("test")),
+    same = complete and data.config.data.folder == _data_folder(folder)  # then they need not be there any more
+    if not same and first:
+        data.prepare_data()
+        data.labels("train")  # data that are not there, or impossible, leave no folder behind
+    data_description = None if same else described(data)
+    with folder.held() if first else nullcontext():
+        if first:
+            complete = folder.check(config)  # another command may have been quicker
+            folder.claim(config, data_description)
+        if complete:
+            say(f"{folder.path} is complete: nothing to train.")
+            if not told:
+                return folder.last
+        L.seed_everything(config.seed, workers=True, verbose=False)
+        task = ClassificationTask(config)
+        checkpoint = folder.last if folder.last.exists() else None
+        if checkpoint is not None and not complete:
+            _check_checkpoint(checkpoint, config, task, trainer)
+        start.seen = {
+            "its options": _without_place(config),
+            "its data": data_description,
+            "checkpoints/last.ckpt": None if checkpoint is None else fingerprint(checkpoint),
         }
-        write_json(folder / "training.json", summary)
-    return last
+        start.complete = complete
+        try:
+            if checkpoint is None:
+                teach_features(task.model.to(trainer.strategy.root_device), data, folder.taught)
+            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except RunCompleteError:
+            return folder.last
+        except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into an exit
+            raise InterruptedRunError(
+                f"stopped in {folder.path}; the same command goes on from its last checkpoint"
+            ) from stop
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            if checkpoint is not None and not start.trains:
+                raise ValueError(
+                    f"{checkpoint} is damaged, or was written by another version of ats ({error!r}); {_MEND}"
+                ) from error
+            if _is_lost(error):
+                raise LostRankError(
+                    f"a process of the training in {folder.path} ended, which its own message above may explain; "
+                    "the same command goes on from the last checkpoint"
+                ) from error
+            raise
+        if first:
+            write_json(folder.summary, _summary(config, trainer, data, record, timer))
+    return folder.last
+
+
+def _data_folder(folder: RunFolder) -> Path | None:
+    found = folder.recorded()
+    return None if found is None else found.data.folder
+
+
+def _from_outside(trainer: L.Trainer) -> bool:
+    """Whether torchrun, Slurm or the like starts the processes, not Lightning."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return environment is not None and environment.creates_processes_externally
+
+
+def _check_checkpoint(path: Path, config: ExperimentConfig, task: ClassificationTask, trainer: L.Trainer) -> None:
+    """Raise ValueError unless the run of `config` can go on from a checkpoint, on what it runs on now."""
+    try:
+        content = read_checkpoint(path)
+        check_resumable(path, content, task)
+        try:
+            found = from_dict(content["hyper_parameters"]["config"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} was written by another version of ats ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; {_MEND}") from error
+    other = differences(found, config)
+    if other and not (
+        config.trainer.extend and all(text.startswith("optim.") for text in other) and is_longer(found, config)
+    ):
+        raise ValueError(f"{path} is of a run with other options ({'; '.join(other)}); {_MEND}")
+    before = {"precision": found.trainer.precision} | dict(content.get("ran_on", {}))
+    now = ran_on(trainer, config)
+    for name, value in before.items():
+        if name in now and now[name] != value:
+            raise ValueError(
+                f"{path} was trained with {name}={value}, and going on with {now[name]} would be another training "
+                f"(batches are per device); set --trainer.{name} {value}, or name another folder with --output"
+            )
+
+
+def _without_place(config: ExperimentConfig) -> dict[str, Any]:
+    """The options that decide a run's result, without where it runs and where its files are."""
+    values = to_dict(config)
+    values["data"].pop("folder", None)
+    return {name: value for name, value in values.items() if name not in ("output", "trainer", "diagnostics")}
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether a rank's error is that it cannot reach another."""
+    known = isinstance(error, getattr(torch.distributed, "DistError", ()))
+    return known or any(word in str(error) for word in ("gloo/transport", "Connection closed by peer", "NCCL"))
+
+
+def _summary(
+    config: ExperimentConfig, trainer: L.Trainer, data: ExperimentData, record: MetricsRecord, timer: Timer
+) -> dict[str, Any]:
+    """What training.json holds."""
+    return {
+        "seconds": timer.time_elapsed("train"),
+        "steps": trainer.global_step,
+        "metrics": record.latest(),
+        "hardware": hardware(),
+        "ran_on": ran_on(trainer, config) | {"images_a_step": trainer.world_size * config.optim.batch_size},
+        "data": data.source,
+        "train_images": len(data.labels("train")),
+        "test_images": len(data.labels("test")),
+    }
 
 
 def _diagnostics(config: ExperimentConfig) -> list[Callback]:
@@ -97,7 +198,7 @@ def _drawn_loss(task: L.LightningModule, batch: Batch, generator: torch.Generato
     return task.loss(task.model(view, image, generator=generator)[0], label)
 
 
-def _trainer(config: ExperimentConfig, callbacks: list[Callback]) -> L.Trainer:
+def _trainer(config: ExperimentConfig, record: MetricsRecord, callbacks: Sequence[Callback]) -> L.Trainer:
     folder = config.run_folder
     _quiet()
     options = config.trainer
@@ -115,11 +216,13 @@ def _trainer(config: ExperimentConfig, callbacks: list[Callback]) -> L.Trainer:
         enable_model_summary=False,
         enable_progress_bar=sys.stdout.isatty(),
         default_root_dir=folder,
-        logger=[CSVLogger(folder, name="csv"), TensorBoardLogger(folder, name="tensorboard")],
+        sync_batchnorm=options.sync_batchnorm,
+        plugins=[WholeCheckpoints()],
+        logger=[record, TensorBoardLogger(folder, name="tensorboard")],
         callbacks=[
             *callbacks,
             *([AveragedWeights(config.optim.average)] if config.optim.average else []),
-            EpochCheckpoint(folder / "checkpoints", options.checkpoint_seconds, options.snapshots),
+            EpochCheckpoint(folder / "checkpoints", record, options.checkpoint_seconds, options.snapshots),
             LearningRateMonitor(),
             RichProgressBar() if sys.stdout.isatty() else ProgressLines(),
         ],
@@ -133,7 +236,7 @@ def _quiet() -> None:
         ".*does not have many workers.*",  # the loaders hand out indices
         ".*number of training batches.*smaller than the logging interval.*",  # the log is by epoch
         ".*Total length of `list` across ranks is zero.*",  # no validation was asked for
-        ".*Checkpoint directory .* exists and is not empty.*",  # it goes on from there
+        ".*callbacks used to create the checkpoint need to be provided.*",  # of an earlier version
         ".*module.s. in eval mode at the start of training.*",  # features that were taught beforehand
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
     ):
@@ -154,122 +257,3 @@ class AveragedWeights(WeightAveraging):
             return averaged.lerp(current, 1 - ((steps + 1) / (steps + 10)).clamp(max=decay))
 
         super().__init__(avg_fn=average)
-
-
-class EpochCheckpoint(ModelCheckpoint):
-    """last.ckpt, written after an epoch if the one before is old enough and after the last epoch; and snapshots."""
-
-    def __init__(self, folder: Path, seconds: float, snapshots: int = 0) -> None:
-        super().__init__(folder, filename="last", enable_version_counter=False)
-        self.folder = folder
-        self.seconds = seconds
-        self.snapshots = snapshots
-        self._written = -math.inf
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if _is_last_epoch(trainer) or time.monotonic() - self._written >= self.seconds:
-            super().on_train_epoch_end(trainer, pl_module)
-            self._written = time.monotonic()
-        # One for each share of 1 / snapshots of the steps that this epoch has completed.
-        total = trainer.estimated_stepping_batches
-        done = [step * self.snapshots // total for step in (trainer.global_step, self._first_step(trainer))]
-        if done[0] > done[1]:
-            trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:07d}.ckpt")
-
-    @staticmethod
-    def _first_step(trainer: L.Trainer) -> int:
-        """The step at which this epoch began."""
-        return trainer.global_step - trainer.fit_loop.epoch_loop.batch_progress.current.completed
-
-
-def _is_last_epoch(trainer: L.Trainer) -> bool:
-    epochs, steps = trainer.max_epochs or -1, trainer.max_steps
-    return 0 < epochs <= trainer.current_epoch + 1 or 0 < steps <= trainer.global_step
-
-
-class ProgressLines(Callback):
-    """A line an epoch, of short ones some, and one every half minute: progress where a bar would be noise."""
-
-    def __init__(self, every: float = 30.0, epochs_apart: float = 3.0) -> None:
-        self.every = every  # seconds
-        self.epochs_apart = epochs_apart  # seconds
-        self._last = time.monotonic()
-        self._last_epoch = -math.inf
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.is_global_zero and time.monotonic() - self._last >= self.every:
-            self._last = time.monotonic()
-            done = f"step {trainer.global_step}/{trainer.estimated_stepping_batches}"
-            print(f"  {done}  loss of this batch {float(outputs['loss']):.3f}", flush=True)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        due = time.monotonic() - self._last_epoch >= self.epochs_apart or _is_last_epoch(trainer)
-        if trainer.is_global_zero and due:
-            self._last_epoch = time.monotonic()
-            metrics = trainer.callback_metrics
-            numbers = "  ".join(f"{name} {float(metrics[name]):.3f}" for name in sorted(metrics) if "/" in name)
-            steps = f", step {trainer.global_step}/{trainer.max_steps}"
-            of = steps if trainer.max_epochs == -1 else f"/{trainer.max_epochs}"
-            print(f"epoch {trainer.current_epoch + 1}{of}  {numbers}", flush=True)
-
-
-def _claim(folder: Path, config: ExperimentConfig) -> None:
-    """Make the run's folder, or check that what lies there is the same run."""
-    recorded = folder / "config.json"
-    if recorded.exists() and _started(folder):
-        try:
-            found = differences(from_dict(json.loads(recorded.read_text())), config)
-        except ValueError as error:  # JSON's errors are some, too
-            raise ValueError(f"{recorded} cannot be read ({error}); name another folder with --output") from error
-        if found:
-            raise ValueError(
-                f"{folder} holds a run with other options ({'; '.join(found)}); name another folder with --output, "
-                "or remove that one"
-            )
-    elif folder.exists() and not recorded.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run; name another folder with --output")
-    else:
-        write_json(recorded, to_dict(config))
-
-
-def _started(folder: Path) -> bool:
-    """Whether a run's folder holds anything that was learned."""
-    return any(
-        (folder / name).exists() for name in ("checkpoints/last.ckpt", "checkpoints/taught.ckpt", "training.json")
-    )
-
-
-def _claim_data(folder: Path, data: ExperimentData) -> None:
-    """Note which images a run is of, or check that they are the same, where options alone do not say which."""
-    if not data.on_disk:
-        return
-    recorded = folder / "data.json"
-    complete = (folder / "training.json").exists()
-    if complete and data.config.data.folder == _recorded_folder(folder):
-        return  # asked for in the same words: nothing is read, so that the data need not be there any more
-    found = {"source": data.source} | {f"{name}_images": len(data.labels(name)) for name in ("train", "test")}
-    if recorded.exists() and _started(folder):
-        known = json.loads(recorded.read_text())
-    else:
-        write_json(recorded, found)
-        return
-    if known != found:
-        raise ValueError(
-            f"{folder} holds a run on {_described(known)}, not on {_described(found)}; name another folder with "
-            "--output, or remove that one"
-        )
-
-
-def _recorded_folder(folder: Path) -> Path | None:
-    return from_dict(json.loads((folder / "config.json").read_text())).data.folder
-
-
-def _described(data: dict[str, Any]) -> str:
-    return f"{data['source']} ({data['train_images']} training and {data['test_images']} test images)"
-
-
-def write_json(path: Path, values: dict[str, Any] | list[dict[str, Any]]) -> None:
-    """Write `values` so that the file is either old or new, never half."""
-    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())

@@ -1,6 +1,7 @@
 """The commands behind ``ats``: their options, and errors as one line rather than a traceback."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +10,20 @@ from typing import Literal
 import torch
 import tyro
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from rich.console import Console
 from rich.table import Table
 
+from ats._files import write_json
 from ats.experiments.commands.attention import AttentionOptions, draw_image
 from ats.experiments.commands.demo import run_demo
 from ats.experiments.commands.synthesise import SynthesiseOptions, synthesise
 from ats.experiments.config import ExperimentConfig
+from ats.experiments.console import say
 from ats.experiments.evaluation import Evaluation, evaluate, load_task
+from ats.experiments.options import parse
 from ats.experiments.registry import EXPERIMENTS
 from ats.experiments.reproduce.command import ReproduceOptions, reproduce
 from ats.experiments.study.commands import run_study
-from ats.experiments.training import InterruptedRunError, train, write_json
+from ats.experiments.training import InterruptedRunError, LostRankError, train
 from ats.version import __version__
 
 _HELP = f"""usage: ats COMMAND [OPTIONS]
@@ -67,7 +70,8 @@ class EvaluateOptions:
     device: str = "cpu"
     """cpu, cuda, …"""
     output: Path | None = None
-    """Also write the numbers to this JSON file: a list with an object for each model and number of patches."""
+    """Also write the numbers to this JSON file, a new one: a list with an object for each model and number of
+    patches."""
 
     def __post_init__(self) -> None:
         """Refuse to evaluate nothing."""
@@ -103,23 +107,23 @@ def run(arguments: Sequence[str]) -> int:
     if command == "--version":
         print(__version__)
         return 0
-    errors = Console(stderr=True, soft_wrap=True)
     if command not in commands:
-        errors.print(f"ats: unknown command {command!r}, expected one of {', '.join(commands)}", markup=False)
+        say(f"ats: unknown command {command!r}, expected one of {', '.join(commands)}", stderr=True)
         return 2
     try:
         commands[command](rest)
     except SystemExit as stop:  # the options' parser has said what is wrong, or helped
         return int(stop.code or 0)
     except (InterruptedRunError, KeyboardInterrupt) as stop:
-        errors.print(f"ats: {stop or 'interrupted'}", markup=False)
+        say(f"ats: {stop or 'interrupted'}", stderr=True)
         return 130
     except (
         ValueError,
         OSError,
+        LostRankError,
         MisconfigurationException,
     ) as error:  # what a user can mend; a defect keeps its traceback
-        errors.print(f"ats: {_said(error)}", markup=False)
+        say(f"ats: {_said(error)}", stderr=True)
         return 1
     return 0
 
@@ -145,21 +149,23 @@ def _train(arguments: list[str]) -> None:
     presets = EXPERIMENTS[experiment].presets
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r} of {experiment}, expected one of {', '.join(presets)}")
-    config = tyro.cli(
+    config = parse(
         ExperimentConfig,
-        prog=f"ats train {experiment}",
+        f"ats train {experiment}",
+        arguments[1:],
         default=presets[preset],
-        args=arguments[1:],
         config=(tyro.conf.AvoidSubcommands,),  # the preset has the experiment's own kind of data
     )
     checkpoint = train(config)
-    Console().print(f"Evaluate with: ats evaluate {checkpoint}")
+    say(f"Evaluate with: ats evaluate {shlex.quote(str(checkpoint))}")
 
 
 def _evaluate(arguments: list[str]) -> None:
-    options = tyro.cli(EvaluateOptions, prog="ats evaluate", args=arguments)
+    options = parse(EvaluateOptions, "ats evaluate", arguments)
     if options.output is not None and options.output.is_dir():
         raise ValueError(f"--output {options.output} is a folder; name a file")
+    if options.output is not None and options.output.exists():
+        raise FileExistsError(f"{options.output} is there already; name another file with --output")
     tasks = [load_task(checkpoint) for checkpoint in options.checkpoints]  # a bad one is not found an hour later
     found = []
     for checkpoint, task in zip(options.checkpoints, tasks, strict=True):
@@ -180,7 +186,7 @@ def _evaluate(arguments: list[str]) -> None:
                 folder=options.data_folder,
                 seed=options.seed,
             )
-            Console().print(_evaluation_table(checkpoint, result))
+            say(_evaluation_table(checkpoint, result))
             found.append({"checkpoint": str(checkpoint), "seed": options.seed} | result.to_dict())
     if options.output is not None:
         write_json(options.output, found)
@@ -201,21 +207,21 @@ def _evaluation_table(checkpoint: Path, result: Evaluation) -> Table:
 
 
 def _attention(arguments: list[str]) -> None:
-    answer = draw_image(tyro.cli(AttentionOptions, prog="ats attention", args=arguments))
-    Console(soft_wrap=True).print(answer, markup=False, highlight=False)
+    answer = draw_image(parse(AttentionOptions, "ats attention", arguments))
+    say(answer)
 
 
 def _reproduce(arguments: list[str]) -> None:
-    reproduce(tyro.cli(ReproduceOptions, prog="ats reproduce", args=arguments))
+    reproduce(parse(ReproduceOptions, "ats reproduce", arguments))
 
 
 def _synthesise(arguments: list[str]) -> None:
-    options = tyro.cli(SynthesiseOptions, prog="ats synthesise", args=arguments)
+    options = parse(SynthesiseOptions, "ats synthesise", arguments)
     for line in synthesise(options):
-        Console(soft_wrap=True).print(line, markup=False, highlight=False)
-    Console(soft_wrap=True).print(f"Train on it with: --data.folder {options.folder}", markup=False, highlight=False)
+        say(line)
+    say(f"Train on it with: --data.folder {shlex.quote(str(options.folder))}")
 
 
 def _demo(arguments: list[str]) -> None:
-    options = tyro.cli(DemoOptions, prog="ats demo", args=arguments)
+    options = parse(DemoOptions, "ats demo", arguments)
     run_demo(options.output, options.seed)

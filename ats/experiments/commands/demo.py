@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from ats._files import write_json
 from ats.experiments.config import ExperimentConfig
+from ats.experiments.console import plain_console
 from ats.experiments.evaluation import Evaluation, evaluate, load_task
 from ats.experiments.experiment import ExperimentData
 from ats.experiments.plotting.figures import draw_attention
 from ats.experiments.registry import EXPERIMENTS, experiment_data
-from ats.experiments.training import train, write_json
+from ats.experiments.training import train
 from ats.models import ATSClassifier
 
 # By the name of the run's folder.
@@ -41,10 +42,10 @@ def run_demo(
             f"--output {folder} is the current folder or one around it; name one for the demo alone, "
             "e.g. --output runs/demo"
         )
-    console, config = Console(), dataclasses.replace(config, seed=seed)
+    console, config = plain_console(), dataclasses.replace(config, seed=seed)
     if (folder / "metrics.json").exists() and (folder / "learned" / "config.json").exists():
         kept = _set_aside(folder)
-        console.print(f"The demo that was in {folder} is now in {kept}.")
+        console.print(f"The demo that was in {folder} is now in {kept}.", soft_wrap=True)
     data = experiment_data(config)
     images, size = len(data.labels("train")), data.examples("test", torch.tensor([0], device="cpu"))[0].shape[-1]
     results: dict[str, tuple[Evaluation, float]] = {}
@@ -86,7 +87,7 @@ def run_demo(
     }
     write_json(folder / "metrics.json", metrics)
     console.print(_table(results, config.model.patch_size, size))
-    console.print(f"What it looked at: {picture}\nThe numbers: {folder / 'metrics.json'}")
+    console.print(f"What it looked at: {picture}\nThe numbers: {folder / 'metrics.json'}", soft_wrap=True)
 
 
 def _table(results: dict[str, tuple[Evaluation, float]], patch_size: int, image_size: int) -> Table:

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
 
+from ats.experiments.console import plain_console
 from ats.experiments.registry import EXPERIMENTS, experiment_data, tables
 from ats.experiments.reproduce.costs import costs
 from ats.experiments.reproduce.figures import complete_runs, draw_figures, sweep_entropy
@@ -74,7 +74,7 @@ def _figures(options: ReproduceOptions) -> None:
         written += draw_figures(table, runs, folder)
         if options.train and table.swept is not None:
             written += sweep_entropy(table, options.preset, options.output, _data_folder(table, options), folder)
-    Console().print(f"Written: {', '.join(map(str, written)) or 'nothing'}", soft_wrap=True)
+    plain_console().print(f"Written: {', '.join(map(str, written)) or 'nothing'}", soft_wrap=True)
 
 
 def _data_folder(table: Table, options: ReproduceOptions) -> Path | None:
@@ -108,5 +108,5 @@ def _table(table: Table, options: ReproduceOptions) -> None:
         results = {seed: result for seed, result in found.items() if result is not None}
         rows.append(row_values(row, preset, results, measured, source))
     paths = write_report(table, preset, any_config, rows, output)
-    Console().print(paths[-1].read_text(), markup=False, soft_wrap=True)
-    Console().print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
+    plain_console().print(paths[-1].read_text(), soft_wrap=True)
+    plain_console().print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from ats._files import write_json
 from ats.experiments.config import ExperimentConfig
+from ats.experiments.console import plain_console
 from ats.experiments.cost import measure_bytes, measure_seconds, published
 from ats.experiments.environment import hardware, versions
 from ats.experiments.reproduce.runs import read_json
 from ats.experiments.tables import Table
-from ats.experiments.training import write_json
 
 
 def costs(table: Table, path: Path, *, measure: bool) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def costs(table: Table, path: Path, *, measure: bool) -> dict[str, Any]:
     if up_to_date or not measure:
         return recorded
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    Console().print(f"Measuring on {device} what a sample costs: {', '.join(configs)}")
+    plain_console().print(f"Measuring on {device} what a sample costs: {', '.join(configs)}")
     peaks = {name: measure_bytes(config, device) for name, config in configs.items()}
     timings = measure_seconds(configs, device)
     rows = {name: {"bytes": peaks[name], "seconds": dataclasses.asdict(timings[name])} for name in configs}

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from ats._files import write_json
+from ats.experiments.checkpoints import read_checkpoint
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.evaluation import evaluate, load_task
 from ats.experiments.reproduce.runs import read_json
-from ats.experiments.training import write_json
 
 IMAGES = 500
 """Test images that a point of a curve is an error on, at most."""
@@ -28,7 +29,7 @@ def curve_of(config: ExperimentConfig) -> list[dict[str, Any]]:
     points = []
     images = min(IMAGES, json.loads((folder / "training.json").read_text())["test_images"])
     for path in sorted((folder / "checkpoints").glob("step-*.ckpt")):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_checkpoint(path)
         step = int(content["global_step"])
         task = load_task(path).to("cuda" if torch.cuda.is_available() else "cpu")
         error = evaluate(task, images=images, folder=config.data.folder, seed=config.seed).error

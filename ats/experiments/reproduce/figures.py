@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
+from ats._files import write_json
 from ats.experiments.build import Classifier, make_view
 from ats.experiments.config import ExperimentConfig
+from ats.experiments.console import plain_console
 from ats.experiments.evaluation import load_task
 from ats.experiments.experiment import ExperimentData
 from ats.experiments.localisation import attention_map
@@ -19,7 +20,6 @@ from ats.experiments.registry import experiment_data
 from ats.experiments.reproduce.curves import curve_of, entropies
 from ats.experiments.reproduce.runs import Job, result_of, run_jobs
 from ats.experiments.tables import Table
-from ats.experiments.training import write_json
 
 ENTROPY_WEIGHTS = (0.0, 0.001, 0.01, 0.1, 1.0)
 _SHOWN = 3  # images of a comparison
@@ -46,7 +46,7 @@ def draw_figures(table: Table, runs: Runs, folder: Path) -> list[Path]:
         runs: by method.
         folder: where the pictures go.
     """
-    console, written = Console(), []
+    console, written = plain_console(), []
     curves = {name: [points for config in configs if (points := curve_of(config))] for name, configs in runs.items()}
     curves = {name: found for name, found in curves.items() if found}
     first = next(iter(runs.values()))[0] if runs else None

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from ats._files import write_json
 from ats.experiments.config import ExperimentConfig, differences, to_dict
+from ats.experiments.console import plain_console
 from ats.experiments.evaluation import evaluate, load_task
 from ats.experiments.localisation import localise
 from ats.experiments.registry import experiment_data, from_dict
-from ats.experiments.training import train, write_json
+from ats.experiments.training import train
 
 REPEATS = 5
 """Draws an image in testing: the error is the mean over them, that of one draw without its luck."""
@@ -119,7 +120,7 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[int] = ()) -> None:
         InterruptedRunError: by the user; what was done stays done.
         RuntimeError: a run on a GPU of its own failed.
     """
-    console = Console()
+    console = plain_console()
     missing = [job for job in jobs if result_of(job.config) is None]
     console.print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them complete.")
     if len(gpus) <= 1:

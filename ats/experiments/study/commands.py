@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from ats.experiments.options import parse
 from ats.experiments.study.inference import InferenceOptions
 from ats.experiments.study.inference_report import study_inference
 from ats.experiments.study.training import TrainingOptions
@@ -64,16 +65,16 @@ def run_study(arguments: list[str]) -> None:
     if study in ("-h", "--help"):
         print(_HELP, end="")
     elif study == "variance":
-        variance = tyro.cli(VarianceCommand, prog="ats study variance", args=rest)
+        variance = parse(VarianceCommand, "ats study variance", rest)
         if variance.seed < 0:
             raise ValueError(f"seed must be at least 0, got {variance.seed}")
         options = QUICK if variance.quick else VarianceOptions()
         study_variance(dataclasses.replace(options, seed=variance.seed), variance.output)
     elif study == "training":
-        training = tyro.cli(TrainingCommand, prog="ats study training", args=rest)
+        training = parse(TrainingCommand, "ats study training", rest)
         study_training(training.options, training.output)
     elif study == "inference":
-        inference = tyro.cli(InferenceCommand, prog="ats study inference", args=rest)
+        inference = parse(InferenceCommand, "ats study inference", rest)
         study_inference(inference.checkpoints, inference.options, inference.data_folder, inference.output)
     else:
         raise ValueError(f"unknown study {study!r}, expected 'variance', 'training' or 'inference'")

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TimeRemainingColumn
 
+from ats.experiments.console import plain_console
 from ats.experiments.study.inference import InferenceOptions, Measurement, Model, Row, check, load, measure, ways
 from ats.experiments.study.writing import claim, markdown_table, write_study
 
@@ -34,11 +35,11 @@ def study_inference(
     rows: list[Row] = []
     if folder is not None:
         rows = [Row(**row) for row in claim(folder, "inference", measurement)]
-    console = Console()
+    console = plain_console()
     with Progress(*Progress.get_default_columns(), TimeRemainingColumn(), console=console, transient=True) as progress:
         bar = progress.add_task("measuring", total=len(loaded))
         for number, (model, task) in enumerate(loaded, start=1):
-            progress.update(bar, description=model.checkpoint)
+            progress.update(bar, description=escape(model.checkpoint))
             if any(row.model == number for row in rows):
                 progress.advance(bar)
                 continue
@@ -46,7 +47,7 @@ def study_inference(
             if folder is not None:
                 plain_rows = [row.to_dict() for row in rows]
                 write_study(folder, "inference", measurement, plain_rows, markdown(measurement, rows))
-    console.print(markdown(measurement, rows), markup=False, highlight=False, soft_wrap=True)
+    console.print(markdown(measurement, rows), soft_wrap=True)
     if folder is not None:
         console.print(f"Written to {folder}", soft_wrap=True)
     return rows

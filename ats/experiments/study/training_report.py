@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import pyplot as plt
-from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
+from ats.experiments.console import plain_console
 from ats.experiments.study.methods import METHODS
 from ats.experiments.study.training import CURVE_STEPS, Run, TrainingOptions, check, train
 from ats.experiments.study.writing import STYLES, claim, markdown_table, png, write_study
@@ -23,7 +23,7 @@ def study_training(options: TrainingOptions, folder: Path | None) -> list[Run]:
     if folder is not None:
         found = (Run(**row) for row in claim(folder, "training", options))
         done = {(run.formula, run.n_patches, run.seed): run for run in found}
-    console = Console()
+    console = plain_console()
     jobs = [(f, n, seed) for n in options.n_patches for seed in range(options.seeds) for f in options.formulas]
     runs: list[Run] = []
     with Progress(*Progress.get_default_columns(), TimeRemainingColumn(), console=console, transient=True) as progress:
@@ -36,7 +36,7 @@ def study_training(options: TrainingOptions, folder: Path | None) -> list[Run]:
             runs.append(done.get(job) or train(options, *job, lambda: progress.advance(bar)))
             if folder is not None:
                 write_study(folder, "training", options, [run.to_dict() for run in runs], markdown(runs), plot(runs))
-    console.print(markdown(runs), markup=False, highlight=False, soft_wrap=True)
+    console.print(markdown(runs), soft_wrap=True)
     if folder is not None:
         console.print(f"Written to {folder}", soft_wrap=True)
     return runs

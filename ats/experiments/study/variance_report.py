@@ -6,9 +6,9 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from rich.console import Console
 from rich.progress import Progress
 
+from ats.experiments.console import plain_console
 from ats.experiments.study.methods import METHODS
 from ats.experiments.study.variance import Row, VarianceOptions, measure, settings
 from ats.experiments.study.writing import STYLES, claim, markdown_table, png, write_study
@@ -20,7 +20,7 @@ def study_variance(options: VarianceOptions, folder: Path | None) -> list[Row]:
     """Measure, print the table and, given a folder, write results/variance.json and .md and variance.png there."""
     if folder is not None:
         claim(folder, "variance", options)
-    console = Console()
+    console = plain_console()
     rows: list[Row] = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(settings(options)))
@@ -28,7 +28,7 @@ def study_variance(options: VarianceOptions, folder: Path | None) -> list[Row]:
             rows += group
             progress.advance(task)
     text = markdown(rows)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
     if folder is not None:
         picture = plot([row for row in rows if row.how == "sampled"])
         write_study(folder, "variance", options, [row.to_dict() for row in rows], text, picture)

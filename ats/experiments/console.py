@@ -1,0 +1,14 @@
+"""What commands print. Nothing in it is markup: a folder may be called [/x], or :cat:."""
+
+from rich.console import Console
+from rich.table import Table
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console on which text appears as it is."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def say(text: str | Table, *, stderr: bool = False) -> None:
+    """Print a text, whose lines are left to the terminal to break, or a table."""
+    plain_console(stderr=stderr).print(text, soft_wrap=isinstance(text, str))

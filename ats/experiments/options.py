@@ -1,0 +1,37 @@
+"""Options from a command line."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+Options = TypeVar("Options")
+
+
+def parse(kind: type[Options], program: str, arguments: Sequence[str], **how: Any) -> Options:
+    """Read a command's options as `tyro.cli` does; in paths, ~ is the user's home, where no shell has seen to it."""
+    return expanded(tyro.cli(kind, prog=program, args=list(arguments), **how))
+
+
+def expanded(value: Any) -> Any:
+    """A dataclass, or a tuple, with ~ in its paths replaced.
+
+    Raises:
+        ValueError: the home of somebody unknown.
+    """
+    if isinstance(value, Path):
+        try:
+            return value.expanduser()
+        except RuntimeError as error:
+            raise ValueError(
+                f"{value}: there is no such user's folder; write ./{value} for a file of that name"
+            ) from error
+    if isinstance(value, tuple):
+        return tuple(map(expanded, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        new = {name: expanded(part) for name, part in old.items()}
+        return dataclasses.replace(value, **new) if new != old else value
+    return value

@@ -1,0 +1,89 @@
+"""A tiny run, and a process that runs it again and again, killed at one file after the other; used by test_faults.py.
+
+As a program: ``python -m tests.faults FOLDER``. It imports once and forks for each run, which costs a second less each.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ats._files
+from ats.experiments import training
+from ats.experiments.config import ExperimentConfig, OptimConfig, TrainerConfig
+from ats.experiments.megapixel_mnist import MegapixelMNISTConfig
+from ats.experiments.registry import EXPERIMENTS, experiment_data
+
+KILLED = 9
+
+
+def tiny(folder: Path, **trainer: Any) -> ExperimentConfig:
+    """Two epochs of two steps, a snapshot after each."""
+    data = MegapixelMNISTConfig(digits="bundled", image_size=140, n_noise=0, train_images=8, test_images=2)
+    options = TrainerConfig(accelerator="cpu", devices="1", snapshots=2)
+    model = EXPERIMENTS["megapixel-mnist"].presets["demo"].model
+    return ExperimentConfig(
+        preset="demo",
+        output=folder,
+        data=data,
+        model=dataclasses.replace(model, n_patches=2),
+        optim=OptimConfig(epochs=2, batch_size=4, learning_rate=1e-2, schedule="cosine"),
+        trainer=dataclasses.replace(options, **trainer),
+    )
+
+
+def kill_at(replacement: int) -> None:
+    """Kill this process where it would rename its file number `replacement`: others are in place, this one is not."""
+    real, counted = os.replace, [0]
+
+    def replace(source: Any, target: Any) -> None:
+        counted[0] += 1
+        if counted[0] == replacement:
+            os._exit(KILLED)
+        real(source, target)
+
+    ats._files.os.replace = replace  # type: ignore[attr-defined]
+
+
+def forked(work: Callable[[], Any]) -> int:
+    """Do `work` in a process of its own; its exit status."""
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    try:
+        work()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def main(place: Path) -> None:
+    """Run whole, then killed at each file and resumed; prints a line of JSON a killed run: file, and both statuses."""
+    config = tiny(place / "whole")
+    data = experiment_data(config)
+    for name in ("train", "validation", "test"):
+        data.labels(name)  # made once, for all processes
+    training.experiment_data = lambda _: data
+    assert forked(lambda: training.train(config)) == 0
+    for number in itertools.count(1):
+        again = dataclasses.replace(config, output=place / str(number))
+
+        def killed(again: ExperimentConfig = again, number: int = number) -> None:
+            kill_at(number)
+            training.train(again)
+
+        status = forked(killed)
+        if status == 0:
+            return
+        resumed = forked(lambda again=again: training.train(again))
+        print(json.dumps({"folder": str(again.run_folder), "killed": status, "resumed": resumed}), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,378 @@
+"""Faults provoked in tiny runs: kills, full disks, damaged and foreign files, two starts at once."""
+
+import dataclasses
+import errno
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ats import _files
+from ats._files import is_part, remove_parts, write_whole
+from ats.experiments.checkpoints import read_checkpoint, write_checkpoint
+from ats.experiments.commands.command_line import run
+from ats.experiments.config import ExperimentConfig, to_dict
+from ats.experiments.evaluation import load_task
+from ats.experiments.registry import from_dict
+from ats.experiments.run_folder import RunFolder
+from ats.experiments.training import train
+from tests.faults import KILLED, tiny
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run's folder, not to be changed."""
+    config = tiny(tmp_path_factory.mktemp("faults") / "whole")
+    train(config)
+    return config.run_folder
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> ExperimentConfig:
+    """A run that was stopped after its last checkpoint, to be broken."""
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "training.json").unlink()
+    return tiny(tmp_path / "run")
+
+
+def equal(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal(left[name], right[name]) for name in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(equal, left, right))
+    return left == right
+
+
+def records(folder: Path) -> dict[str, Any]:
+    """What a run leaves, but for seconds and where it is."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".ckpt":
+            content = read_checkpoint(path)
+            found[name] = {part: content[part] for part in ("state_dict", "optimizer_states", "epoch", "global_step")}
+            found[name]["rows"] = content["callbacks"]["EpochCheckpoint"]
+        elif path.suffix == ".csv":
+            found[name] = path.read_text()
+        elif path.suffix == ".json":
+            values = json.loads(path.read_text())
+            found[name] = {key: value for key, value in values.items() if key not in ("seconds", "output")}
+        elif path.is_file() and "tfevents" not in name and path.name != "hparams.yaml":
+            found[name] = "there"
+    return found
+
+
+def test_a_kill_at_any_file_ends_bit_equal_with_complete_records(tmp_path: Path) -> None:
+    """Weights, optimiser, snapshots, rows and summary; nothing is left over, and nothing in the way."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults", str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = records(tmp_path / "whole")
+    assert {name for name in expected if name.endswith((".ckpt", ".csv", "training.json"))} == {
+        "checkpoints/last.ckpt", "checkpoints/step-0000002.ckpt", "checkpoints/step-0000004.ckpt",
+        "csv/version_0/metrics.csv", "training.json",
+    }  # fmt: skip
+    kills = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(kills) >= 9, "nine files and more are written"
+    for kill in kills:
+        assert (kill["killed"], kill["resumed"]) == (KILLED, 0), kill
+        found = records(Path(kill["folder"]))
+        assert found.keys() == expected.keys(), kill
+        for name, value in expected.items():
+            assert equal(found[name], value), (kill, name)
+
+
+def test_every_epoch_has_its_row_and_the_summary_its_metrics(whole: Path) -> None:
+    header, *rows = [line.split(",") for line in (whole / "csv/version_0/metrics.csv").read_text().splitlines()]
+    losses = {row[header.index("step")]: row[header.index("train/loss")] for row in rows}
+    assert list(losses) == ["1", "3"]
+    summary = json.loads((whole / "training.json").read_text())
+    assert float(losses["3"]) == summary["metrics"]["train/loss"]
+    assert summary["ran_on"] == {
+        "devices": 1, "precision": "32-true", "sync_batchnorm": False, "images_a_step": 4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_file_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    path = tmp_path / "last.ckpt"
+    write_checkpoint(path, {"step": 1})
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(_files.os, call, full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_checkpoint(path, {"step": 2})
+    monkeypatch.undo()
+    assert caught.value.filename == str(path)
+    assert read_checkpoint(path) == {"step": 1}
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_run_on_a_disk_that_fills_goes_on_once_there_is_room(tmp_path: Path, whole: Path) -> None:
+    """A limit on a file's size is as near as a test comes to a full disk; the checkpoint is the largest file."""
+    config = tiny(tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, json.dumps(to_dict(config))],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    last = config.run_folder / "checkpoints" / "step-0000002.ckpt"
+    assert done.stderr.splitlines()[-1] == f"OSError {last}: File too large", done.stderr
+    assert not any(is_part(each) for each in config.run_folder.rglob("*"))
+    train(config)
+    assert equal(records(config.run_folder), records(whole))
+
+
+FULL_DISK = """
+import json, resource, signal, sys
+from ats.experiments.registry import from_dict
+from ats.experiments.training import train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    train(from_dict(json.loads(sys.argv[1])))
+except OSError as error:
+    sys.exit(f"{type(error).__name__} {error.filename}: {error.strerror}")
+"""
+
+
+def test_left_overs_are_nobodys_work(tmp_path: Path) -> None:
+    """Those of a dead process go, those of a living one stay; neither keeps a run from its folder."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = _files._host()
+    dead = [f".config.json.{ended.pid}.part", f".last.ckpt.{host}.{ended.pid}-7.part"]
+    living = [f".config.json.{host}.{os.getppid()}-1.part", f".config.json.elsewhere.{ended.pid}-1.part"]
+    for name in (*dead, *living, "my.part", ".7.part"):
+        (tmp_path / name).write_bytes(b"half")
+    remove_parts(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*living, "my.part", ".7.part"}
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        RunFolder(tmp_path).check(tiny(tmp_path))
+    for name in ("my.part", ".7.part"):
+        (tmp_path / name).unlink()
+    assert RunFolder(tmp_path).check(tiny(tmp_path)) is False
+
+
+def test_long_names_are_written_too(tmp_path: Path) -> None:
+    path = tmp_path / ("ä" * 120 + ".json")
+    write_whole(path, b"{}")
+    assert path.read_bytes() == b"{}"
+
+
+def test_a_second_command_in_the_same_folder_gets_a_line(copy: ExperimentConfig) -> None:
+    """From another process: it sees who is there, and once that is gone, killed, the run goes on."""
+    folder = RunFolder(copy.run_folder)
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom ats.experiments.run_folder import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).held():\n    print('held', flush=True)\n    time.sleep(600)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script, str(folder.path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"run is in use by process {other.pid} on .*, since 20.*--output"):
+            train(copy)
+    finally:
+        other.kill()
+        other.wait()
+    train(copy)
+    assert not {".lock", ".holder.json"} & {path.name for path in folder.path.iterdir()}
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "runs" / "run"
+    nowhere = tmp_path / "nowhere"
+    assert run(["train", "colon-cancer", "--data.folder", str(nowhere), "--output", str(place)]) == 1
+    assert str(nowhere) in capsys.readouterr().err
+    crowded = dataclasses.replace(tiny(place), data=dataclasses.replace(tiny(place).data, image_size=60))
+    with pytest.raises(ValueError, match="make the images larger"):
+        train(crowded)
+    assert list(tmp_path.iterdir()) == []
+
+
+def ascii_start(text: str) -> str:
+    return ascii(text[:9])
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("ran",)
+
+
+def bracketed(path: Path) -> None:
+    path.write_text("[" * 100_000)
+
+
+def foreign(path: Path) -> None:
+    torch.save({"model": torch.ones(3)}, path)
+
+
+def hostile(path: Path) -> None:
+    torch.save({"state_dict": Payload()}, path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def compressed(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", b"0" * 1_000_000)
+
+
+def without(name: str) -> Any:
+    def change(path: Path) -> None:
+        content = read_checkpoint(path)
+        del content[name]
+        write_checkpoint(path, content)
+
+    return change
+
+
+def changed(name: str, value: Any) -> Any:
+    def change(path: Path) -> None:
+        write_checkpoint(path, read_checkpoint(path) | {name: value})
+
+    return change
+
+
+def resized(path: Path) -> None:
+    content = read_checkpoint(path)
+    content["state_dict"]["model.head.weight"] = torch.ones(2, 2)
+    write_checkpoint(path, content)
+
+
+DAMAGE = {
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "cut": (cut, "is cut short"),
+    "text": (lambda path: path.write_text("weights"), "is cut short, or no checkpoint"),
+    "brackets": (bracketed, "is cut short, or no checkpoint"),
+    "pickle": (lambda path: path.write_bytes(pickle.dumps({})), "is cut short, or no checkpoint"),
+    "foreign": (foreign, "is no checkpoint that `ats train` wrote"),
+    "hostile": (hostile, "holds more than numbers and texts"),
+    "compressed": (compressed, "is no checkpoint that `ats train` wrote"),
+    "a list": (lambda path: torch.save([1], path), "is no checkpoint that `ats train` wrote"),
+    "no optimiser": (without("optimizer_states"), "it has no 'optimizer_states'"),
+    "loops of another kind": (changed("loops", {"fit_loop": 3}), "is damaged, or was written by another version"),
+    "optimiser of another kind": (changed("optimizer_states", [3]), "is damaged, or was written by another version"),
+    "another model": (resized, "'model.head.weight' does not fit"),
+    "no options": (without("hyper_parameters"), "was written by another version of ats"),
+    "options of another kind": (changed("hyper_parameters", {"config": []}), "was written by another version of ats"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_following_the_advice_works(
+    name: str, copy: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    damage, text = DAMAGE[name]
+    last = copy.run_folder / "checkpoints" / "last.ckpt"
+    damage(last)
+    with pytest.raises(ValueError, match="remove it to begin anew") as caught:
+        train(copy)
+    message = str(caught.value)
+    assert message.startswith(f"{last} {text}") or text in message
+    assert str(last) in message
+    assert "weights_only" not in message
+    assert not (tmp_path / "ran").exists()
+    if name in ("empty", "cut", "text", "foreign", "hostile", "no options", "another model"):
+        with pytest.raises(ValueError, match=r"last\.ckpt") as caught:
+            load_task(last)
+        assert "weights_only" not in str(caught.value)
+    if name == "empty":
+        last.unlink()
+        assert train(copy) == last
+
+
+def test_any_flipped_byte_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "small.ckpt"
+    content = {"weight": torch.arange(6.0), "step": 3}
+    write_checkpoint(path, content)
+    data = path.read_bytes()
+    noticed = 0
+    for place in range(0, len(data), 3):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        try:
+            found = read_checkpoint(path)
+        except ValueError as error:
+            found, noticed = content, noticed + str(error).startswith(f"{path} ")
+        assert equal(found, content), place
+    assert noticed > 50
+
+
+def test_a_checkpoint_of_other_options_is_refused(copy: ExperimentConfig, tmp_path: Path) -> None:
+    """config.json says one thing, the weights another: somebody copied, or two commands met."""
+    other = dataclasses.replace(copy, output=tmp_path / "other", seed=1)
+    last = train(other)
+    shutil.copy(last, copy.run_folder / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt is of a run with other options \(seed: 1 -> 0\).*--output"):
+        train(copy)
+
+
+@pytest.mark.parametrize(("option", "value"), [("devices", 2), ("precision", "bf16-mixed"), ("sync_batchnorm", True)])
+def test_what_a_run_ran_on_is_part_of_it(copy: ExperimentConfig, option: str, value: Any) -> None:
+    last = copy.run_folder / "checkpoints" / "last.ckpt"
+    content = read_checkpoint(last)
+    before = content["ran_on"][option]
+    write_checkpoint(last, content | {"ran_on": content["ran_on"] | {option: value}})
+    advice = f"trained with {option}={value}, and going on with {before} .*--trainer.{option} {value}"
+    with pytest.raises(ValueError, match=advice):
+        train(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": "0"},
+        {"seed": 1.5},
+        {"optim": []},
+        {"optim": {"epochs": True}},
+        {"optim": {"learning_rate": "fast"}},
+        {"model": {"method": "magic"}},
+        {"data": 5},
+        {"output": 7},
+    ],
+    ids=str,
+)
+def test_options_of_wrong_types_are_refused(change: dict[str, Any]) -> None:
+    values = to_dict(tiny(Path("run")))
+    for name, value in change.items():
+        values[name] = values[name] | value if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=r"not a configuration of this version|must be"):
+        from_dict(values)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "[" * 100_000, '{"seed": []}', "\udcff"], ids=ascii_start)
+def test_a_damaged_config_is_named(copy: ExperimentConfig, text: str) -> None:
+    path = copy.run_folder / "config.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"config\.json cannot be read .*--output") as caught:
+        train(copy)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_complete_run_without_its_checkpoint_says_so_and_can_be_trained_anew(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "checkpoints" / "last.ckpt").unlink()
+    with pytest.raises(ValueError, match=r"last\.ckpt is gone; put it back, or remove training\.json"):
+        train(tiny(folder))
+    (folder / "training.json").unlink()
+    assert train(tiny(folder)).exists()
+    assert equal(records(folder), records(whole))
