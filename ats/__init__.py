@@ -17,9 +17,9 @@ from ats.functional import (
     sample_cells,
     sample_patches,
 )
-from ats.grid import Placement, cell_offsets, patch_positions
+from ats.grid import cell_offsets, patch_positions
 from ats.inference import Prediction, anytime, predict
-from ats.probe import measure_placement, receptive_field
+from ats.probe import receptive_field
 from ats.version import __version__
 from ats_kernels.pooling.variance import Estimate, estimate
 
@@ -28,7 +28,6 @@ __all__ = [
     "CellSample",
     "Estimate",
     "PatchSample",
-    "Placement",
     "Prediction",
     "__version__",
     "anytime",
@@ -38,7 +37,6 @@ __all__ = [
     "estimate",
     "estimator_weights",
     "expectation",
-    "measure_placement",
     "nn",
     "patch_positions",
     "pool",

@@ -1,12 +1,14 @@
 """Attention sampling as functions: draw cells of an attention map, read their patches, pool their features."""
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
 import ats_kernels
 from ats._renamed import renamed_option
 from ats.cells import check_logits, mask_logits, sample_cells
-from ats.grid import Placement, cell_offsets
+from ats.grid import Grid
 from ats.pooling import estimate_pooled, pool
 from ats.samples import BoxSample, CellSample, PatchSample, Selection
 from ats_kernels import area_downsample, estimator_weights, expectation
@@ -40,7 +42,7 @@ def sample_patches(
     selection: Selection = "sample",
     mask: Tensor | None = None,
     allow_fewer: bool | None = None,
-    receptive_field: int | Placement = 0,
+    receptive_field: int = 0,
     view_size: tuple[int, int] | None = None,
     padding: str = "zeros",
     mean: Normalisation = None,
@@ -108,7 +110,7 @@ def read_patches(
     cells: CellSample,
     patch_size: int | tuple[int, int],
     *,
-    receptive_field: int | Placement = 0,
+    receptive_field: int = 0,
     view_size: tuple[int, int] | None = None,
     padding: str = "zeros",
     mean: Normalisation = None,
@@ -121,8 +123,8 @@ def read_patches(
         image: (B, C, H, W), as in `sample_patches`.
         cells: what `sample_cells` drew.
         patch_size: pixels, an int or (ph, pw).
-        receptive_field: where cells lie in the view: a `Placement` (`ats.measure_placement` finds it for any
-            network), or the view pixels that an unpadded attention network loses along an axis.
+        receptive_field: view pixels that an unpadded attention network loses along an axis
+            (`ats.receptive_field` works it out).
         view_size: pixels (h, w) of the view the logits came from; needed only with a receptive_field.
         padding: what is read outside an image: "zeros" or "edge", the nearest pixel.
         mean, std: a float, or one a channel: patches are (x − mean) / std. A uint8 image is scaled by 1/255 before,
@@ -158,7 +160,7 @@ def extract_cells(
     patch_size: tuple[int, int],
     *,
     view_size: tuple[int, int] | None = None,
-    receptive_field: int | Placement = 0,
+    receptive_field: int = 0,
     padding: str = "zeros",
     mean: Normalisation = None,
     std: Normalisation = None,
@@ -168,16 +170,12 @@ def extract_cells(
 
     The arguments are those of `read_patches`. Patches come out on the indices' device.
     """
-    offsets = cell_offsets(
-        indices,
-        grid_size,
-        (image.shape[2], image.shape[3]),
-        patch_size,
-        view_size=view_size,
-        receptive_field=receptive_field,
+    image_size = (image.shape[2], image.shape[3])
+    origin = Fraction(receptive_field, 2)
+    rows, columns = Grid(grid_size, image_size, view_size or image_size, (origin, origin)).affine(patch_size)
+    return ats_kernels.extract_cells(
+        image, indices, grid_size, rows, columns, patch_size, padding=padding, mean=mean, std=std, dtype=dtype
     )
-    patches = ats_kernels.extract_patches(image, offsets, patch_size, padding=padding, mean=mean, std=std, dtype=dtype)
-    return patches, offsets
 
 
 def _check_swapped(image: Tensor, logits: Tensor) -> None:
@@ -200,7 +198,7 @@ def _check_together(image: Tensor, drawn: Tensor, name: str) -> None:
         )
 
 
-def check_view(view: Tensor, image: Tensor, receptive_field: int | Placement) -> None:
+def check_view(view: Tensor, image: Tensor, receptive_field: int) -> None:
     """Raise unless `view` (B, C, h, w) can be the view of `image` (B, C, H, W), e.g. where the two are swapped."""
     check_image(image)
     check_tensor("view", view)
@@ -208,17 +206,11 @@ def check_view(view: Tensor, image: Tensor, receptive_field: int | Placement) ->
 
 
 def check_view_size(
-    view_size: tuple[int, int] | None, receptive_field: int | Placement, image_size: tuple[int, int]
+    view_size: tuple[int, int] | None, receptive_field: int, image_size: tuple[int, int]
 ) -> tuple[int, int] | None:
     """Return the view's size as a pair, or raise where it is missing or fits neither image nor receptive field."""
-    placed = isinstance(receptive_field, Placement)
-    if not placed and (
-        isinstance(receptive_field, bool) or not isinstance(receptive_field, int) or receptive_field < 0
-    ):
-        raise ValueError(
-            f"receptive_field must be an int of at least 0 view pixels, got {receptive_field!r}; where no number says "
-            "where cells lie, give an ats.Placement"
-        )
+    if isinstance(receptive_field, bool) or not isinstance(receptive_field, int) or receptive_field < 0:
+        raise ValueError(f"receptive_field must be an int of at least 0 view pixels, got {receptive_field!r}")
     if view_size is None:
         if receptive_field:
             raise ValueError(
@@ -231,7 +223,7 @@ def check_view_size(
             f"view_size {(height, width)} is larger than the image, {image_size}; the view is the image shrunk: "
             "are the two swapped?"
         )
-    if isinstance(receptive_field, int) and receptive_field >= min(height, width):
+    if receptive_field >= min(height, width):
         raise ValueError(
             f"receptive_field={receptive_field} leaves nothing of a view of {(height, width)}; "
             "it is the view pixels lost along an axis"

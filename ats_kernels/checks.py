@@ -93,9 +93,9 @@ def check_generator(generator: object, device: torch.device) -> None:
 
 def check_count(name: str, value: object) -> int:
     """Return `value` as an int, or raise unless it is a whole number of at least 1."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")
-    number = value.__index__()
+    number = value if isinstance(value, int) else value.__index__()  # a size that torch.compile traces is an int
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}")
     return number

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ats
 import ats_kernels
+from tools.launches import WAITS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 B, N, PATCH, GRID = 3, 4, 9, (12, 10)
@@ -75,11 +76,8 @@ def test_a_step_by_the_kernels_is_right(device: torch.device, monkeypatch: pytes
     assert_right(step(image, logits), image, logits)
 
 
-WAITS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal"}
-
-
 class HostReads(TorchDispatchMode):
-    """Collects what makes the host wait for a GPU: reading a value, and results whose shape depends on values."""
+    """Collects what makes the host wait for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,8 +96,12 @@ def test_nothing_would_wait_for_a_gpu(device: torch.device, monkeypatch: pytest.
     features, log_attention = unordered_inputs(device.type)
     with HostReads() as reads:
         step(image, logits, validate=False)
-        ats.area_downsample(image, 20)
+        ats.area_downsample(image, 20, mean=0.5, std=0.25)
         unordered_step(features, log_attention)
+        many = torch.zeros(1, 6, 12, 12, device=device)
+        offsets = torch.zeros(1, 2, 2, dtype=torch.int64, device=device)
+        ats_kernels.extract_patches(many, offsets, 5, mean=list(range(6)), std=list(range(1, 7)))
+        ats.patch_positions(offsets, (5, 5), (12, 12))
     assert reads.found == []
 
 
@@ -240,6 +242,33 @@ def test_a_compiled_step_draws_anew(device: str) -> None:
     assert len({tuple(indices.flatten().tolist()) for indices in draws}) == 6
 
 
+@pytest.mark.interpreter
+def test_a_second_image_size_compiles_without_a_graph_break(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes become symbols to the compiler then, of which launchers know no numbers."""
+    monkeypatch.setenv("ATS_BACKEND", "triton")
+    torch.compiler.reset()
+
+    def read(image: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+        view = ats.area_downsample(image, (5, 4), mean=0.1, std=0.3)
+        sample = ats.sample_patches(image, logits, N, PATCH, mean=0.1, std=0.3, validate=False)
+        return view, sample.patches, sample.log_attention, sample.offsets
+
+    compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
+    for height, width, cells in ((21, 17, (6, 5)), (24, 17, (6, 5)), (26, 20, (5, 7))):
+        image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+        logits = torch.randn(1, *cells, generator=torch.Generator().manual_seed(2)).to(device)
+        results = []
+        for run in (compiled, read):
+            torch.manual_seed(5)
+            *learned, offsets = run(image, logits)
+            (grad,) = torch.autograd.grad(sum(value.sum() for value in learned), image)
+            results.append((*learned, offsets, grad))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected)
+
+
 # Autocast, deterministic mode
 
 
@@ -297,3 +326,42 @@ def test_deterministic_mode_is_honoured_or_refused_by_the_images_gradient(device
         refusal = str(error)
     assert not refusal or "deterministic" in refusal
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
+# What PyTorch refuses on a GPU in deterministic mode, of what these ops could be made of (its own documentation).
+REFUSED = {
+    "cumsum", "cumsum_", "put_", "histc", "kthvalue", "median", "_adaptive_avg_pool2d_backward", "bincount",
+    "scatter_reduce", "scatter_reduce_", "upsample_bilinear2d_backward", "reflection_pad2d_backward",
+}  # fmt: skip
+
+
+class Refusals(TorchDispatchMode):
+    """Collects what a GPU would be refused; a running sum of integers is allowed. Tensors say that they lie on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in REFUSED and args[0].is_floating_point():
+            self.found.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("estimator", ["ordered", "unordered"])
+def test_deterministic_mode_refuses_nothing_of_the_estimators(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no kernel runs, on devices other than the CPU, weights and control variates are PyTorch's operators."""
+    monkeypatch.setenv("ATS_BACKEND", "reference")
+    monkeypatch.setattr("ats_kernels.sums.is_free", lambda values: False)
+    features, log_attention = unordered_inputs("cpu")
+    with Refusals() as refusals:
+        pooled = ats.expectation(features, log_attention, estimator=estimator, control_variate=True)
+        pooled.sum().backward()
+        ats_kernels.sample(torch.randn(2, 300), 8, replace=True, validate=False)
+        estimated = ats.estimate(features, log_attention, estimator=estimator)
+    assert refusals.found == []
+    monkeypatch.undo()
+    expected = ats.estimate(features, log_attention, estimator=estimator)
+    torch.testing.assert_close(estimated.value, expected.value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(estimated.variance, expected.variance, rtol=1e-12, atol=1e-12)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,16 @@ def test_finds_too_many_instructions() -> None:
 def test_refuses_a_signature_that_is_not_the_kernels(signature: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"case 'scale' names .*arguments are \['x_ptr', 'out_ptr', 'count'"):
         compile_case(scale_case(signature=signature), "sm_90")
+
+
+@compiles
+@pytest.mark.parametrize("name", ["fwd uint8 1500 -> 180", "fwd fp32 1280 -> 384", "bwd fp32 1280 -> 384"])
+def test_a_view_compiles_with_numbers_in_float64(name: str) -> None:
+    """As which a compiler of whole models passes Python's floats to a kernel."""
+    case = offline.find_cases("views")[name]
+    signature = {arg: "fp64" if arg.startswith(("mean", "std")) else kind for arg, kind in case.signature.items()}
+    assert "fp64" in signature.values()
+    assert not compile_case(replace(case, signature=signature, budget=1e9), "sm_90").problems()
 
 
 def test_the_table_shows_what_failed() -> None:

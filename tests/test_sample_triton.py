@@ -115,8 +115,9 @@ def test_strides(view, n, device, monkeypatch):
     monkeypatch.setenv("ATS_BACKEND", "triton")
     draw = sample(logits, n, generator=generator_on(device))
     expected = sample(logits.contiguous(), n, generator=generator_on(device))
-    for got, want in zip(draw, expected, strict=True):
-        assert torch.equal(got, want)
+    assert torch.equal(draw.indices, expected.indices)
+    for got, want in zip(draw[1:], expected[1:], strict=True):
+        assert_close(got, want)  # compiled, another layout is another order of a sum
 
 
 @pytest.mark.parametrize("options", [{}, {"replace": True}], ids=["without", "with"])

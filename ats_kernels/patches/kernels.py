@@ -7,8 +7,11 @@ Windows begin anywhere, so loads are single pixels, which lie side by side and c
 import triton
 import triton.language as tl
 
+from ats_kernels.device import of_channel
+
 # What nothing is gained from knowing more closely must not start another compilation.
-_SIZES = ("height", "width", "stride_image_b", "stride_image_h")
+_SIZES = ("height", "width", "stride_image_b", "stride_image_h", "patches_an_image")
+_CELLS = ("grid_width", "row_a", "row_b", "row_d", "column_a", "column_b", "column_d")
 _STRIDES = ("stride_image_c", "stride_image_w")  # 1 is worth knowing
 
 
@@ -40,11 +43,34 @@ def _elements(index, PATCH_WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT
 
 
 @triton.jit
-def _corner(offsets_ptr, patch, height, width, PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexpr):
+def _corner(top, left, height, width, PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexpr):
     """A patch's first row and column; offsets farther out than this read the same, and fit in 32 bits."""
-    top = tl.minimum(tl.maximum(tl.load(offsets_ptr + 2 * patch), -PATCH_HEIGHT), height)
-    left = tl.minimum(tl.maximum(tl.load(offsets_ptr + 2 * patch + 1), -PATCH_WIDTH), width)
+    top = tl.minimum(tl.maximum(top, -PATCH_HEIGHT), height)
+    left = tl.minimum(tl.maximum(left, -PATCH_WIDTH), width)
     return top.to(tl.int32), left.to(tl.int32)
+
+
+@triton.jit
+def _load_corner(offsets_ptr, patch, height, width, PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexpr):
+    top, left = tl.load(offsets_ptr + 2 * patch), tl.load(offsets_ptr + 2 * patch + 1)
+    return _corner(top, left, height, width, PATCH_HEIGHT, PATCH_WIDTH)
+
+
+@triton.jit
+def _divide_down(number, divisor):
+    """Quotient rounded down, and rest; Triton's own division drops the fraction, also of a negative number."""
+    quotient = number // divisor
+    rest = number - quotient * divisor
+    below = rest < 0
+    return tl.where(below, quotient - 1, quotient), tl.where(below, rest + divisor, rest)
+
+
+@triton.jit
+def _first_pixel(cell, a, b, d):
+    """(a·cell + b) / d, rounded half to even."""
+    quotient, rest = _divide_down(cell * a + b, d)
+    up = (2 * rest > d) | ((2 * rest == d) & ((quotient & 1) == 1))
+    return tl.where(up, quotient + 1, quotient)
 
 
 @triton.jit
@@ -65,19 +91,50 @@ def _inside(pixel, limit):
     return pixel.to(tl.uint32, bitcast=True) < limit.to(tl.uint32)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_STRIDES)
+@triton.jit
+def _normalised(
+    pixels, channel, affine_ptr, center_0, center_1, center_2, center_3, scale_0, scale_1, scale_2, scale_3,
+    CHANNELS: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """(pixels − center)·scale, by the numbers of their channel."""
+    if affine_ptr is None:
+        center = of_channel(channel, center_0, center_1, center_2, center_3, CHANNELS).to(COMPUTE)
+        scale = of_channel(channel, scale_0, scale_1, scale_2, scale_3, CHANNELS).to(COMPUTE)
+    else:
+        center = tl.load(affine_ptr + channel)
+        scale = tl.load(affine_ptr + CHANNELS + channel)
+    return (pixels.to(COMPUTE) - center) * scale
+
+
+@triton.jit(do_not_specialize=_SIZES + _CELLS, do_not_specialize_on_alignment=_STRIDES)
 def extract_patches_fwd_kernel(
     image_ptr,  # (B, C, H, W)
+    indices_ptr,  # (B·N,): the patches' cells, whose offsets are written; None: offsets are read
     offsets_ptr,  # (B·N, 2)
-    affine_ptr,  # (2, C): what is subtracted, what is multiplied by; None: pixels stay as they are
+    affine_ptr,  # (2, C) center and scale of each channel; None: center_0, … and scale_0, … are
     out_ptr,  # (B·N, C, ph, pw), or (B·N, ph, pw, C) where INTERLEAVED is C
     height,
     width,
+    patches_an_image,
+    grid_width,
+    row_a,  # of a cell in row i the first pixel is (a·i + b)/d, rounded half to even
+    row_b,
+    row_d,
+    column_a,
+    column_b,
+    column_d,
     stride_image_b,
     stride_image_c,
     stride_image_h,
     stride_image_w,
-    PATCHES: tl.constexpr,  # N
+    center_0,
+    center_1,
+    center_2,
+    center_3,
+    scale_0,
+    scale_1,
+    scale_2,
+    scale_3,
     CHANNELS: tl.constexpr,
     PATCH_HEIGHT: tl.constexpr,
     PATCH_WIDTH: tl.constexpr,
@@ -86,6 +143,8 @@ def extract_patches_fwd_kernel(
     PLANES: tl.constexpr,
     EDGE: tl.constexpr,
     WIDE: tl.constexpr,  # a window reaches past 2^31 elements
+    INDEX: tl.constexpr,  # holds a·i + b, and 2·d
+    AFFINE: tl.constexpr,  # pixels are normalised
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -98,7 +157,16 @@ def extract_patches_fwd_kernel(
     patch = program // (TILES * GROUPS)
     index = program % TILES * BLOCK + tl.arange(0, BLOCK)
     y, x, channel, first, lane = _elements(index, PATCH_WIDTH, INTERLEAVED, TILES * BLOCK)
-    top, left = _corner(offsets_ptr, patch, height, width, PATCH_HEIGHT, PATCH_WIDTH)
+    if indices_ptr is None:
+        top, left = _load_corner(offsets_ptr, patch, height, width, PATCH_HEIGHT, PATCH_WIDTH)
+    else:
+        row, column = _divide_down(tl.load(indices_ptr + patch).to(INDEX), grid_width)
+        top = _first_pixel(row, row_a, row_b, row_d)
+        left = _first_pixel(column, column_a, column_b, column_d)
+        if program % (TILES * GROUPS) == 0:
+            tl.store(offsets_ptr + 2 * patch, top.to(tl.int64))
+            tl.store(offsets_ptr + 2 * patch + 1, left.to(tl.int64))
+        top, left = _corner(top, left, height, width, PATCH_HEIGHT, PATCH_WIDTH)
     valid = index < SIZE
     if EDGE:
         y = _clamp(top + y, height)
@@ -120,18 +188,19 @@ def extract_patches_fwd_kernel(
         stride = stride_image_w if INTERLEAVED == 1 else stride_image_c
         row = y * stride_image_h + first * stride
         column = lane * stride
-    corner = (patch // PATCHES).to(tl.int64) * stride_image_b
+    corner = (patch // patches_an_image).to(tl.int64) * stride_image_b
     corner += top.to(tl.int64) * stride_image_h + left.to(tl.int64) * stride_image_w
     for step in tl.static_range(PLANES):
         plane = (group * PLANES + step).to(tl.int64)
         image_ptrs = image_ptr + (corner + plane * stride_image_c) + row + column
-        if affine_ptr is None:
-            values = tl.load(image_ptrs, mask=valid, other=0)
+        if AFFINE:
+            values = _normalised(
+                tl.load(image_ptrs, mask=valid), (group * PLANES + step) + channel, affine_ptr, center_0, center_1,
+                center_2, center_3, scale_0, scale_1, scale_2, scale_3, CHANNELS, COMPUTE,
+            )  # fmt: skip
+            values = tl.where(valid, values, 0)
         else:
-            pixels = tl.load(image_ptrs, mask=valid)
-            center = tl.load(affine_ptr + plane + channel)
-            scale = tl.load(affine_ptr + CHANNELS + plane + channel)
-            values = tl.where(valid, (pixels.to(COMPUTE) - center) * scale, 0)
+            values = tl.load(image_ptrs, mask=valid, other=0)
         out_ptrs = out_ptr + ((patch.to(tl.int64) * GROUPS + group) * PLANES + step) * SIZE + index
         tl.store(out_ptrs, _cast(values, out_ptr.dtype.element_ty), mask=index < SIZE)
 
@@ -152,20 +221,25 @@ def _readers(pixel, start, limit, LENGTH: tl.constexpr, EDGE: tl.constexpr):
 def extract_patches_bwd_kernel(
     grad_patches_ptr,  # (B·N, C, ph, pw), or (B·N, ph, pw, C) where INTERLEAVED is C
     offsets_ptr,  # (B·N, 2)
-    affine_ptr,  # (2, C), as in the forward; None: pixels stayed as they were
+    affine_ptr,  # (2, C), as in the forward
     grad_image_ptr,  # (B, C, H, W), zero
     height,
     width,
+    patches_an_image,
     stride_image_b,
     stride_image_c,
     stride_image_h,
     stride_image_w,
-    PATCHES: tl.constexpr,  # N
+    scale_0,
+    scale_1,
+    scale_2,
+    scale_3,
     CHANNELS: tl.constexpr,
     PATCH_HEIGHT: tl.constexpr,
     PATCH_WIDTH: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     EDGE: tl.constexpr,
+    AFFINE: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -178,11 +252,11 @@ def extract_patches_bwd_kernel(
     program = tl.program_id(0)
     group = (program // TILES % GROUPS).to(tl.int64)
     patch = program // (TILES * GROUPS)
-    image = patch // PATCHES
-    mine = patch % PATCHES
+    image = patch // patches_an_image
+    mine = patch % patches_an_image
     index = program % TILES * BLOCK + tl.arange(0, BLOCK)
     y, x, channel, _, _ = _elements(index, PATCH_WIDTH, INTERLEAVED, TILES * BLOCK)
-    top, left = _corner(offsets_ptr, patch, height, width, PATCH_HEIGHT, PATCH_WIDTH)
+    top, left = _load_corner(offsets_ptr, patch, height, width, PATCH_HEIGHT, PATCH_WIDTH)
     pixel_y, pixel_x = top + y, left + x
     owned = index < SIZE
     if EDGE:
@@ -194,9 +268,9 @@ def extract_patches_bwd_kernel(
         owned = owned & _inside(pixel_y, height) & _inside(pixel_x, width)
 
     total = tl.zeros([BLOCK], COMPUTE)
-    for other in range(PATCHES):
-        other_top, other_left = _corner(
-            offsets_ptr, image * PATCHES + other, height, width, PATCH_HEIGHT, PATCH_WIDTH
+    for other in range(patches_an_image):
+        other_top, other_left = _load_corner(
+            offsets_ptr, image * patches_an_image + other, height, width, PATCH_HEIGHT, PATCH_WIDTH
         )  # fmt: skip
         # At the border, patches that lie apart can read the same pixel.
         near = EDGE or (
@@ -208,7 +282,7 @@ def extract_patches_bwd_kernel(
             reads = (count_y > 0) & (count_x > 0)
             owned = owned & ((reads == 0) | (other >= mine))
             reads = reads & owned & (other >= mine)
-            plane = ((image * PATCHES + other).to(tl.int64) * GROUPS + group) * SIZE
+            plane = ((image * patches_an_image + other).to(tl.int64) * GROUPS + group) * SIZE
             grad_ptrs = grad_patches_ptr + plane + ((low_y * PATCH_WIDTH + low_x) * INTERLEAVED + channel)
             if EDGE:
                 for step_y in range(tl.max(tl.where(reads, count_y, 0), 0)):
@@ -218,8 +292,11 @@ def extract_patches_bwd_kernel(
                         total += tl.load(grad_ptrs + step, mask=mask, other=0).to(COMPUTE)
             else:
                 total += tl.load(grad_ptrs, mask=reads, other=0).to(COMPUTE)
-    if affine_ptr is not None:
-        total *= tl.load(affine_ptr + CHANNELS + group + channel)
+    if AFFINE:
+        if affine_ptr is None:
+            total *= of_channel(group + channel, scale_0, scale_1, scale_2, scale_3, CHANNELS).to(COMPUTE)
+        else:
+            total *= tl.load(affine_ptr + CHANNELS + group + channel)
     position = pixel_y.to(tl.int64) * stride_image_h + pixel_x.to(tl.int64) * stride_image_w
     position += image.to(tl.int64) * stride_image_b + (group + channel) * stride_image_c
     tl.store(grad_image_ptr + position, _cast(total, grad_image_ptr.dtype.element_ty), mask=owned)

@@ -5,7 +5,7 @@
 put in after normalisation, or the nearest pixel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from ats_kernels.checks import (
     normalise,
     output_dtype,
 )
+from ats_kernels.patches.cells import CellMap, cell_offsets_ref
 from ats_kernels.patches.cpu import extract_patches_cpu, scatter_patches_cpu
 
 PADDINGS = ("zeros", "edge")
@@ -41,10 +42,8 @@ def extract_patches_ref(
 ) -> Tensor:
     """The op in plain PyTorch, differentiable in a floating-point image. Arguments as `extract_patches` passes."""
     batch, _, height, width = image.shape
-    # Farther out than this reads the same, and does not overflow.
-    top, left = offsets[..., 0, None].clamp(-patch_size[0], height), offsets[..., 1, None].clamp(-patch_size[1], width)
-    rows = top + torch.arange(patch_size[0], device=offsets.device)  # (B, N, ph)
-    columns = left + torch.arange(patch_size[1], device=offsets.device)  # (B, N, pw)
+    rows = offsets[..., 0, None] + torch.arange(patch_size[0], device=offsets.device)  # (B, N, ph)
+    columns = offsets[..., 1, None] + torch.arange(patch_size[1], device=offsets.device)  # (B, N, pw)
     inside = ((rows >= 0) & (rows < height)).unsqueeze(-1) & ((columns >= 0) & (columns < width)).unsqueeze(-2)
     which = torch.arange(batch, device=offsets.device).view(-1, 1, 1, 1)
     # Indexing around the channels puts them last: (B, N, ph, pw, C).
@@ -59,99 +58,112 @@ def extract_patches_ref(
     return patches.contiguous()
 
 
-def _empty_patches(image: Tensor, offsets: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def empty_patches(image: Tensor, offsets: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """What patches (B, N, C, ph, pw) are written to, with the channels last in memory if the image has them so."""
     shape = (*offsets.shape[:2], image.shape[1], *size)  # (B, N, C, ph, pw)
     if is_channels_last(image):
         return torch.empty((*shape[:2], *size, shape[2]), dtype=dtype, device=offsets.device).movedim(-1, 2)
     return torch.empty(shape, dtype=dtype, device=offsets.device)
 
 
-def _extract(
-    image: Tensor,
-    offsets: Tensor,
-    size: tuple[int, int],
-    padding: str,
-    means: list[float] | None,
-    stds: list[float] | None,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    patches = _empty_patches(image, offsets, size, dtype)
+class Reading(NamedTuple):
+    """How patches are read; `cells` where their places are cells of a grid, not offsets."""
+
+    size: tuple[int, int]
+    padding: str
+    means: list[float] | None
+    stds: list[float] | None
+    dtype: torch.dtype
+    cells: CellMap | None = None
+
+
+def _extract(image: Tensor, places: Tensor, how: Reading, backend: str) -> tuple[Tensor, Tensor]:
+    """Patches and their offsets, by the kernels or the lean path."""
+    if backend == "triton" and torch.compiler.is_compiling():
+        from ats_kernels.patches.opaque import extract
+
+        return extract(image, places, *how)
+    cells, indices = how.cells, None
     if backend == "triton":
         from ats_kernels.patches.triton import extract_patches_triton
 
-        extract_patches_triton(image, offsets, patches, padding=padding, means=means, stds=stds)
+        offsets = places
+        if cells is not None:
+            indices, offsets = places, torch.empty((*places.shape, 2), dtype=torch.int64, device=places.device)
+        patches = empty_patches(image, offsets, how.size, how.dtype)
+        extract_patches_triton(
+            image, offsets, patches, indices=indices, cells=cells, padding=how.padding, means=how.means, stds=how.stds
+        )
     else:
-        extract_patches_cpu(image, offsets.long(), patches, padding=padding, means=means, stds=stds)
-    return patches
+        offsets = places.long() if cells is None else cell_offsets_ref(places, cells)
+        patches = empty_patches(image, offsets, how.size, how.dtype)
+        extract_patches_cpu(image, offsets, patches, padding=how.padding, means=how.means, stds=how.stds)
+    return patches, offsets
 
 
-class _ExtractPatches(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        image: Tensor,
-        offsets: Tensor,
-        size: tuple[int, int],
-        padding: str,
-        means: list[float] | None,
-        stds: list[float] | None,
-        dtype: torch.dtype,
-        backend: str,
-    ) -> Tensor:
-        ctx.save_for_backward(offsets)
-        ctx.image = _Image(image.shape, image.dtype, image.device, is_channels_last(image))
-        ctx.padding, ctx.stds, ctx.backend = padding, stds, backend
-        return _extract(image, offsets, size, padding, means, stds, dtype, backend)
-
-    @staticmethod
-    def backward(ctx: Any, grad_patches: Tensor) -> tuple[Tensor | None, ...]:
-        (offsets,) = ctx.saved_tensors
-        scatter = _ScatterPatches.apply if wants_graph() else _scatter
-        grad_image = scatter(grad_patches, offsets, ctx.image, ctx.padding, ctx.stds, ctx.backend)
-        return grad_image, None, None, None, None, None, None, None
-
-
-class _Image(NamedTuple):
+class ImageLike(NamedTuple):
     """What the gradient of an image is made like."""
 
-    shape: torch.Size
+    shape: Sequence[int]
     dtype: torch.dtype
     device: torch.device
     channels_last: bool
 
 
-def _scatter(
+class _ExtractPatches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, places: Tensor, how: Reading, backend: str) -> tuple[Tensor, Tensor]:
+        patches, offsets = _extract(image, places, how, backend)
+        ctx.save_for_backward(offsets)
+        ctx.image = ImageLike(image.shape, image.dtype, image.device, is_channels_last(image))
+        ctx.padding, ctx.stds, ctx.backend = how.padding, how.stds, backend
+        ctx.mark_non_differentiable(offsets)
+        return patches, offsets
+
+    @staticmethod
+    def backward(ctx: Any, grad_patches: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (offsets,) = ctx.saved_tensors
+        scatter = _ScatterPatches.apply if wants_graph() else scatter_patches
+        return scatter(grad_patches, offsets, ctx.image, ctx.padding, ctx.stds, ctx.backend), None, None, None
+
+
+def scatter_patches(
     grad_patches: Tensor,
     offsets: Tensor,
-    image: _Image,
+    image: ImageLike,
     padding: str,
     stds: list[float] | None,
     backend: str,
 ) -> Tensor:
     """The gradient of an image whose patches were cut by `backend`."""
+    # An image in host memory gets its gradient there, even where its patches were read by a GPU.
+    backend = backend if image.device == offsets.device else "cpu"
+    grad_patches, offsets = grad_patches.to(image.device), offsets.to(image.device).long()
+    if backend == "triton" and torch.compiler.is_compiling():
+        from ats_kernels.patches.opaque import scatter as scatter_opaque
+
+        shape, dtype, _, channels_last = image
+        return scatter_opaque(grad_patches, offsets, shape, dtype, channels_last, padding, stds)
     memory_format = torch.channels_last if image.channels_last else torch.contiguous_format
     grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device, memory_format=memory_format).zero_()
     scatter: Callable[..., None] = scatter_patches_cpu
-    if backend == "triton" and image.device == offsets.device:
+    if backend == "triton":
         from ats_kernels.patches.triton import scatter_patches_triton
 
         scatter = scatter_patches_triton
-    # An image in host memory gets its gradient there, even where its patches were read by a GPU.
-    grad_patches, offsets = grad_patches.to(image.device), offsets.to(image.device).long()
     scatter(grad_patches, offsets, grad_image, padding=padding, stds=stds)
     return grad_image
 
 
 class _ScatterPatches(torch.autograd.Function):
-    """`_scatter` where it must be differentiable itself: it is linear, and cutting patches is its transpose."""
+    """`scatter_patches` where it must be differentiable itself: it is linear, and cutting patches is its transpose."""
 
     @staticmethod
     def forward(
         ctx: Any,
         grad_patches: Tensor,
         offsets: Tensor,
-        image: _Image,
+        image: ImageLike,
         padding: str,
         stds: list[float] | None,
         backend: str,
@@ -159,7 +171,7 @@ class _ScatterPatches(torch.autograd.Function):
         ctx.save_for_backward(offsets)
         ctx.size, ctx.dtype = (grad_patches.shape[3], grad_patches.shape[4]), grad_patches.dtype
         ctx.padding, ctx.stds = padding, stds
-        return _scatter(grad_patches, offsets, image, padding, stds, backend)
+        return scatter_patches(grad_patches, offsets, image, padding, stds, backend)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -168,16 +180,34 @@ class _ScatterPatches(torch.autograd.Function):
         return patches, None, None, None, None, None
 
 
-def _backend(image: Tensor, offsets: Tensor, size: tuple[int, int]) -> str:
-    """The implementation that runs; "copy": the patches are cut on the CPU and copied to the offsets' device."""
-    if image.device == offsets.device:
+def _backend(image: Tensor, places: Tensor, size: tuple[int, int], named: str) -> str:
+    """The implementation that runs; "copy": the patches are cut on the CPU and copied to the places' device."""
+    if image.device == places.device:
         backend = "reference" if is_transformed() else backend_for(image)
         # The lean path looks at values, which a compiler cannot trace; and it fuses the reference into one loop.
         larger = size[0] > image.shape[2] or size[1] > image.shape[3]
         return "reference" if backend == "cpu" and (larger or torch.compiler.is_compiling()) else backend
-    if image.device.type != "cpu" or offsets.device.type == "meta":
-        raise ValueError(f"image is on {image.device} but offsets are on {offsets.device}; move one to the other")
-    return "triton" if backend_for(offsets) == "triton" and image.is_pinned() else "copy"
+    if image.device.type != "cpu" or places.device.type == "meta":
+        raise ValueError(f"image is on {image.device} but {named} are on {places.device}; move one to the other")
+    if torch.compiler.is_compiling():  # it cannot see whether memory is pinned: the operator looks when it runs
+        return "triton" if backend_for(places) == "triton" else "copy"
+    return "triton" if backend_for(places) == "triton" and image.is_pinned() else "copy"
+
+
+def read(image: Tensor, places: Tensor, how: Reading) -> tuple[Tensor, Tensor]:
+    """Patches and their offsets, by whichever implementation fits."""
+    backend = _backend(image, places, how.size, "offsets" if how.cells is None else "indices")
+    if backend == "copy":
+        patches, offsets = read(image, places.cpu(), how)
+        return patches.to(places.device, non_blocking=True), offsets.to(places.device, non_blocking=True)
+    if backend == "reference":
+        offsets = places.long() if how.cells is None else cell_offsets_ref(places, how.cells)
+        size, padding, means, stds, dtype, _ = how
+        patches = extract_patches_ref(image, offsets, size, padding=padding, means=means, stds=stds, dtype=dtype)
+        return patches, offsets
+    if image.requires_grad and torch.is_grad_enabled():
+        return _ExtractPatches.apply(image, places, how, backend)
+    return _extract(image, places, how, backend)
 
 
 def extract_patches(
@@ -223,16 +253,62 @@ def extract_patches(
         raise ValueError(f"offsets must be (B, N, 2), pairs (y, x), got {tuple(offsets.shape)}")
     if offsets.shape[0] != image.shape[0]:
         raise ValueError(f"image has batch size {image.shape[0]} but offsets have {offsets.shape[0]}; they must agree")
+    return read(image, offsets, _check_reading(image, patch_size, padding, mean, std, dtype))[0]
+
+
+def extract_cells(
+    image: Tensor,
+    indices: Tensor,
+    grid_size: tuple[int, int],
+    rows: tuple[int, int, int],
+    columns: tuple[int, int, int],
+    patch_size: int | tuple[int, int],
+    *,
+    padding: str = "zeros",
+    mean: Normalisation = None,
+    std: Normalisation = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cut the patches of cells out of each image: `extract_patches` at offsets that it works out, in one launch.
+
+    Args:
+        image: as in `extract_patches`, on the indices' device or on the CPU.
+        indices: (B, N) int64 or int32, flat cells of a row-major grid.
+        grid_size: cells (gh, gw).
+        rows: (a, b, d), d > 0: the patch of a cell in row i begins at pixel (a·i + b)/d, rounded half to even.
+        columns: likewise along the width.
+        patch_size, padding, mean, std, dtype: as in `extract_patches`.
+
+    Returns:
+        Patches (B, N, C, ph, pw), and their offsets (B, N, 2) int64 (y, x), both on the indices' device.
+
+    Raises:
+        TypeError: as `extract_patches`, and indices that are not integers.
+        ValueError: as `extract_patches`, and indices that are not (B, N), or a d that is not positive.
+
+    Source: paper, eq. 3.
+    """
+    check_image(image)
+    check_tensor("indices", indices)
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices must be int32 or int64, got {indices.dtype}; convert them with indices.long()")
+    if indices.ndim != 2 or indices.shape[0] != image.shape[0]:
+        raise ValueError(f"indices must be (B, N) with B = {image.shape[0]} images, got {tuple(indices.shape)}")
+    if rows[2] < 1 or columns[2] < 1:
+        raise ValueError(f"rows and columns are (a, b, d) with d at least 1, got {rows} and {columns}")
+    how = _check_reading(image, patch_size, padding, mean, std, dtype)
+    return read(image, indices, how._replace(cells=CellMap(grid_size, rows, columns)))
+
+
+def _check_reading(
+    image: Tensor,
+    patch_size: int | tuple[int, int],
+    padding: str,
+    mean: Normalisation,
+    std: Normalisation,
+    dtype: torch.dtype | None,
+) -> Reading:
     size = check_pair("patch_size", patch_size)
-    backend = _backend(image, offsets, size)
     check_choice("padding", padding, PADDINGS)
     means, stds = check_normalisation(mean, std, image.shape[1])
-    dtype = output_dtype(image, dtype)
-    if backend == "copy":
-        patches = extract_patches(image, offsets.cpu(), size, padding=padding, mean=means, std=stds, dtype=dtype)
-        return patches.to(offsets.device, non_blocking=True)
-    if backend == "reference":
-        return extract_patches_ref(image, offsets.long(), size, padding=padding, means=means, stds=stds, dtype=dtype)
-    if image.requires_grad and torch.is_grad_enabled():
-        return _ExtractPatches.apply(image, offsets, size, padding, means, stds, dtype, backend)
-    return _extract(image, offsets, size, padding, means, stds, dtype, backend)
+    return Reading(size, padding, means, stds, output_dtype(image, dtype))

@@ -4,8 +4,8 @@ The image may lie in device memory or in pinned host memory: Triton's launcher a
 of a pointer, and of a pinned tensor only the lines that the patches touch cross the bus.
 """
 
-import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ats_kernels.backend import device_guard
 from ats_kernels.checks import compute_dtype
+from ats_kernels.device import fits, padded
+from ats_kernels.patches.cells import CellMap
 from ats_kernels.patches.kernels import extract_patches_bwd_kernel, extract_patches_fwd_kernel
 
 _DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -21,33 +23,39 @@ _DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 def extract_patches_triton(
     image: Tensor,  # (B, C, H, W), on the GPU or in pinned memory
-    offsets: Tensor,  # (B, N, 2)
+    offsets: Tensor,  # (B, N, 2), written where there are indices
     out: Tensor,  # (B, N, C, ph, pw), contiguous or with the channels last
     *,
+    indices: Tensor | None = None,  # (B, N), cells of the map
+    cells: CellMap | None = None,
     padding: str,
     means: list[float] | None,
     stds: list[float] | None,
 ) -> None:
-    """Write the patches to `out`. Arguments as `extract_patches` checks them."""
+    """Write the patches to `out`, and the offsets where cells are given. Arguments as the ops check them."""
     if out.numel() == 0:
         return
     work = compute_dtype(image.dtype, out.dtype)
     affine = _affine(means, stds, image.dtype == torch.uint8, image.shape[1], work, out.device)
+    index, *numbers = _cell_numbers(cells)
     interleaved = _interleaved(out)
     block, planes, num_warps = fwd_blocks(out, interleaved)
     lengths = interleaved, *out.shape[3:]
     reach = sum((length - 1) * stride for length, stride in zip(lengths, image.stride()[1:], strict=True))
     _launch(
         extract_patches_fwd_kernel,
-        (image, offsets.contiguous(), affine, out),
+        (image, None if indices is None else indices.contiguous(), offsets.contiguous(), affine.tensor, out),
         image,
         out,
         planes,
         block,
+        (*numbers, *image.stride(), *affine.centers, *affine.scales),
         DENSE=interleaved == 1 or image.stride(3) == interleaved * image.stride(1),
         PLANES=planes,
         EDGE=padding == "edge",
         WIDE=reach >= 2**31,
+        INDEX=index,
+        AFFINE=affine.used,
         COMPUTE=_DTYPES[work],
         num_warps=num_warps,
     )
@@ -73,12 +81,14 @@ def scatter_patches_triton(
     block, num_warps = bwd_blocks(grad_patches, _interleaved(grad_patches))
     _launch(
         extract_patches_bwd_kernel,
-        (grad_patches, offsets.contiguous(), affine, grad_image),
+        (grad_patches, offsets.contiguous(), affine.tensor, grad_image),
         grad_image,
         grad_patches,
         1,
         block,
+        (*grad_image.stride(), *affine.scales),
         EDGE=padding == "edge",
+        AFFINE=affine.used,
         COMPUTE=_DTYPES[work],
         num_warps=num_warps,
     )
@@ -91,6 +101,7 @@ def _launch(
     patches: Tensor,
     planes: int,
     block: int,
+    numbers: tuple[float, ...],
     **options: Any,
 ) -> None:
     batch, n, channels, height, width = patches.shape
@@ -100,8 +111,8 @@ def _launch(
         kernel[(batch * n * (channels // (planes * interleaved)) * tiles,)](
             *tensors,
             *image.shape[2:],
-            *image.stride(),
-            PATCHES=n,
+            n,
+            *numbers,
             CHANNELS=channels,
             PATCH_HEIGHT=height,
             PATCH_WIDTH=width,
@@ -132,6 +143,15 @@ def bwd_blocks(patches: Tensor, interleaved: int) -> tuple[int, int]:
     return block, block // 128
 
 
+class _Affine(NamedTuple):
+    """``(x − center)·scale`` on the image's own values, by numbers that travel with the launch, or a tensor (2, C)."""
+
+    used: bool
+    centers: list[float]
+    scales: list[float]
+    tensor: Tensor | None
+
+
 def _affine(
     means: list[float] | None,
     stds: list[float] | None,
@@ -139,27 +159,34 @@ def _affine(
     channels: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> Tensor | None:
-    """Center and scale (2, C) of ``(x − center)·scale`` on the image's own values; None where nothing is done.
-
-    Kept from call to call: a copy from the host would make it wait, and could not be captured in a graph.
-    """
-    if means is None and stds is None and not is_byte:
-        return None
+) -> _Affine:
     unit = 255.0 if is_byte else 1.0
-    center = [unit * mean for mean in means or [0.0] * channels]
+    center = None if means is None else [unit * mean for mean in means]
     scale = [1 / (unit * std) for std in stds or [1.0] * channels]
-    return _constant((*center, *scale), dtype, device)
+    used = means is not None or stds is not None or is_byte
+    tensor = None
+    if used and not (dtype == torch.float32 and fits(center) and fits(scale)):
+        # Many channels, or numbers in float64, which no launch carries. They are filled in one by one: a copy from the
+        # host would make it wait, and what were kept from call to call could be freed while a graph still reads it.
+        tensor = torch.empty(2, channels, dtype=dtype, device=device)
+        for row, values in zip(tensor, (center or [0.0] * channels, scale), strict=True):
+            if values.count(values[0]) == channels:
+                row.fill_(values[0])
+            else:
+                for channel, value in enumerate(values):
+                    row[channel].fill_(value)
+    return _Affine(used, padded(center, 0.0), padded(scale, 1.0), tensor)
 
 
-@functools.lru_cache(maxsize=64)
-def _cached(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu").to(dtype).view(2, -1).to(device)
-
-
-@torch.compiler.assume_constant_result
-def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _cached(values, dtype, device)
+def _cell_numbers(cells: CellMap | None) -> tuple[Any, ...]:
+    """The type that cells are turned into pixels in, the grid's width and a, b and d along both axes, in lowest terms;
+    divisions in 64 bits are worth avoiding."""
+    if cells is None:
+        return (tl.int32, *(7 * [0]))
+    axes = [[number // math.gcd(*axis) for number in axis] for axis in (cells.rows, cells.columns)]
+    most = max(abs(a) * (length + 1) + abs(b) + 2 * d for (a, b, d), length in zip(axes, cells.grid_size, strict=True))
+    index = tl.int32 if max(most, math.prod(cells.grid_size)) < 2**31 else tl.int64
+    return index, cells.grid_size[1], *axes[0], *axes[1]
 
 
 def _hold(image: Tensor, device: torch.device) -> None:

@@ -47,8 +47,11 @@ def _expectation_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # One program pools BLOCK_D features of one row over all its draws, BLOCK_N at a time.
-    row = tl.program_id(0).to(tl.int64)
-    feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # Rows and tiles share the grid's first axis, the only one that holds more than 65,535 programs.
+    tiles = tl.cdiv(n_features, BLOCK_D) if n_features > 0 else 1
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    feature = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     features_ptr += row * stride_features_b
     log_attention_ptr += row * stride_log_attention_b
 
@@ -83,16 +86,16 @@ def _expectation_fwd_kernel(
                 mass_left = tl.maximum(mass_left, attention)  # it holds at least the cell drawn next
                 weight = tl.where(valid, (mass_left + (n_draws - 1 - draw) * attention) / n_draws, 0.0)
             weight = (weight + poison).to(COMPUTE)
-            if tl.program_id(1) == 0:
+            if tile == 0:
                 tl.store(weights_ptr + row * n_draws + draw, weight, mask=valid)
         feature_ptrs = (
             features_ptr
             + draw[:, None].to(tl.int64) * stride_features_n
             + feature[None, :].to(tl.int64) * stride_features_d
         )
-        tile = tl.load(feature_ptrs, mask=valid[:, None] & (feature[None, :] < n_features), other=0)
+        values = tl.load(feature_ptrs, mask=valid[:, None] & (feature[None, :] < n_features), other=0)
         # Where there is no draw the weight is 0 or NaN and the row is NaN in any case.
-        pooled += tl.sum(weight[:, None] * tile.to(COMPUTE), axis=0)
+        pooled += tl.sum(weight[:, None] * values.to(COMPUTE), axis=0)
     out_ptrs = out_ptr + row * n_features + feature
     tl.store(out_ptrs, pooled.to(out_ptr.dtype.element_ty), mask=feature < n_features)
 
@@ -116,8 +119,9 @@ def _expectation_bwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # One program takes BLOCK_N draws of one row through all their features: w_k·g out, w_k·⟨g, f_k⟩ at the end.
-    row = tl.program_id(0).to(tl.int64)
-    draw = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles = tl.cdiv(n_draws, BLOCK_N)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    draw = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     weight = tl.load(weights_ptr + row * n_draws + draw, mask=draw < n_draws, other=0.0)
     inner = tl.zeros((BLOCK_N,), COMPUTE)
     for start in range(0, n_features, BLOCK_D):
@@ -136,8 +140,8 @@ def _expectation_bwd_kernel(
                 + draw[:, None].to(tl.int64) * stride_features_n
                 + feature[None, :].to(tl.int64) * stride_features_d
             )
-            tile = tl.load(feature_ptrs, mask=valid, other=0).to(COMPUTE)
-            inner += tl.sum(tile * grad_out[None, :], axis=1)
+            values = tl.load(feature_ptrs, mask=valid, other=0).to(COMPUTE)
+            inner += tl.sum(values * grad_out[None, :], axis=1)
     if grad_log_attention_ptr is not None:
         grad_log_attention = (weight * inner).to(grad_log_attention_ptr.dtype.element_ty)
         tl.store(grad_log_attention_ptr + row * n_draws + draw, grad_log_attention, mask=draw < n_draws)
@@ -162,7 +166,7 @@ def expectation_triton(
     block_n, block_d = _fwd_blocks(n_draws, n_features)
     with device_guard(features):
         # At least one program a row, even without features: it writes the weights.
-        _expectation_fwd_kernel[(batch, max(1, triton.cdiv(n_features, block_d)))](
+        _expectation_fwd_kernel[(batch * max(1, triton.cdiv(n_features, block_d)),)](
             features,
             log_attention,
             weights,
@@ -201,7 +205,7 @@ def expectation_backward_triton(
         return grad_features, grad_log_attention
     block_n, block_d = _bwd_blocks(n_features)
     with device_guard(features):
-        _expectation_bwd_kernel[(batch, triton.cdiv(n_draws, block_n))](
+        _expectation_bwd_kernel[(batch * triton.cdiv(n_draws, block_n),)](
             grad_out,
             features if needs_log_attention else None,
             weights,

@@ -30,6 +30,7 @@ from ats_kernels.checks import check_floating, check_log_probabilities
 from ats_kernels.pooling.op import check_estimator
 from ats_kernels.pooling.unordered import quadrature
 from ats_kernels.pooling.weights import mass_before
+from ats_kernels.sums import running_sum
 
 
 class Estimate(NamedTuple):
@@ -87,7 +88,7 @@ def estimate(features: Tensor, log_attention: Tensor, *, replace: bool = False, 
 def _ordered(values: Tensor, log_a: Tensor) -> Estimate:
     attention = log_a.exp()
     known = attention.unsqueeze(-1) * values  # (B, N, D)
-    each = known.cumsum(1) - known + mass_before(log_a, attention).unsqueeze(-1) * values  # E_k
+    each = running_sum(known, 1) - known + mass_before(log_a, attention).unsqueeze(-1) * values  # E_k
     return Estimate(each.mean(1), each.var(1) / each.shape[1])
 
 

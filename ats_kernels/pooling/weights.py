@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ats_kernels.pooling.unordered import leave_one_out, unordered_weights
+from ats_kernels.sums import running_sum
 
 
 def estimator_weights_ref(log_attention: Tensor, *, replace: bool = False, estimator: str = "ordered") -> Tensor:
@@ -22,7 +23,7 @@ def estimator_weights_ref(log_attention: Tensor, *, replace: bool = False, estim
     # remainder below 1e-16, and the first draw of peaked attention leaves less than that.
     largest = log_a.argmax(-1, keepdim=True)  # (B, 1)
     others = attention.scatter(-1, largest, 0.0)
-    before = others.cumsum(-1) - others  # exclusive: of the cells before k, less the largest
+    before = running_sum(others) - others  # exclusive: of the cells before k, less the largest
     drawn = torch.arange(n, device=log_a.device) > largest  # (B, N): whether the largest is among them
     remaining = torch.where(drawn, -torch.expm1(log_a.gather(-1, largest)), 1.0) - before
     remaining = torch.maximum(remaining, attention)  # the mass left holds at least the cell drawn next
@@ -55,7 +56,7 @@ def mass_before(log_a: Tensor, attention: Tensor) -> Tensor:
     peak = attention > 0.5
     taken = torch.where(peak, log_a.expm1(), attention)
     whole = peak.cumsum(-1) <= peak  # (B, N): no peak before k
-    remaining = (taken - taken.cumsum(-1)).add_(whole)  # less the exclusive sum
+    remaining = (taken - running_sum(taken)).add_(whole)  # less the exclusive sum
     return torch.maximum(remaining, attention, out=remaining)  # it holds at least the cell drawn next
 
 
@@ -94,8 +95,8 @@ def centred_coefficients(
     attention = log_a.exp()
     mass = mass_before(log_a, attention)
     seen = attention * x
-    estimates = seen.cumsum(-1) - seen + mass * x  # E_k
+    estimates = running_sum(seen) - seen + mass * x  # E_k
     counts = torch.arange(1, n, dtype=torch.float64, device=log_a.device)
-    baseline = torch.nn.functional.pad(estimates.cumsum(-1)[:, :-1] / counts, (1, 0))  # of draw k; 0 of the first
-    after = baseline.sum(-1, keepdim=True) - baseline.cumsum(-1)  # Σ_{j>k} of the baselines
+    baseline = torch.nn.functional.pad(running_sum(estimates)[:, :-1] / counts, (1, 0))  # of draw k; 0 of the first
+    after = baseline.sum(-1, keepdim=True) - running_sum(baseline)  # Σ_{j>k} of the baselines
     return (mass * (x - baseline) + attention * (_later(log_a) * x - after)) / n

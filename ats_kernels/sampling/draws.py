@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ats_kernels import philox
+from ats_kernels.sums import running_sum
 
 METHODS = ("sample", "topk")
 
@@ -95,7 +96,7 @@ def repeats(attention: Tensor, n: int, seed: Tensor) -> Tensor:
     # Once every cell that can come has come, one of them must: its share of the line ends above any target.
     more = attention.roll(-1, -1) > 0
     more[:, -1] = False
-    until = attention.cumsum(-1).masked_fill_(~more, 2.0)  # (B, N)
+    until = running_sum(attention).masked_fill_(~more, 2.0)  # (B, N)
     where = torch.searchsorted(until, target, right=True)  # (B, n) a cell, new or not, by its share
     came = torch.zeros_like(where[:, 0])  # (B,) cells so far
     order = []

@@ -84,6 +84,7 @@ def statistics_kernel(
     stride_chunk_stats,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    SLICE: tl.constexpr,
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -96,7 +97,7 @@ def statistics_kernel(
     chunk = program % n_chunks
     block = chunk * BLOCKS + tl.arange(0, BLOCKS)
     # (slices of a block, blocks, cells): so laid out, a warp holds whole blocks and a thread sums over slices alone.
-    SLICE: tl.constexpr = BLOCK if BLOCK < 128 else 128
+    # SLICE is 128 at most, but the whole block with Triton 3.6, which would hold each slice in shared memory.
     SLICES: tl.constexpr = BLOCK // SLICE
     within = tl.arange(0, SLICES)[:, None, None] * SLICE + tl.arange(0, SLICE)[None, None, :]
     cell = block[None, :, None] * BLOCK + within

@@ -5,18 +5,32 @@ import triton.language as tl
 
 from ats_kernels.sampling.kernels import FLOOR
 
+# One variant for all sizes: what is worth knowing of them, UNIT says. The drawn cells' strides alone may be 0.
+_NUMBERS = (
+    "cells", "cell_units", "n_draws", "n_chunks", "n_tiles", "stride_logits_b", "stride_grad_b", "stride_grad_n",
+    "stride_grad_lse", "stride_grad_entropy",
+)  # fmt: skip
+
 
 @triton.jit
 def _dense_terms(
-    peak_ptr, log_total_ptr, entropy_ptr, grad_log_attention_row, grad_logsumexp_ptr, grad_entropy_ptr, row,
-    stride_grad_n, stride_grad_lse, stride_grad_entropy, N: tl.constexpr, DRAWS: tl.constexpr,
+    peak_ptr, log_total_ptr, entropy_ptr, grad_log_attention_ptr, grad_logsumexp_ptr, grad_entropy_ptr, row, n_draws,
+    stride_grad_b, stride_grad_n, stride_grad_lse, stride_grad_entropy, DRAWS: tl.constexpr,
 ):  # fmt: skip
     """What the gradients a (common − slope · log a) of a row have in common: peak, log total, common, slope."""
-    draw = tl.arange(0, DRAWS)
-    grads = tl.load(grad_log_attention_row + draw * stride_grad_n, mask=draw < N, other=0.0)
-    slope = tl.load(grad_entropy_ptr + row * stride_grad_entropy)
-    common = tl.load(grad_logsumexp_ptr + row * stride_grad_lse) - tl.sum(grads.to(tl.float32), 0)
-    common -= slope * tl.load(entropy_ptr + row)
+    common = 0.0
+    slope = 0.0
+    if grad_log_attention_ptr is not None:
+        draw = tl.arange(0, DRAWS)
+        grads = tl.load(
+            grad_log_attention_ptr + row * stride_grad_b + draw * stride_grad_n, mask=draw < n_draws, other=0.0
+        )
+        common -= tl.sum(grads.to(tl.float32), 0)
+    if grad_logsumexp_ptr is not None:
+        common += tl.load(grad_logsumexp_ptr + row * stride_grad_lse)
+    if grad_entropy_ptr is not None:
+        slope += tl.load(grad_entropy_ptr + row * stride_grad_entropy)
+        common -= slope * tl.load(entropy_ptr + row)
     return tl.load(peak_ptr + row), tl.load(log_total_ptr + row), common, slope
 
 
@@ -30,19 +44,19 @@ def _dense_grad(z, peak, log_total, common, slope):
 @triton.jit
 def _add_drawn(
     logits_row, indices_row, grad_log_attention_row, grad_row, peak, log_total, common, slope, first, left, right,
-    stride_grad_n, N: tl.constexpr, DRAWS: tl.constexpr, REPLACE: tl.constexpr,
+    n_draws, stride_grad_n, DRAWS: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of those of DRAWS draws from `first` on whose cells lie in [left, right), whole: a cell drawn
     more than once gets the same value from each of its draws, in whatever order they are stored."""
     draw = first + tl.arange(0, DRAWS)
-    cell = tl.load(indices_row + draw, mask=draw < N, other=-1)
+    cell = tl.load(indices_row + draw, mask=draw < n_draws, other=-1)
     mine = (cell >= left) & (cell < right)
     if REPLACE:
         own = tl.zeros([DRAWS], tl.float32)
-        for start in range(0, N, DRAWS):
+        for start in range(0, n_draws, DRAWS):
             other = start + tl.arange(0, DRAWS)
-            other_cell = tl.load(indices_row + other, mask=other < N, other=-1)
-            grad = tl.load(grad_log_attention_row + other * stride_grad_n, mask=other < N, other=0.0)
+            other_cell = tl.load(indices_row + other, mask=other < n_draws, other=-1)
+            grad = tl.load(grad_log_attention_row + other * stride_grad_n, mask=other < n_draws, other=0.0)
             same = cell[:, None] == other_cell[None, :]
             own += tl.sum(tl.where(same, grad[None, :].to(tl.float32), 0.0), 1)
     else:
@@ -51,25 +65,25 @@ def _add_drawn(
     tl.store(grad_row + cell, own + _dense_grad(z, peak, log_total, common, slope), mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def bwd_kernel(
     logits_ptr,  # (B, K)
     indices_ptr,  # (B, N)
     peak_ptr,  # (B,), and so are the next two
     log_total_ptr,
     entropy_ptr,
-    grad_log_attention_ptr,  # (B, N)
+    grad_log_attention_ptr,  # (B, N); None, as the next two may be: 0
     grad_logsumexp_ptr,  # (B,)
     grad_entropy_ptr,  # (B,)
     grad_logits_ptr,  # (B, K), written
     cell_units,
+    n_draws,
     n_chunks,
     stride_logits_b,
     stride_grad_b,
     stride_grad_n,
     stride_grad_lse,
     stride_grad_entropy,
-    N: tl.constexpr,
     DRAWS: tl.constexpr,
     TILE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -81,10 +95,9 @@ def bwd_kernel(
     program = tl.program_id(0)
     row = (program // n_chunks).to(tl.int64)
     left = (program % n_chunks) * TILE
-    grads_row = grad_log_attention_ptr + row * stride_grad_b
     peak, log_total, common, slope = _dense_terms(
-        peak_ptr, log_total_ptr, entropy_ptr, grads_row, grad_logsumexp_ptr, grad_entropy_ptr, row,
-        stride_grad_n, stride_grad_lse, stride_grad_entropy, N, DRAWS,
+        peak_ptr, log_total_ptr, entropy_ptr, grad_log_attention_ptr, grad_logsumexp_ptr, grad_entropy_ptr, row,
+        n_draws, stride_grad_b, stride_grad_n, stride_grad_lse, stride_grad_entropy, DRAWS,
     )  # fmt: skip
     cell = left + tl.arange(0, TILE)
     inside = cell < cell_units * UNIT
@@ -92,33 +105,34 @@ def bwd_kernel(
     grad_row = grad_logits_ptr + row * cell_units * UNIT
     z = tl.load(logits_row + cell, mask=inside, other=0.0).to(tl.float32)
     tl.store(grad_row + cell, _dense_grad(z, peak, log_total, common, slope), mask=inside)
-    if BARRIER:
+    if BARRIER and grad_log_attention_ptr is not None:
         tl.debug_barrier()  # the stores above come first
         _add_drawn(
-            logits_row, indices_ptr + row * N, grads_row, grad_row, peak, log_total, common, slope,
-            0, left, left + TILE, stride_grad_n, N, DRAWS, REPLACE,
+            logits_row, indices_ptr + row * n_draws,
+            grad_log_attention_ptr + row * stride_grad_b, grad_row, peak, log_total, common, slope,
+            0, left, left + TILE, n_draws, stride_grad_n, DRAWS, REPLACE,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def bwd_drawn_kernel(
     logits_ptr,  # (B, K)
     indices_ptr,  # (B, N)
     peak_ptr,  # (B,), and so are the next two
     log_total_ptr,
     entropy_ptr,
-    grad_log_attention_ptr,  # (B, N)
+    grad_log_attention_ptr,  # (B, N); None, as the next two may be: 0
     grad_logsumexp_ptr,  # (B,)
     grad_entropy_ptr,  # (B,)
     grad_logits_ptr,  # (B, K), written
     cells,
+    n_draws,
     n_tiles,
     stride_logits_b,
     stride_grad_b,
     stride_grad_n,
     stride_grad_lse,
     stride_grad_entropy,
-    N: tl.constexpr,
     DRAWS: tl.constexpr,
     TILE: tl.constexpr,
     REPLACE: tl.constexpr,
@@ -126,12 +140,12 @@ def bwd_drawn_kernel(
     """One program: the gradient of the cells of TILE draws of one row, after bwd_kernel without BARRIER."""
     program = tl.program_id(0)
     row = (program // n_tiles).to(tl.int64)
-    grads_row = grad_log_attention_ptr + row * stride_grad_b
     peak, log_total, common, slope = _dense_terms(
-        peak_ptr, log_total_ptr, entropy_ptr, grads_row, grad_logsumexp_ptr, grad_entropy_ptr, row,
-        stride_grad_n, stride_grad_lse, stride_grad_entropy, N, DRAWS,
+        peak_ptr, log_total_ptr, entropy_ptr, grad_log_attention_ptr, grad_logsumexp_ptr, grad_entropy_ptr, row,
+        n_draws, stride_grad_b, stride_grad_n, stride_grad_lse, stride_grad_entropy, DRAWS,
     )  # fmt: skip
     _add_drawn(
-        logits_ptr + row * stride_logits_b, indices_ptr + row * N, grads_row, grad_logits_ptr + row * cells,
-        peak, log_total, common, slope, (program % n_tiles) * TILE, 0, cells, stride_grad_n, N, TILE, REPLACE,
+        logits_ptr + row * stride_logits_b, indices_ptr + row * n_draws,
+        grad_log_attention_ptr + row * stride_grad_b, grad_logits_ptr + row * cells,
+        peak, log_total, common, slope, (program % n_tiles) * TILE, 0, cells, n_draws, stride_grad_n, TILE, REPLACE,
     )  # fmt: skip

@@ -37,7 +37,9 @@ def _draw(
     logits: Tensor, n: int, replace: bool, method: str, seed: Tensor | None, backend: str
 ) -> tuple[Draw, Statistics]:
     """The draw, its values in the dtype that comes out, and what its backward needs."""
-    if backend == "triton":
+    if backend == "triton" and torch.compiler.is_compiling():
+        from ats_kernels.sampling.opaque import sample as draw_cells
+    elif backend == "triton":
         from ats_kernels.sampling.triton import sample_triton as draw_cells
     else:
         draw_cells = sample_cpu if backend == "cpu" else draw_cells_ref
@@ -56,24 +58,41 @@ class _Sample(torch.autograd.Function):
         ctx.save_for_backward(logits, draw.indices, *statistics)
         ctx.backend, ctx.replace = backend, replace
         ctx.mark_non_differentiable(draw.indices)
+        ctx.set_materialize_grads(False)  # zeros would be launches
         return tuple(draw)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Tensor | None, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, indices, *values = ctx.saved_tensors
         statistics = Statistics(*values)
+        if ctx.backend == "triton" and not wants_graph():
+            return _grad_by_kernels(logits, indices, statistics, arriving, ctx.replace), None, None, None, None, None
+        dtype = compute_dtype(logits.dtype)
+        shapes = (indices.shape, *(2 * [indices.shape[:1]]))
+        grads = tuple(
+            torch.zeros(shape, dtype=dtype, device=logits.device) if grad is None else grad
+            for grad, shape in zip(arriving, shapes, strict=True)
+        )
         if wants_graph():
             grad_logits = grad_again(logits, indices, grads)
-        elif ctx.backend == "triton":
-            from ats_kernels.sampling.triton import grad_triton
-
-            with device_guard(logits):
-                grad_logits = grad_triton(logits, indices, statistics, grads, ctx.replace)
         elif ctx.backend == "cpu":
             grad_logits = grad_cpu(logits, indices, statistics, grads)
         else:
             grad_logits = grad_ref(logits, indices, statistics, grads)
         return grad_logits, None, None, None, None, None
+
+
+def _grad_by_kernels(
+    logits: Tensor, indices: Tensor, statistics: Statistics, grads: tuple[Tensor | None, ...], replace: bool
+) -> Tensor:
+    if torch.compiler.is_compiling():
+        from ats_kernels.sampling.opaque import grad
+
+        return grad(logits, indices, statistics, grads, replace)
+    from ats_kernels.sampling.triton import grad_triton
+
+    with device_guard(logits):
+        return grad_triton(logits, indices, statistics, grads, replace)
 
 
 def sample(

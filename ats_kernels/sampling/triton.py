@@ -18,6 +18,7 @@ from ats_kernels.sampling.kernels import draw_kernel, repeats_kernel, statistics
 from ats_kernels.sampling.kernels_bwd import bwd_drawn_kernel, bwd_kernel
 from ats_kernels.sampling.kernels_large import block_times_kernel, cell_times_kernel, finish_kernel
 
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _SMALL_DRAWS = 28
 _SMALL_BLOCKS = 2048
 _TIMES_TILE = 1024  # blocks a program of block_times_kernel
@@ -56,6 +57,7 @@ def sample_triton(logits: Tensor, n: int, replace: bool, method: str, seed: Tens
         chunk_stats.stride(0),
         BLOCK=block,
         BLOCKS=blocks,
+        SLICE=slice_size(block),
         UNIT=unit,
         WIDE=replace,
         CHUNKS=not small,
@@ -192,28 +194,30 @@ def _repeat(indices: Tensor, log_attention: Tensor, n: int, seed: Tensor) -> tup
 
 
 def grad_triton(
-    logits: Tensor, indices: Tensor, statistics: Statistics, grads: tuple[Tensor, ...], replace: bool
+    logits: Tensor, indices: Tensor, statistics: Statistics, grads: tuple[Tensor | None, ...], replace: bool
 ) -> Tensor:
     """The gradient (B, K) of the logits: one read and one write of the map, the same bits every time."""
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     rows, cells = logits.shape
     n = indices.shape[1]
-    grad_log_attention, grad_logsumexp, grad_entropy = grads
-    strides = (*grad_log_attention.stride(), grad_logsumexp.stride(0), grad_entropy.stride(0))
+    strides = [0, 0, 0, 0]
+    for grad, place in zip(grads, ((0, 2), (2, 3), (3, 4)), strict=True):
+        if grad is not None:
+            strides[slice(*place)] = grad.stride()
     grad_logits = torch.empty(rows, cells, dtype=logits.dtype, device=logits.device)
     tensors = (logits, indices, *statistics, *grads, grad_logits)
     unit = _unit(cells, logits.stride(0))
     tile = min(4096, _padded(cells))
     chunks = triton.cdiv(cells, tile)
-    barrier = n <= _BARRIER_DRAWS
+    barrier = n <= _BARRIER_DRAWS or grads[0] is None
     bwd_kernel[(rows * chunks,)](
         *tensors,
         cells // unit,
+        n,
         chunks,
         logits.stride(0) // unit,
         *strides,
-        N=n,
         DRAWS=_padded(n),
         TILE=tile,
         UNIT=unit,
@@ -226,10 +230,10 @@ def grad_triton(
         bwd_drawn_kernel[(rows * tiles,)](
             *tensors,
             cells,
+            n,
             tiles,
             logits.stride(0),
             *strides,
-            N=n,
             DRAWS=_padded(n),
             TILE=_BARRIER_DRAWS,
             REPLACE=replace,
@@ -241,6 +245,11 @@ def grad_triton(
 def warps(elements: int, elements_a_warp: int) -> int:
     """Warps of a program that works on so many elements: a power of two, 8 at most."""
     return min(8, max(1, triton.next_power_of_2(elements // elements_a_warp)))
+
+
+def slice_size(block: int) -> int:
+    """Cells of a block that pass 1 has a thread add up before the warps do; see statistics_kernel."""
+    return min(block, 128) if _TRITON >= (3, 7) else block
 
 
 def _blocks_a_program(n_blocks: int, block: int) -> int:

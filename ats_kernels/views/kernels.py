@@ -7,10 +7,7 @@ its output pixels out of the sums. Bytes are summed as integers, exactly, whatev
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _of_channel(channel, value_0, value_1, value_2, value_3):
-    return tl.where(channel == 0, value_0, tl.where(channel == 1, value_1, tl.where(channel == 2, value_2, value_3)))
+from ats_kernels.device import of_channel
 
 
 @triton.jit
@@ -134,8 +131,9 @@ def area_downsample_fwd_kernel(
                 view = tl.div_rn(total.to(COMPUTE), area.to(COMPUTE))
             c = channel + interleaved
             if AFFINE:
-                mean = _of_channel(c, mean_0, mean_1, mean_2, mean_3)
-                std = _of_channel(c, std_0, std_1, std_2, std_3)
+                # A compiler of whole models passes Python's floats as float64.
+                mean = of_channel(c, mean_0, mean_1, mean_2, mean_3).to(COMPUTE)
+                std = of_channel(c, std_0, std_1, std_2, std_3).to(COMPUTE)
                 view = tl.div_rn(view - mean, std + tl.zeros_like(view))
             out_ptrs = out_row_ptr + c.to(tl.int64) * stride_out_c + (first + j).to(tl.int64) * stride_out_w
             in_view = (j < COLUMNS) & (first + j < out_width) & (i < out_height)
@@ -196,7 +194,7 @@ def area_downsample_bwd_kernel(
     factor = 1.0 / _bin_length(rest, in_width, out_width).to(COMPUTE)
     next_factor = 1.0 / _bin_length(_next_rest(rest, in_width, out_width), in_width, out_width).to(COMPUTE)
     if AFFINE:
-        std = _of_channel(channel, std_0, std_1, std_2, std_3).to(COMPUTE)
+        std = of_channel(channel, std_0, std_1, std_2, std_3).to(COMPUTE)
         factor /= std
         next_factor /= std
 

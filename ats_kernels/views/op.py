@@ -42,6 +42,10 @@ def area_downsample_ref(
 def _launch(
     image: Tensor, size: tuple[int, int], means: list[float] | None, stds: list[float] | None, dtype: torch.dtype
 ) -> Tensor:
+    if torch.compiler.is_compiling():
+        from ats_kernels.views.opaque import downsample
+
+        return downsample(image, list(size), means, stds, dtype)
     from ats_kernels.views.triton import area_downsample_triton
 
     return area_downsample_triton(image, size, means=means, stds=stds, dtype=dtype)
@@ -78,6 +82,10 @@ def _spread(
     stds: list[float] | None,
 ) -> Tensor:
     """The gradient of an image from that of its view."""
+    if torch.compiler.is_compiling():
+        from ats_kernels.views.opaque import spread
+
+        return spread(grad_out, list(shape), dtype, memory_format == torch.channels_last, stds)
     from ats_kernels.views.triton import area_downsample_backward_triton
 
     grad_image = torch.empty(shape, dtype=dtype, device=grad_out.device, memory_format=memory_format)

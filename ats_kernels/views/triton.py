@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ats_kernels.backend import device_guard
 from ats_kernels.checks import compute_dtype, is_channels_last
+from ats_kernels.device import fits, padded
 from ats_kernels.views.kernels import area_downsample_bwd_kernel, area_downsample_fwd_kernel
 
-AFFINE_CHANNELS = 4  # whose mean and std travel as arguments of the launch
 BWD_TILE = 1024, 16  # elements and rows of a program
 OUT_ROWS = 4  # of a program: what depends on columns only is worked out once
 SHORT_TOTAL = 2**31 // 255  # pixels whose bytes a 32-bit integer can add up
@@ -31,7 +31,7 @@ def area_downsample_triton(
     channels, in_height, in_width = image.shape[1:]
     compute = compute_dtype(image.dtype, dtype)
     affine = means is not None or stds is not None
-    fused = affine and channels <= AFFINE_CHANNELS and compute == torch.float32
+    fused = affine and fits(means) and fits(stds) and compute == torch.float32
     memory_format = torch.channels_last if is_channels_last(image) else torch.contiguous_format
     out = torch.empty(
         (image.shape[0], channels, *size),
@@ -62,8 +62,8 @@ def area_downsample_triton(
             *(stride // unit for stride in image.stride()[:3]),
             image.stride(3),
             *out.stride(),
-            *_padded(means if fused else None, 0.0),
-            *_padded(stds if fused else None, 1.0),
+            *padded(means if fused else None, 0.0),
+            *padded(stds if fused else None, 1.0),
             PLANES=planes,
             INTERLEAVED=interleaved,
             CONTIGUOUS=contiguous,
@@ -96,7 +96,7 @@ def area_downsample_backward_triton(
     """Write the gradient to the image: 1 / (bin's area · std) of the gradient of every output pixel it is part of."""
     batch, channels, in_height, in_width = grad_image.shape
     compute = compute_dtype(grad_out.dtype, grad_image.dtype)
-    fused = stds is not None and channels <= AFFINE_CHANNELS and compute == torch.float32
+    fused = stds is not None and fits(stds) and compute == torch.float32
     if stds is not None and not fused:
         grad_out = grad_out.to(compute, copy=True, memory_format=torch.contiguous_format)
         _normalise_(grad_out, None, stds)
@@ -114,7 +114,7 @@ def area_downsample_backward_triton(
             *grad_out.shape[2:],
             *(stride // unit for stride in grad_image.stride()[:3]),
             *grad_out.stride(),
-            *_padded(stds if fused else None, 1.0),
+            *padded(stds if fused else None, 1.0),
             PLANES=planes,
             INTERLEAVED=interleaved,
             UNIT=unit,
@@ -180,8 +180,3 @@ def _index_type(image_shape: torch.Size, size: Sequence[int]) -> Any:
     """What holds the product of an image's side with a view's; a 64-bit division is worth avoiding."""
     largest = max(side * bins for side, bins in zip(image_shape[2:], size, strict=True))
     return tl.int32 if largest + max(image_shape[2:]) * 2048 < 2**31 else tl.int64
-
-
-def _padded(values: list[float] | None, default: float) -> list[float]:
-    values = values or []
-    return values + [default] * (AFFINE_CHANNELS - len(values))

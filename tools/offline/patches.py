@@ -5,6 +5,7 @@ import math
 import torch
 import triton.language as tl
 
+from ats_kernels.device import SCALARS
 from ats_kernels.patches.kernels import extract_patches_bwd_kernel, extract_patches_fwd_kernel
 from ats_kernels.patches.triton import bwd_blocks, fwd_blocks
 from tools.offline.compile import OfflineCase
@@ -18,10 +19,13 @@ def offline_cases() -> list[OfflineCase]:
     wide = (r"st\.global\S*\.v4\.b32",)
     return [
         _case("fwd uint8 -> fp32", mnist, "u8", "fp32", needs=wide, budget=22),
+        # What every thread does to find its patch weighs most where a thread has few pixels.
+        _case("fwd cells, uint8 -> fp32", mnist, "u8", "fp32", needs=wide, budget=32, cells=True),
+        _case("fwd cells, uint8 -> fp32", giga, "u8", "fp32", needs=wide, budget=32, cells=True),
         _case("fwd uint8 -> fp32", giga, "u8", "fp32", needs=wide, budget=22),
         _case("fwd uint8 -> bf16", giga, "u8", "bf16", needs=wide, budget=22),
-        _case("fwd uint8 -> fp32 channels-last", giga, "u8", "fp32", needs=wide, budget=30, channels_last=True),
-        _case("fwd uint8 -> bf16 channels-last", giga, "u8", "bf16", needs=wide, budget=30, channels_last=True),
+        _case("fwd uint8 -> fp32 channels-last", giga, "u8", "fp32", needs=wide, budget=36, channels_last=True),
+        _case("fwd uint8 -> bf16 channels-last", giga, "u8", "bf16", needs=wide, budget=36, channels_last=True),
         _case("fwd uint8 -> fp16 edge", signs, "u8", "fp16", needs=wide, budget=22, edge=True),
         _case("fwd fp32", signs, "fp32", "fp32", needs=wide, budget=12, affine=False),
         _case("fwd fp16", signs, "fp16", "fp16", needs=wide, budget=12, affine=False),
@@ -47,20 +51,25 @@ def _case(
     edge: bool = False,
     affine: bool = True,
     backward: bool = False,
+    cells: bool = False,
 ) -> OfflineCase:
     workload_name, (batch, n, channels), size, image_size = workload
     interleaved = channels if channels_last else 1
     shaped = torch.empty((batch, n, channels, *size), device="meta")
     work = "fp64" if "fp64" in (image, patches) else "fp32"
-    tensors = {"offsets_ptr": "*i64", "affine_ptr": f"*{work}"}
+    tensors = {"offsets_ptr": "*i64"}
     if backward:
         tensors |= {"grad_patches_ptr": f"*{patches}", "grad_image_ptr": f"*{image}"}
     else:
         tensors |= {"image_ptr": f"*{image}", "out_ptr": f"*{patches}"}
-    constexprs: dict[str, object] = {} if affine else {"affine_ptr": None}
+    constexprs: dict[str, object] = {"AFFINE": affine}
+    numbers = dict.fromkeys((f"scale_{c}" for c in range(SCALARS)), "fp32")
+    if affine and work == "fp64":
+        tensors["affine_ptr"] = "*fp64"  # no launch carries numbers in float64
+    else:
+        constexprs["affine_ptr"] = None
     constexprs |= {"stride_image_c" if channels_last else "stride_image_w": 1}
     constexprs |= {
-        "PATCHES": n,
         "CHANNELS": channels,
         "PATCH_HEIGHT": size[0],
         "PATCH_WIDTH": size[1],
@@ -70,11 +79,17 @@ def _case(
         (block, num_warps), planes = bwd_blocks(shaped, interleaved), 1
     else:
         block, planes, num_warps = fwd_blocks(shaped, interleaved)
-        constexprs |= {"DENSE": True, "PLANES": planes, "WIDE": False}
+        constexprs |= {"DENSE": True, "PLANES": planes, "WIDE": False, "INDEX": tl.int32}
+        numbers |= dict.fromkeys((f"center_{c}" for c in range(SCALARS)), "fp32")
+        numbers |= dict.fromkeys(("grid_width", "row_a", "row_b", "row_d", "column_a", "column_b", "column_d"), "i32")
+        if cells:
+            tensors["indices_ptr"] = "*i64"
+        else:
+            constexprs["indices_ptr"] = None
     constexprs |= {"EDGE": edge, "BLOCK": block}
     constexprs |= {"COMPUTE": tl.float64 if work == "fp64" else tl.float32}
     far = "i64" if channels * math.prod(image_size) >= 2**31 else "i32"
-    signature = tensors | {"height": "i32", "width": "i32", "stride_image_b": far}
+    signature = tensors | numbers | {"height": "i32", "width": "i32", "patches_an_image": "i32", "stride_image_b": far}
     signature |= {"stride_image_c": "i32", "stride_image_h": "i32", "stride_image_w": "i32"}
     itemsize = {"u8": 1, "fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
     return OfflineCase(

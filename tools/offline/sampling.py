@@ -7,12 +7,12 @@ import triton
 from ats_kernels.sampling.kernels import draw_kernel, repeats_kernel, statistics_kernel
 from ats_kernels.sampling.kernels_bwd import bwd_drawn_kernel, bwd_kernel
 from ats_kernels.sampling.kernels_large import block_times_kernel, cell_times_kernel, finish_kernel
-from ats_kernels.sampling.triton import warps
+from ats_kernels.sampling.triton import slice_size, warps
 from tools.offline.compile import OfflineCase
 
 _WIDE_LOAD, _WIDE_STORE = r"ld\.global\S*\.v4", r"st\.global\S*\.v4"
 
-_SIZES = {"cells", "n_blocks", "n_chunks", "n_tiles", "n_candidates", "rows", "n", "cell_units"}
+_SIZES = {"cells", "n_blocks", "n_chunks", "n_tiles", "n_candidates", "rows", "n", "n_draws", "cell_units"}
 _TYPES = {
     "indices_ptr": "*i64",
     "seed_ptr": "*i64",
@@ -35,7 +35,14 @@ def offline_cases() -> list[OfflineCase]:
                 _case(
                     f"statistics {dtype} blocks of {block}",
                     statistics_kernel,
-                    {"BLOCK": block, "BLOCKS": tile // block, "UNIT": 16, "WIDE": False, "CHUNKS": chunks},
+                    {
+                        "BLOCK": block,
+                        "BLOCKS": tile // block,
+                        "SLICE": slice_size(block),
+                        "UNIT": 16,
+                        "WIDE": False,
+                        "CHUNKS": chunks,
+                    },
                     dtype=dtype,
                     num_warps=warps(tile, 1024),
                     elements=tile,
@@ -48,7 +55,7 @@ def offline_cases() -> list[OfflineCase]:
             _case(
                 f"bwd {dtype}",
                 bwd_kernel,
-                {"N": 10, "DRAWS": 16, "TILE": 4096, "UNIT": 16, "REPLACE": False, "BARRIER": True},
+                {"DRAWS": 16, "TILE": 4096, "UNIT": 16, "REPLACE": False, "BARRIER": True},
                 dtype=dtype,
                 num_warps=8,
                 elements=4096,
@@ -61,7 +68,7 @@ def offline_cases() -> list[OfflineCase]:
         _case(
             "statistics fp32, float64 sums",
             statistics_kernel,
-            {"BLOCK": 64, "BLOCKS": 64, "UNIT": 16, "WIDE": True, "CHUNKS": False},
+            {"BLOCK": 64, "BLOCKS": 64, "SLICE": 64, "UNIT": 16, "WIDE": True, "CHUNKS": False},
             wide=True,
             num_warps=4,
             elements=4096,
@@ -122,7 +129,7 @@ def offline_cases() -> list[OfflineCase]:
         _case(
             "bwd of 256 drawn",
             bwd_drawn_kernel,
-            {"N": 256, "DRAWS": 256, "TILE": 64, "REPLACE": True},
+            {"DRAWS": 256, "TILE": 64, "REPLACE": True},
             num_warps=4,
             elements=64,
             bytes_per_element=24,

@@ -5,9 +5,9 @@ import math
 import triton
 import triton.language as tl
 
+from ats_kernels.device import SCALARS
 from ats_kernels.views.kernels import area_downsample_bwd_kernel, area_downsample_fwd_kernel
 from ats_kernels.views.triton import (
-    AFFINE_CHANNELS,
     BWD_TILE,
     OUT_ROWS,
     fwd_blocks,
@@ -35,7 +35,7 @@ def offline_cases() -> list[OfflineCase]:
         sizes = dict.fromkeys(("in_height", "in_width", "out_height", "out_width"), "i32")
         strides = dict.fromkeys(("units_image_b", "units_image_c", "units_image_h"), "i32")
         out_strides = dict.fromkeys(("stride_out_b", "stride_out_c", "stride_out_h"), "i32")
-        constants = {f"{what}_{c}": "fp32" for what in ("mean", "std") for c in range(AFFINE_CHANNELS)}
+        constants = {f"{what}_{c}": "fp32" for what in ("mean", "std") for c in range(SCALARS)}
         layout = {"PLANES": channels // interleaved, "INTERLEAVED": interleaved, "UNIT": unit}
         cases.append(
             OfflineCase(
