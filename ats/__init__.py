@@ -4,6 +4,11 @@ A small network looks at a low-resolution view, a few patches are drawn from its
 read from the full-resolution image (Katharopoulos & Fleuret, ICML 2019).
 """
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
 from ats import diagnostics, nn
 from ats.functional import (
     BoxSample,
@@ -23,6 +28,9 @@ from ats.probe import receptive_field
 from ats.version import __version__
 from ats_kernels.pooling.variance import Estimate, estimate
 
+if TYPE_CHECKING:
+    from ats.experiments.trained import TrainedModel
+
 __all__ = [
     "BoxSample",
     "CellSample",
@@ -37,6 +45,7 @@ __all__ = [
     "estimate",
     "estimator_weights",
     "expectation",
+    "load",
     "nn",
     "patch_positions",
     "pool",
@@ -46,3 +55,28 @@ __all__ = [
     "sample_cells",
     "sample_patches",
 ]
+
+
+def load(run: Path | str, *, device: torch.device | str = "cpu") -> "TrainedModel":
+    """A model that `ats train` trained, ready to use: `ats.load(run).predict(image)`.
+
+    It knows its classes' names and how images are to be looked at. Needs what the commands need.
+
+    Args:
+        run: the run's folder, or its checkpoints/last.ckpt.
+        device: where its networks go.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint of this project, or was written by another version of it.
+        ModuleNotFoundError: the extra is not installed; says how to get it.
+    """
+    try:  # only now: the core needs torch and NumPy alone
+        from ats.experiments.trained import load as load_run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("ats", "ats_kernels"):
+            raise
+        raise ModuleNotFoundError(
+            f"{error.name} is not installed; ats.load needs: pip install 'torch-ats[experiments]'", name=error.name
+        ) from error
+    return load_run(run, device=device)

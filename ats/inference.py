@@ -17,6 +17,7 @@ from torch import Tensor
 import ats_kernels
 from ats.nn import AttentionSampling
 from ats_kernels.checks import check_choice, check_count
+from ats_kernels.pooling.op import check_estimator
 from ats_kernels.pooling.variance import estimate
 from ats_kernels.sampling.draws import METHODS
 
@@ -65,6 +66,8 @@ def predict(
     *,
     method: str = "sample",
     n_patches: int | None = None,
+    replace: bool | None = None,
+    estimator: str | None = None,
     repeats: int = 1,
     generator: torch.Generator | None = None,
 ) -> Prediction:
@@ -78,6 +81,8 @@ def predict(
         image: (B, C, H, W).
         method: "sample", or "topk": the most probable cells, weighted by their attention, no randomness.
         n_patches: patches a draw; what `sampling` has where None.
+        replace, estimator: of a draw, in place of `sampling`'s own replace, and of the unordered estimator without
+            replacement; `sampling` is left as it is. The most probable cells have no use for them.
         repeats: independent draws to average. One draw of as many patches without replacement says more: it reads
             none twice.
         generator: of the draws, on the logits' device.
@@ -92,7 +97,10 @@ def predict(
         raise ValueError(f"method='topk' draws nothing at random: repeats={repeats} would give the same every time")
     _check_evaluating(sampling)
     count = sampling.sampler.n_patches if n_patches is None else check_count("n_patches", n_patches)
-    replace = sampling.sampler.replace and method == "sample"
+    replace = (sampling.sampler.replace if replace is None else replace) and method == "sample"
+    if estimator is None:
+        estimator = "ordered" if replace else "unordered"
+    check_estimator(estimator, replace=replace)
     logits = sampling.attention_logits(view, image)
     values, variances = [], []
     for _ in range(repeats):
@@ -101,7 +109,6 @@ def predict(
         if method == "topk" or count == 1:
             values.append(torch.einsum("bn,bnc->bc", draw.log_attention.double().softmax(-1), scores))
             continue
-        estimator = "ordered" if replace else "unordered"
         value, variance = estimate(scores, draw.log_attention, replace=replace, estimator=estimator)
         values.append(value)
         variances.append(variance)

@@ -15,12 +15,15 @@ from ats.experiments.build import view_size
 from ats.experiments.commands.command_line import run
 from ats.experiments.commands.demo import run_demo
 from ats.experiments.config import ExperimentConfig, to_dict
-from ats.experiments.evaluation import evaluate, load_task
+from ats.experiments.evaluation import evaluate, held_out_data
 from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.registry import EXPERIMENTS
+from ats.experiments.study.inference import InferenceOptions, measure
+from ats.experiments.trained import TrainedModel, load
 from ats.experiments.training import train
 from ats.models import ATSClassifier
 from ats.models.classifier import PlacedFeatures
+from tests.helpers import seeded
 from tests.test_training import tiny
 
 
@@ -29,12 +32,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tiny(tmp_path_factory.mktemp("evaluation") / "run"))
 
 
+def fresh(config: ExperimentConfig) -> TrainedModel:
+    """As `ats.load` would give it, with weights that nothing has trained."""
+    task = ClassificationTask(config).eval()
+    return TrainedModel(config, task.model, task.classes)
+
+
 def small_demo(folder: Path) -> ExperimentConfig:
     return dataclasses.replace(tiny(folder), optim=dataclasses.replace(tiny(folder).optim, epochs=1))
 
 
 def test_evaluation_repeats_with_its_seed_and_not_with_another(checkpoint: Path) -> None:
-    task = load_task(checkpoint)
+    task = load(checkpoint)
     first, again, other = (evaluate(task, repeats=2, seed=seed) for seed in (0, 0, 1))
     assert first == again
     assert first.loss != other.loss
@@ -44,7 +53,7 @@ def test_evaluation_repeats_with_its_seed_and_not_with_another(checkpoint: Path)
 
 def test_averages_are_those_of_the_single_draws(checkpoint: Path) -> None:
     """error and loss are means over draws; by Jensen's inequality the averaged prediction has no larger loss."""
-    task = load_task(checkpoint)
+    task = load(checkpoint)
     result = evaluate(task, repeats=4)
     assert result.averaged_loss <= result.loss
     assert (result.error * 4 * result.images) == pytest.approx(round(result.error * 4 * result.images))
@@ -54,7 +63,7 @@ def test_averages_are_those_of_the_single_draws(checkpoint: Path) -> None:
 
 
 def test_topk_needs_no_seed_and_leaves_the_model_as_it_was(checkpoint: Path) -> None:
-    task = load_task(checkpoint)
+    task = load(checkpoint)
     results = [evaluate(task, method="topk", n_patches=4, seed=seed) for seed in (0, 1)]
     assert results[0] == results[1]
     assert results[0].n_patches == 4
@@ -66,7 +75,7 @@ def test_topk_needs_no_seed_and_leaves_the_model_as_it_was(checkpoint: Path) -> 
 
 def test_anytime_reads_what_it_needs(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A tolerance that is always met stops at the first look, one that never is spends the budget; a seed repeats."""
-    task = load_task(checkpoint)
+    task = load(checkpoint)
     loose, tight = (evaluate(task, method="anytime", budget=12, tolerance=t, repeats=2) for t in (1e6, 0.0))
     assert (loose.n_patches, tight.n_patches) == (8, 12)
     assert tight == evaluate(task, method="anytime", budget=12, tolerance=0.0, repeats=2)
@@ -88,13 +97,13 @@ def test_anytime_reads_what_it_needs(checkpoint: Path, tmp_path: Path, capsys: p
 def test_topk_works_for_a_model_trained_with_replacement() -> None:
     config = tiny(Path("unused"))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, replace=True))
-    task = ClassificationTask(config).eval()
+    task = fresh(config)
     assert evaluate(task, method="topk").images == 8
     assert task.model.sampling.sampler.replace
 
 
 def test_fewer_images_are_the_first_ones_and_zero_draws_are_refused(checkpoint: Path) -> None:
-    task = load_task(checkpoint)
+    task = load(checkpoint)
     assert evaluate(task, images=3).images == 3
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         evaluate(task, repeats=0)
@@ -102,11 +111,11 @@ def test_fewer_images_are_the_first_ones_and_zero_draws_are_refused(checkpoint: 
 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.ckpt"):
-        load_task(tmp_path / "nothing.ckpt")
+        load(tmp_path / "nothing.ckpt")
     other = tmp_path / "other.ckpt"
     torch.save({"weights": torch.zeros(1)}, other)
     with pytest.raises(ValueError, match=r"other\.ckpt is not a checkpoint"):
-        load_task(other)
+        load(other)
 
 
 def test_the_demo_writes_its_numbers_and_picture_and_keeps_an_older_one(
@@ -122,7 +131,7 @@ def test_the_demo_writes_its_numbers_and_picture_and_keeps_an_older_one(
     promised = {"test_error", "uniform_test_error", "seconds", "n_patches", "image_size", "train_images", "seed"}
     assert promised <= metrics.keys()
     assert (metrics["seed"], metrics["image_size"], metrics["train_images"]) == (3, 140, 24)
-    learned = load_task(folder / "learned" / "checkpoints" / "last.ckpt")
+    learned = load(folder / "learned" / "checkpoints" / "last.ckpt")
     options = {"n_patches": metrics["n_patches"], "repeats": metrics["repeats"]}
     assert metrics["test_error"] == evaluate(learned, **options, seed=3).error
     with Image.open(folder / "attention.png") as picture:
@@ -167,7 +176,7 @@ def test_positions_from_the_command_line(tmp_path: Path) -> None:
         "--diagnostics.every 1 --diagnostics.gradient-draws 2"
     )
     assert run(options.split()) == 0
-    task = load_task(folder)
+    task = load(folder)
     assert isinstance(task.model, ATSClassifier)
     assert isinstance(task.model.sampling.feature, PlacedFeatures)
     for ways in ("--n-patches 5", "--method topk", "--method anytime --lead 2 --budget 9"):
@@ -219,8 +228,8 @@ def test_a_device_that_is_not_there_is_named(checkpoint: Path, capsys: pytest.Ca
 
 
 def test_a_runs_folder_stands_for_its_checkpoint_and_no_patches_are_none(checkpoint: Path) -> None:
-    task = load_task(checkpoint.parent.parent)
-    assert torch.equal(task.model.head.weight, load_task(checkpoint).model.head.weight)
+    task = load(checkpoint.parent.parent)
+    assert torch.equal(task.model.head.weight, load(checkpoint).model.head.weight)
     with pytest.raises(ValueError, match="n_patches must be at least 1, got 0"):
         evaluate(task, n_patches=0)
 
@@ -254,3 +263,57 @@ def test_presets_are_the_papers_where_they_say_so() -> None:
     model = values["model"]
     assert (model["networks"], model["feature_scale"]) == ("paper", 1.0)
     assert view_size(EXPERIMENTS["megapixel-mnist"].presets["paper"], (1500, 1500)) == (180, 180)
+
+
+@pytest.mark.parametrize("options", [{}, {"replace": True}, {"estimator": "unordered"}])
+def test_a_draw_is_pooled_by_the_estimator_that_the_run_was_trained_with(options: dict[str, object]) -> None:
+    """The logits are those that the model itself gives for the same draw, whatever it was trained with."""
+    config = tiny(Path("unused"))
+    model = dataclasses.replace(config.model, **options)  # type: ignore[arg-type]
+    trained = fresh(dataclasses.replace(config, model=model))
+    _, image, _ = held_out_data(trained, 3, None).load("test", torch.arange(3))
+    with torch.no_grad():
+        own, sample = trained.model(trained.view(image), image, generator=seeded(5))
+    prediction = trained.predict(image, generator=seeded(5))
+    torch.testing.assert_close(prediction.logits, own.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(trained(image, generator=seeded(5)), prediction.logits)
+    torch.testing.assert_close(trained(image[0], generator=seeded(5))[0].shape, own[0].shape)
+    other = trained.model.sampling.estimator == "ordered" and not trained.model.sampling.sampler.replace
+    pooled = ats.predict(
+        trained.model.sampling, trained.model.classify, trained.view(image), image, generator=seeded(5)
+    )
+    assert other != torch.allclose(pooled.logits, own.double(), rtol=1e-5, atol=1e-5)  # the control
+    assert sample is not None
+
+
+def test_evaluating_changes_nothing_of_a_model(checkpoint: Path) -> None:
+    trained = load(checkpoint)
+    before = repr(trained.model), {name: value.clone() for name, value in trained.model.state_dict().items()}
+    options = (
+        {"method": "sample", "n_patches": 3},
+        {"method": "topk", "n_patches": 2},
+        {"method": "anytime", "lead": 2.0},
+    )
+    for some in options:
+        evaluate(trained, images=2, **some)  # type: ignore[arg-type]
+    measure(1, trained, InferenceOptions(images=2, draws=1, n_patches=(4,)), None)
+    assert repr(trained.model) == before[0]
+    assert trained.model.sampling.estimator == "ordered"
+    for name, value in trained.model.state_dict().items():
+        assert torch.equal(value, before[1][name]), name
+
+
+def test_images_of_other_channels_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"takes images \(B, 1, H, W\) or \(1, H, W\), got \(3, 60, 60\)"):
+        load(checkpoint).predict(torch.zeros(3, 60, 60, dtype=torch.uint8))
+
+
+def test_a_model_that_reads_all_predicts_too_and_draws_nothing() -> None:
+    config = tiny(Path("unused"))
+    trained = fresh(dataclasses.replace(config, model=dataclasses.replace(config.model, method="cnn")))
+    image = torch.rand(2, 1, 64, 64, generator=seeded())
+    prediction = trained.predict(image)
+    assert prediction.standard_error is None
+    torch.testing.assert_close(prediction.logits, trained.model(trained.view(image), image)[0].double())
+    with pytest.raises(ValueError, match="a CNN draws no patches"):
+        trained.predict(image, n_patches=3)

@@ -20,9 +20,9 @@ from ats._files import is_part, remove_parts, write_whole
 from ats.experiments.checkpoints import read_checkpoint, write_checkpoint
 from ats.experiments.commands.command_line import run
 from ats.experiments.config import ExperimentConfig, to_dict
-from ats.experiments.evaluation import load_task
 from ats.experiments.registry import from_dict
 from ats.experiments.run_folder import RunFolder
+from ats.experiments.trained import load
 from ats.experiments.training import train
 from tests.faults import KILLED, tiny
 
@@ -292,7 +292,7 @@ def test_a_damaged_checkpoint_is_named_and_following_the_advice_works(
     assert not (tmp_path / "ran").exists()
     if name in ("empty", "cut", "text", "foreign", "hostile", "no options", "another model"):
         with pytest.raises(ValueError, match=r"last\.ckpt") as caught:
-            load_task(last)
+            load(last)
         assert "weights_only" not in str(caught.value)
     if name == "empty":
         last.unlink()

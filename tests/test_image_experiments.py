@@ -12,11 +12,12 @@ from ats.datasets.synthetic.write import write_colon_cancer, write_german
 from ats.experiments.colon_cancer import ColonCancerConfig
 from ats.experiments.commands.command_line import run
 from ats.experiments.config import ExperimentConfig, ModelConfig, OptimConfig, TrainerConfig
-from ats.experiments.evaluation import evaluate, load_task
+from ats.experiments.evaluation import evaluate
 from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.photographs import ImageData
 from ats.experiments.registry import EXPERIMENTS, experiment_data
 from ats.experiments.speed_limits import SpeedLimitsConfig
+from ats.experiments.trained import load
 from ats.experiments.training import AveragedWeights, InterruptedRunError, train
 from ats.models import ATSClassifier
 from tests.test_training import StopAt, assert_same, weights
@@ -65,7 +66,7 @@ def test_every_method_trains_and_evaluates(colon_cancer: Path, tmp_path: Path, m
     for part in parts:  # each has learned something: all parts are in the graph of the loss
         names = [name for name in trained if name.startswith(f"model.{part}.") and trained[name].is_floating_point()]
         assert any(not torch.equal(trained[name], before[name]) for name in names), part
-    result = evaluate(load_task(checkpoint))
+    result = evaluate(load(checkpoint))
     assert result.images == 4
     assert result.method == ("sample" if method in ("ats", "uniform") else method)
     assert result.n_patches == (3 if method in ("ats", "uniform") else 0)
@@ -97,7 +98,7 @@ def test_averaged_weights_are_evaluated_and_survive_an_interruption(colon_cancer
     content = torch.load(whole, weights_only=True)
     averaged, last = content["state_dict"]["model.head.weight"], content["current_model_state"]["model.head.weight"]
     assert not torch.equal(averaged, last)
-    assert torch.equal(load_task(whole).model.head.weight, averaged)
+    assert torch.equal(load(whole).model.head.weight, averaged)
     plain = train(
         small_colon(colon_cancer, tmp_path / "plain", optim=dataclasses.replace(optim, average=0), model=model)
     )
@@ -230,7 +231,7 @@ def test_speed_limits_train_with_class_weights(speed_limits: Path, tmp_path: Pat
         trainer=CPU,
     )
     checkpoint = train(config)
-    assert evaluate(load_task(checkpoint)).images == 4
+    assert evaluate(load(checkpoint)).images == 4
     data = experiment_data(config)
     counts = torch.bincount(data.labels("train"))
     class_weights = data.class_weights()

@@ -11,10 +11,10 @@ from ats.datasets.image_dataset import Region
 from ats.datasets.synthetic.write import write_colon_cancer
 from ats.experiments.colon_cancer import ColonCancerConfig
 from ats.experiments.config import ExperimentConfig
-from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.localisation import attention_map, localise, on_target
 from ats.experiments.registry import EXPERIMENTS, experiment_data
 from ats.models import ATSClassifier
+from tests.test_evaluation import fresh
 
 
 def point(y: float, x: float) -> Region:
@@ -61,7 +61,7 @@ class Oracle(nn.Module):
 
 def test_perfect_uniform_and_wrong_attention(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(folder, "uniform")
-    task, data = ClassificationTask(config).eval(), experiment_data(config)
+    task, data = fresh(config), experiment_data(config)
     assert isinstance(task.model, ATSClassifier)
     uniform = localise(task, data, n_draws=20)
     assert uniform.images == int(data.labels("test").sum())
@@ -98,7 +98,7 @@ def test_perfect_uniform_and_wrong_attention(folder: Path, monkeypatch: pytest.M
 def test_deep_mil_is_scored_on_its_own_grid(folder: Path) -> None:
     config = config_of(folder, "gated-mil")
     torch.manual_seed(0)
-    task, data = ClassificationTask(config).eval(), experiment_data(config)
+    task, data = fresh(config), experiment_data(config)
     view, image, _ = data.load("test", torch.tensor([1]))
     attention, offsets, size = attention_map(task.model, view, image)
     assert (attention.shape, offsets.shape, size) == ((1, 100), (100, 2), (27, 27))
@@ -111,4 +111,4 @@ def test_deep_mil_is_scored_on_its_own_grid(folder: Path) -> None:
 def test_a_cnn_has_no_attention(folder: Path) -> None:
     config = config_of(folder, "cnn")
     with pytest.raises(ValueError, match="CNNClassifier has no attention"):
-        localise(ClassificationTask(config).eval(), experiment_data(config))
+        localise(fresh(config), experiment_data(config))

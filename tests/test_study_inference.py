@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from ats.experiments.commands.command_line import run
-from ats.experiments.evaluation import evaluate, held_out_data, load_task
+from ats.experiments.evaluation import evaluate, held_out_data
 from ats.experiments.study import inference_report
-from ats.experiments.study.inference import InferenceOptions, Row, _Counts, load, measure, ways
+from ats.experiments.study.inference import InferenceOptions, Row, _Counts, measure, read_model, ways
 from ats.experiments.study.inference_report import study_inference
+from ats.experiments.trained import load
 from ats.experiments.training import train
 from ats.inference import Prediction, student_quantile
 from ats.models import ATSClassifier
@@ -31,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rows(checkpoint: Path) -> dict[tuple[str, float], Row]:
     shares: list[float] = []
-    measured = measure(1, load_task(checkpoint), SMALL, None, shares.append)
+    measured = measure(1, load(checkpoint), SMALL, None, shares.append)
     assert sum(shares) == pytest.approx(1)
     return {(row.way, row.value): row for row in measured}
 
@@ -46,7 +47,7 @@ def test_every_way_is_measured(rows: dict[tuple[str, float], Row]) -> None:
 
 def test_errors_are_those_of_the_model(rows: dict[tuple[str, float], Row], checkpoint: Path) -> None:
     """Against the full model in one batch, `ats evaluate` for the most probable cells, and draws of all cells."""
-    task = load_task(checkpoint)
+    task = load(checkpoint)
     assert isinstance(task.model, ATSClassifier)
     view, image, label = held_out_data(task, SMALL.images, None).load("test", torch.arange(12))
     with torch.no_grad():
@@ -158,6 +159,6 @@ def test_a_checkpoint_is_needed(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 
 def test_what_a_checkpoint_was_trained_as(checkpoint: Path) -> None:
-    model, _ = load(checkpoint)
+    model, _ = read_model(checkpoint)
     assert (model.experiment, model.preset, model.method, model.seed) == ("megapixel-mnist", "demo", "ats-10", 0)
     assert len(model.sha256) == 64

@@ -1,48 +1,20 @@
 """What a trained model is worth on images it has not seen."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
-from ats.experiments.checkpoints import read_checkpoint
 from ats.experiments.console import plain_console
-from ats.experiments.experiment import ExperimentData
-from ats.experiments.lightning_module import ClassificationTask
-from ats.experiments.registry import experiment_data, from_dict
-from ats.inference import anytime
+from ats.experiments.experiment import Batch, ExperimentData
+from ats.experiments.registry import experiment_data
+from ats.experiments.trained import Method, TrainedModel, predict_with
 from ats.models import ATSClassifier
-
-
-def load_task(checkpoint: Path) -> ClassificationTask:
-    """A trained task from a checkpoint that `train` wrote, or a run's folder, ready to evaluate.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a checkpoint of this project.
-    """
-    if checkpoint.is_dir():
-        checkpoint = checkpoint / "checkpoints" / "last.ckpt"
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"no checkpoint at {checkpoint}; `ats train` writes RUN/checkpoints/last.ckpt")
-    content = read_checkpoint(checkpoint)
-    try:
-        values = content["hyper_parameters"]["config"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{checkpoint} is not a checkpoint that `ats train` wrote: it has no configuration") from error
-    try:
-        task = ClassificationTask(from_dict(values))
-        task.load_state_dict(content["state_dict"])
-        task.on_load_checkpoint(content)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{checkpoint} was written by another version of ats, or is damaged: {error}") from error
-    return task.eval()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +45,9 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    task: ClassificationTask,
+    trained: TrainedModel,
     *,
-    method: Literal["sample", "topk", "anytime"] = "sample",
+    method: Method = "sample",
     n_patches: int | None = None,
     budget: int = 100,
     tolerance: float | None = None,
@@ -85,11 +57,12 @@ def evaluate(
     folder: Path | None = None,
     batch_size: int | None = None,
     seed: int = 0,
+    data: ExperimentData | None = None,
 ) -> Evaluation:
-    """Evaluate on the test images of the task's configuration, on the task's device.
+    """Evaluate on the test images of a run's configuration, on the model's device. The model is left as it is.
 
     Args:
-        task: as `load_task` returns it.
+        trained: as `ats.load` returns it.
         method: "sample"; "topk": the most probable cells; or "anytime": as many draws as each image needs.
         n_patches: patches an image; what it was trained with where None. Not with "anytime".
         budget, tolerance, lead: with "anytime", as in `ats.anytime`.
@@ -98,6 +71,7 @@ def evaluate(
         folder: of the data, where it is not the one that the run was trained with.
         batch_size: images at a time; by default 50, or 1 for models that read whole images.
         seed: of the draws.
+        data: as `held_out_data` returns it for the same images and folder, where it is there already.
 
     Raises:
         ValueError: options that the model has no use for, or out of range.
@@ -110,64 +84,42 @@ def evaluate(
         raise ValueError(f"method='anytime' reads what an image needs: give it a budget, not n_patches={n_patches}")
     if method != "anytime" and (tolerance, lead) != (None, None):
         raise ValueError(f"a tolerance or a lead is for method='anytime', got method={method!r}")
-    data = held_out_data(task, images, folder)
-    if isinstance(task.model, ATSClassifier):
-        if method == "anytime":
-            classify = _Anytime(task.model, {"budget": budget, "tolerance": tolerance, "lead": lead})
-            logits, labels = _logits(task, data, images, repeats, batch_size or 50, seed, classify)
-            used = float(torch.cat(classify.used).double().mean())
-            return _evaluation(logits, labels, data.source, method, used)
-        with _sampling(task.model, method, n_patches) as count:
-            logits, labels = _logits(task, data, images, repeats, batch_size or 50, seed)
-        return _evaluation(logits, labels, data.source, method, count)
-    name = task.config.model.method
-    if (method, n_patches, repeats) != ("sample", None, 1):
+    draws = isinstance(trained.model, ATSClassifier)
+    name = method if draws else trained.config.model.method
+    if not draws and (method, n_patches, repeats) != ("sample", None, 1):
         raise ValueError(f"{name} draws no patches: method, n_patches and repeats do not apply to it")
-    logits, labels = _logits(task, data, images, repeats, batch_size or 1, seed)
-    return _evaluation(logits, labels, data.source, name, 0)
+    data = held_out_data(trained, images, folder) if data is None else data
+    options: dict[str, Any] = {"n_patches": n_patches}
+    if method == "anytime":
+        options = {"budget": budget, "tolerance": tolerance, "lead": lead}
+    generator = torch.Generator(trained.device).manual_seed(seed)
+    logits, labels, used = [], [], []
+    for view, image, label in _batches(data, images, batch_size or (50 if draws else 1), trained.device):
+        predictions = [
+            predict_with(trained.model, view, image, method=method, generator=generator, **options)
+            for _ in range(repeats)
+        ]
+        logits.append(torch.stack([prediction.logits for prediction in predictions]))
+        used.append(torch.stack([prediction.patches_used for prediction in predictions]))
+        labels.append(label)
+    patches = torch.cat(used, dim=1)  # (R, M)
+    number = float(patches.double().mean()) if method == "anytime" else int(patches[0, 0])
+    return _evaluation(torch.cat(logits, dim=1), torch.cat(labels), data.source, name, number)
 
 
-def held_out_data(task: ClassificationTask, images: int | None, folder: Path | None) -> ExperimentData:
-    """The data that a task is tested on; `images` and `folder` as in `evaluate`."""
-    config = task.config.data
+def held_out_data(trained: TrainedModel, images: int | None, folder: Path | None) -> ExperimentData:
+    """The data that a model is tested on; `images` and `folder` as in `evaluate`."""
+    config = trained.config.data
     if folder is not None:
         config = dataclasses.replace(config, folder=folder)
     if images is not None:
         config = config.with_test_images(images)
-    data = experiment_data(dataclasses.replace(task.config, data=config))
+    data = experiment_data(dataclasses.replace(trained.config, data=config))
     data.prepare_data()
     available = len(data.labels("test"))
     if images is not None and not 1 <= images <= available:
         raise ValueError(f"images must be between 1 and {available}, the test images that there are, got {images}")
     return data
-
-
-class _Anytime:
-    """Classify as `ats.anytime` does, and keep account of the patches used."""
-
-    def __init__(self, model: ATSClassifier, options: dict[str, Any]) -> None:
-        self.model, self.options = model, options
-        self.used: list[Tensor] = []
-
-    def __call__(self, view: Tensor, image: Tensor, generator: torch.Generator) -> Tensor:
-        prediction = anytime(self.model.sampling, self.model.classify, view, image, generator=generator, **self.options)
-        self.used.append(prediction.patches_used)
-        return prediction.logits
-
-
-@contextmanager
-def _sampling(model: ATSClassifier, method: str, n_patches: int | None) -> Iterator[int]:
-    """Set how patches are chosen for a while; gives the number of patches."""
-    sampler = model.sampling.sampler
-    before = sampler.n_patches, sampler.method, sampler.replace
-    sampler.n_patches = sampler.n_patches if n_patches is None else n_patches
-    sampler.method = method
-    if method == "topk":  # distinct cells, whatever it was trained with
-        sampler.replace = False
-    try:
-        yield sampler.n_patches
-    finally:
-        sampler.n_patches, sampler.method, sampler.replace = before
 
 
 def _evaluation(logits: Tensor, labels: Tensor, source: str, method: str, n_patches: float) -> Evaluation:
@@ -189,25 +141,10 @@ def _evaluation(logits: Tensor, labels: Tensor, source: str, method: str, n_patc
     )
 
 
-def _logits(
-    task: ClassificationTask,
-    data: ExperimentData,
-    images: int | None,
-    repeats: int,
-    batch_size: int,
-    seed: int,
-    classify: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Class logits (R, M, classes) in float64 of R draws for each of the M test images, and labels (M,)."""
-    classify = classify or (lambda view, image, generator: task.model(view, image, generator=generator)[0])
-    generator = torch.Generator(task.device).manual_seed(seed)
-    logits, labels = [], []
-    batches = torch.arange(images or len(data.labels("test")), device="cpu").split(batch_size)
+def _batches(data: ExperimentData, images: int | None, size: int, device: torch.device) -> Iterator[Batch]:
+    """The first test images, with a bar that shows how far it is."""
+    batches = torch.arange(images or len(data.labels("test")), device="cpu").split(size)
     console = plain_console(stderr=True)
     # Where there is no terminal, all that is left of a bar is empty lines.
     for indices in track(batches, "evaluating", console=console, transient=True, disable=not console.is_terminal):
-        view, image, label = data.load("test", indices.to(task.device))
-        draws = [classify(view, image, generator).double() for _ in range(repeats)]
-        logits.append(torch.stack(draws))
-        labels.append(label)
-    return torch.cat(logits, dim=1), torch.cat(labels)
+        yield data.load("test", indices.to(device))

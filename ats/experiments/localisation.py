@@ -16,7 +16,7 @@ import ats_kernels
 from ats.datasets.image_dataset import Region
 from ats.experiments.build import Classifier
 from ats.experiments.experiment import ExperimentData
-from ats.experiments.lightning_module import ClassificationTask
+from ats.experiments.trained import TrainedModel
 from ats.grid import cell_offsets
 from ats.models import ATSClassifier, MILClassifier
 
@@ -97,11 +97,11 @@ def on_target(offsets: Tensor, patch_size: tuple[int, int], targets: Sequence[Re
 
 
 @torch.no_grad()
-def localise(task: ClassificationTask, data: ExperimentData, *, n_draws: int = 10, seed: int = 0) -> Localisation:
+def localise(trained: TrainedModel, data: ExperimentData, *, n_draws: int = 10, seed: int = 0) -> Localisation:
     """Compare a trained model's attention on test images with the ground truth.
 
     Args:
-        task: of a method with attention, in evaluation mode.
+        trained: of a method with attention.
         data: whose test images are looked at.
         n_draws: patches drawn for the hit rate.
         seed: of these draws.
@@ -109,14 +109,14 @@ def localise(task: ClassificationTask, data: ExperimentData, *, n_draws: int = 1
     Raises:
         ValueError: no test image has a target, or the model no attention.
     """
-    generator = torch.Generator(task.device).manual_seed(seed)
+    generator = torch.Generator(trained.device).manual_seed(seed)
     rows: list[list[float]] = []  # an image each: mass, uniform mass, hit, share of draws, average precision
     images = len(data.labels("test"))
     for index in range(images):
         if not (targets := data.targets(index)):
             continue
-        view, image, _ = data.load("test", torch.tensor([index], device=task.device))
-        attention, offsets, patch_size = attention_map(task.model, view, image)
+        view, image, _ = data.load("test", torch.tensor([index], device=trained.device))
+        attention, offsets, patch_size = attention_map(trained.model, view, image)
         target = on_target(offsets, patch_size, targets)
         if not bool(target.any()):  # between the patches of a grid with gaps
             rows.append([0.0] * 5)

@@ -7,12 +7,11 @@ import torch
 import tyro
 from torch import Tensor
 
+import ats_kernels
 from ats.datasets.image_files import read_image
-from ats.experiments.build import make_view
-from ats.experiments.evaluation import load_task
-from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.localisation import attention_map
 from ats.experiments.plotting.overlay import Attention, draw_overlay
+from ats.experiments.trained import TrainedModel, load
 from ats.models import ATSClassifier
 
 
@@ -42,30 +41,40 @@ def draw_image(options: AttentionOptions) -> str:
     """
     if options.output.exists():
         raise FileExistsError(f"{options.output} is there already; name another file with --output")
-    task = load_task(options.checkpoint)
-    image = _read(options.image, task)
-    view = make_view(task.config, image)
-    weights, offsets, patch_size = attention_map(task.model, view, image)
-    if isinstance(task.model, ATSClassifier):
-        sampler = task.model.sampling.sampler
-        sampler.n_patches = sampler.n_patches if options.n_patches is None else options.n_patches
-        if sampler.n_patches > weights.shape[1] and not sampler.replace:
+    trained = load(options.checkpoint)
+    image = _read(options.image, trained)
+    view = trained.view(image)
+    weights, offsets, patch_size = attention_map(trained.model, view, image)
+    drawn: list[tuple[int, int]] = []
+    if isinstance(trained.model, ATSClassifier):
+        sampler = trained.model.sampling.sampler
+        count = sampler.n_patches if options.n_patches is None else options.n_patches
+        if count > weights.shape[1] and not sampler.replace:
             raise ValueError(
                 f"the attention on {options.image}, {image.shape[2]}×{image.shape[3]} pixels, has {weights.shape[1]} "
-                f"cells, too few for {sampler.n_patches} patches; choose fewer with --n-patches, or a larger image"
+                f"cells, too few for {count} patches; choose fewer with --n-patches, or a larger image"
             )
-    logits, sample = task.model(view, image, generator=torch.Generator().manual_seed(options.seed))
-    drawn = [] if sample is None else [(int(top), int(left)) for top, left in sample.offsets[0].tolist()]
-    said, probability = int(logits.argmax()), float(logits.softmax(-1).max())
-    answer = f'class "{task.classes[said]}" with probability {probability:.2f}'
+        # The very draw that the prediction is from, for it has the same seed.
+        logits = trained.model.sampling.attention_logits(view, image).flatten(1)
+        cells = ats_kernels.sample(logits, count, replace=sampler.replace, generator=_seeded(options.seed)).indices[0]
+        drawn = [(int(top), int(left)) for top, left in offsets[cells].tolist()]
+        prediction = trained.predict(image, n_patches=count, generator=_seeded(options.seed))
+    else:
+        prediction = trained.predict(image)
+    chosen, probability = int(prediction.logits.argmax()), float(prediction.logits.softmax(-1).max())
+    answer = f'class "{trained.classes[chosen]}" with probability {probability:.2f}'
     title = f"{options.image.name}, {image.shape[2]}×{image.shape[3]}: {answer}"
     draw_overlay(image[0], Attention(weights[0], offsets, patch_size), options.output, title=title, drawn=drawn)
     return f"{answer}; where it looked: {options.output}"
 
 
-def _read(path: Path, task: ClassificationTask) -> Tensor:
+def _read(path: Path, trained: TrainedModel) -> Tensor:
     """The image (1, C, H, W) uint8, with as many channels as the model takes."""
     image = read_image(path)
-    if task.config.data.channels == 1:
+    if trained.config.data.channels == 1:
         image = image.float().mean(0, keepdim=True).round().to(torch.uint8)
     return image.unsqueeze(0)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -18,11 +18,12 @@ from ats.experiments.commands.demo import run_demo
 from ats.experiments.commands.synthesise import SynthesiseOptions, synthesise
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.console import say
-from ats.experiments.evaluation import Evaluation, evaluate, load_task
+from ats.experiments.evaluation import Evaluation, evaluate
 from ats.experiments.options import parse
 from ats.experiments.registry import EXPERIMENTS
 from ats.experiments.reproduce.command import ReproduceOptions, reproduce
 from ats.experiments.study.commands import run_study
+from ats.experiments.trained import load
 from ats.experiments.training import InterruptedRunError, LostRankError, train
 from ats.version import __version__
 
@@ -166,16 +167,16 @@ def _evaluate(arguments: list[str]) -> None:
         raise ValueError(f"--output {options.output} is a folder; name a file")
     if options.output is not None and options.output.exists():
         raise FileExistsError(f"{options.output} is there already; name another file with --output")
-    tasks = [load_task(checkpoint) for checkpoint in options.checkpoints]  # a bad one is not found an hour later
+    models = [load(checkpoint) for checkpoint in options.checkpoints]  # a bad one is not found an hour later
     found = []
-    for checkpoint, task in zip(options.checkpoints, tasks, strict=True):
+    for checkpoint, trained in zip(options.checkpoints, models, strict=True):
         try:
-            task.to(torch.device(options.device))
+            trained.to(torch.device(options.device))
         except (RuntimeError, AssertionError) as error:  # torch's for a device that it does not know or have
             raise ValueError(f"--device {options.device} cannot be used here: {error}") from error
         for n_patches in options.n_patches or (None,):
             result = evaluate(
-                task,
+                trained,
                 method=options.method,
                 n_patches=n_patches,
                 budget=options.budget,

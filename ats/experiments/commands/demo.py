@@ -11,10 +11,11 @@ from rich.table import Table
 from ats._files import write_json
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.console import plain_console
-from ats.experiments.evaluation import Evaluation, evaluate, load_task
+from ats.experiments.evaluation import Evaluation, evaluate
 from ats.experiments.experiment import ExperimentData
 from ats.experiments.plotting.figures import draw_attention
 from ats.experiments.registry import EXPERIMENTS, experiment_data
+from ats.experiments.trained import load
 from ats.experiments.training import train
 from ats.models import ATSClassifier
 
@@ -61,8 +62,8 @@ def run_demo(
         )
         checkpoint = train(run)
         seconds = json.loads((folder / attention / "training.json").read_text())["seconds"]
-        task = load_task(checkpoint)
-        results[attention] = evaluate(task, n_patches=_TEST_PATCHES, repeats=_REPEATS, seed=seed), seconds
+        tested = evaluate(load(checkpoint), n_patches=_TEST_PATCHES, repeats=_REPEATS, seed=seed, data=data)
+        results[attention] = tested, seconds
 
     picture = folder / "attention.png"
     _draw(folder / "learned" / "checkpoints" / "last.ckpt", data, picture)
@@ -111,10 +112,10 @@ def _table(results: dict[str, tuple[Evaluation, float]], patch_size: int, image_
 
 
 def _draw(checkpoint: Path, data: ExperimentData, path: Path) -> None:
-    task = load_task(checkpoint)
+    trained = load(checkpoint)
     view, image, label = data.load("test", torch.arange(_SHOWN, device="cpu"))
-    assert isinstance(task.model, ATSClassifier)
-    draw_attention(task.model, view, image, label, path, generator=torch.Generator().manual_seed(data.config.seed))
+    assert isinstance(trained.model, ATSClassifier)
+    draw_attention(trained.model, view, image, label, path, generator=torch.Generator().manual_seed(data.config.seed))
 
 
 def _set_aside(folder: Path) -> Path:

@@ -10,8 +10,10 @@ import torch
 from ats._files import write_json
 from ats.experiments.checkpoints import read_checkpoint
 from ats.experiments.config import ExperimentConfig
-from ats.experiments.evaluation import evaluate, load_task
+from ats.experiments.evaluation import evaluate, held_out_data
+from ats.experiments.experiment import ExperimentData
 from ats.experiments.reproduce.runs import read_json
+from ats.experiments.trained import load
 
 IMAGES = 500
 """Test images that a point of a curve is an error on, at most."""
@@ -26,13 +28,15 @@ def curve_of(config: ExperimentConfig) -> list[dict[str, Any]]:
     if (known := read_json(folder / "curve.json")) is not None:
         return known["points"]
     losses = _losses(folder)
-    points = []
+    points: list[dict[str, Any]] = []
+    data: ExperimentData | None = None
     images = min(IMAGES, json.loads((folder / "training.json").read_text())["test_images"])
     for path in sorted((folder / "checkpoints").glob("step-*.ckpt")):
         content = read_checkpoint(path)
         step = int(content["global_step"])
-        task = load_task(path).to("cuda" if torch.cuda.is_available() else "cpu")
-        error = evaluate(task, images=images, folder=config.data.folder, seed=config.seed).error
+        trained = load(path, device="cuda" if torch.cuda.is_available() else "cpu")
+        data = held_out_data(trained, images, config.data.folder) if data is None else data  # for all the points
+        error = evaluate(trained, images=images, seed=config.seed, data=data).error
         points.append(
             {
                 "step": step,

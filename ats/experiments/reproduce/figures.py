@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from ats._files import write_json
-from ats.experiments.build import Classifier, make_view
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.console import plain_console
-from ats.experiments.evaluation import load_task
 from ats.experiments.experiment import ExperimentData
 from ats.experiments.localisation import attention_map
 from ats.experiments.plotting.overlay import Attention, draw_comparison
@@ -20,6 +18,7 @@ from ats.experiments.registry import experiment_data
 from ats.experiments.reproduce.curves import curve_of, entropies
 from ats.experiments.reproduce.runs import Job, result_of, run_jobs
 from ats.experiments.tables import Table
+from ats.experiments.trained import TrainedModel, load
 
 ENTROPY_WEIGHTS = (0.0, 0.001, 0.01, 0.1, 1.0)
 _SHOWN = 3  # images of a comparison
@@ -146,8 +145,8 @@ def _comparison(table: Table, configs: dict[str, ExperimentConfig], data: Experi
     images, labels = data.examples("test", torch.tensor(chosen, device="cpu"))
     attention: dict[str, list[Attention]] = {}
     for name, config in configs.items():
-        model = load_task(config.run_folder).model
-        attention[name] = [_attention(model, config, image.unsqueeze(0)) for image in images]
+        trained = load(config.run_folder)
+        attention[name] = [_attention(trained, image.unsqueeze(0)) for image in images]
     path = folder / f"{table.name}-comparison.png"
     draw_comparison(
         list(images),
@@ -165,15 +164,14 @@ def _shown_image(data: ExperimentData) -> Tensor:
     return data.examples("test", torch.tensor([data.shown_image()], device="cpu"))[0]
 
 
-def _attention(model: Classifier, config: ExperimentConfig, image: Tensor) -> Attention:
-    weights, offsets, patch_size = attention_map(model, make_view(config, image), image)
+def _attention(trained: TrainedModel, image: Tensor) -> Attention:
+    weights, offsets, patch_size = attention_map(trained.model, trained.view(image), image)
     return Attention(weights[0], offsets, patch_size)
 
 
 def _map(checkpoint: Path, image: Tensor) -> Tensor:
     """Attention (gh, gw) on the cells of one image."""
-    task = load_task(checkpoint)
-    attention = _attention(task.model, task.config, image)
+    attention = _attention(load(checkpoint), image)
     columns = int((attention.offsets[:, 0] == attention.offsets[0, 0]).sum())
     return attention.weights.view(-1, columns)
 

@@ -19,9 +19,10 @@ import torch
 from ats._files import write_json
 from ats.experiments.config import ExperimentConfig, differences, to_dict
 from ats.experiments.console import plain_console
-from ats.experiments.evaluation import evaluate, load_task
+from ats.experiments.evaluation import evaluate, held_out_data
 from ats.experiments.localisation import localise
-from ats.experiments.registry import experiment_data, from_dict
+from ats.experiments.registry import from_dict
+from ats.experiments.trained import load
 from ats.experiments.training import train
 
 REPEATS = 5
@@ -53,17 +54,20 @@ def complete(config: ExperimentConfig) -> None:
     Nothing is chosen on the test split: it is the last epoch that is evaluated.
     """
     checkpoint = train(config)
-    folder = config.run_folder
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not (folder / "evaluation.json").exists():
-        draws = config.model.method in ("ats", "uniform")
-        task = load_task(checkpoint).to(device)
-        result = evaluate(task, repeats=REPEATS if draws else 1, folder=config.data.folder, seed=config.seed)
-        write_json(folder / "evaluation.json", result.to_dict())
-    data = experiment_data(config)
-    known = data.knows_targets and config.model.method in ("ats", "mil", "gated-mil")
-    if known and not (folder / "localisation.json").exists():
-        found = localise(load_task(checkpoint).to(device), data, n_draws=DRAWS, seed=config.seed)
+    folder, method = config.run_folder, config.model.method
+    wanted = {"evaluation"} | ({"localisation"} if method in ("ats", "mil", "gated-mil") else set())
+    wanted = {name for name in wanted if not (folder / f"{name}.json").exists()}
+    if not wanted:
+        return
+    trained = load(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+    data = held_out_data(trained, None, config.data.folder)
+    if "evaluation" in wanted:
+        repeats = REPEATS if method in ("ats", "uniform") else 1
+        write_json(
+            folder / "evaluation.json", evaluate(trained, repeats=repeats, seed=config.seed, data=data).to_dict()
+        )
+    if "localisation" in wanted and data.knows_targets:
+        found = localise(trained, data, n_draws=DRAWS, seed=config.seed)
         write_json(folder / "localisation.json", found.to_dict())
 
 

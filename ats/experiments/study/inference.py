@@ -1,5 +1,6 @@
 """What each way to predict with a trained model is worth, and whether the errors it states hold."""
 
+import dataclasses
 import hashlib
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ats.experiments.evaluation import held_out_data, load_task
-from ats.experiments.lightning_module import ClassificationTask
+from ats.experiments.evaluation import held_out_data
+from ats.experiments.trained import TrainedModel, checkpoint_of, load
 from ats.inference import Prediction, anytime, predict
 from ats.models import ATSClassifier
 
@@ -89,18 +90,17 @@ def check(options: InferenceOptions) -> None:
             raise ValueError(f"confidence must be in (0, 1), got {confidence}; 0.95 covers 19 times in 20")
 
 
-def load(checkpoint: Path) -> tuple[Model, ClassificationTask]:
+def read_model(checkpoint: Path) -> tuple[Model, TrainedModel]:
     """A trained model that draws patches, and what it was trained as."""
-    task = load_task(checkpoint)
-    config = task.config
-    if not isinstance(task.model, ATSClassifier):
+    trained = load(checkpoint)
+    config = trained.config
+    if not isinstance(trained.model, ATSClassifier):
         raise ValueError(
             f"{checkpoint} is a {config.model.method}, which draws no patches; name a run of ats or uniform"
         )
-    file = checkpoint / "checkpoints" / "last.ckpt" if checkpoint.is_dir() else checkpoint
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = hashlib.sha256(checkpoint_of(checkpoint).read_bytes()).hexdigest()
     method = config.model.label
-    return Model(str(checkpoint), digest, config.experiment, config.preset, method, config.seed), task
+    return Model(str(checkpoint), digest, config.experiment, config.preset, method, config.seed), trained
 
 
 def ways(options: InferenceOptions) -> list[tuple[str, float]]:
@@ -112,15 +112,14 @@ def ways(options: InferenceOptions) -> list[tuple[str, float]]:
 @torch.no_grad()
 def measure(
     number: int,
-    task: ClassificationTask,
+    trained: TrainedModel,
     options: InferenceOptions,
     folder: Path | None,
     advance: Callable[[float], None] = lambda share: None,
 ) -> list[Row]:
     """The rows of one model, whose patches are drawn without replacement whatever it was trained with."""
-    data, model = held_out_data(task, options.images, folder), task.model
+    data, model = held_out_data(trained, options.images, folder), trained.model
     assert isinstance(model, ATSClassifier)
-    model.sampling.sampler.replace = False
     generator = torch.Generator().manual_seed(options.seed)
     images = len(data.labels("test")) if options.images is None else options.images
     counts = {way: [_Counts() for _ in range(_repeats(way, options))] for way in ways(options)}
@@ -163,14 +162,13 @@ def _predict(
     options: InferenceOptions,
     generator: torch.Generator,
 ) -> Prediction:
-    (kind, value), sampling = way, model.sampling
-    inputs = sampling, model.classify, view, image
-    if kind == "ordered":
-        sampling.estimator, sampling.sampler.n_patches = "ordered", int(value)
-        return _fixed(model(view, image, generator=generator)[0].double(), int(value))
-    if kind in ("unordered", "topk"):
-        method = "sample" if kind == "unordered" else "topk"
-        return predict(*inputs, method=method, n_patches=int(value), generator=generator)
+    kind, value = way
+    inputs = model.sampling, model.classify, view, image
+    if kind == "topk":
+        return predict(*inputs, method="topk", n_patches=int(value))
+    if kind in ("ordered", "unordered"):
+        drawn = predict(*inputs, n_patches=int(value), replace=False, estimator=kind, generator=generator)
+        return drawn if kind == "unordered" else dataclasses.replace(drawn, standard_error=None)
     lead, tolerance = (value, None) if kind == "lead" else (None, value)
     return anytime(*inputs, budget=options.budget, lead=lead, tolerance=tolerance, generator=generator)
 

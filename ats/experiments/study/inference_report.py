@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.progress import Progress, TimeRemainingColumn
 
 from ats.experiments.console import plain_console
-from ats.experiments.study.inference import InferenceOptions, Measurement, Model, Row, check, load, measure, ways
+from ats.experiments.study.inference import InferenceOptions, Measurement, Model, Row, check, measure, read_model, ways
 from ats.experiments.study.writing import claim, markdown_table, write_study
 
 _LABELS = {
@@ -30,7 +30,7 @@ def study_inference(
     check(options)
     if not checkpoints:
         raise ValueError("name at least one checkpoint, or run's folder, that `ats train` wrote")
-    loaded = [load(checkpoint) for checkpoint in checkpoints]
+    loaded = [read_model(checkpoint) for checkpoint in checkpoints]
     measurement = Measurement(options, tuple(model for model, _ in loaded))
     rows: list[Row] = []
     if folder is not None:
@@ -38,12 +38,12 @@ def study_inference(
     console = plain_console()
     with Progress(*Progress.get_default_columns(), TimeRemainingColumn(), console=console, transient=True) as progress:
         bar = progress.add_task("measuring", total=len(loaded))
-        for number, (model, task) in enumerate(loaded, start=1):
+        for number, (model, trained) in enumerate(loaded, start=1):
             progress.update(bar, description=escape(model.checkpoint))
             if any(row.model == number for row in rows):
                 progress.advance(bar)
                 continue
-            rows += measure(number, task, options, data, lambda share: progress.advance(bar, share))
+            rows += measure(number, trained, options, data, lambda share: progress.advance(bar, share))
             if folder is not None:
                 plain_rows = [row.to_dict() for row in rows]
                 write_study(folder, "inference", measurement, plain_rows, markdown(measurement, rows))

@@ -1,0 +1,166 @@
+"""A trained run's model with what it takes to use it, and the one way in which all commands predict with it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ats.experiments.build import Classifier, build_model, make_view
+from ats.experiments.checkpoints import read_checkpoint
+from ats.experiments.config import ExperimentConfig
+from ats.experiments.registry import from_dict
+from ats.inference import Prediction, anytime, predict
+from ats.models import ATSClassifier, MILClassifier
+
+Method = Literal["sample", "topk", "anytime"]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model, in evaluation mode, that goes from images to class logits by itself.
+
+    Attributes:
+        config: of the run.
+        model: the networks; a `torch.nn.Module` of (view, image).
+        classes: names; a class is an index into them.
+
+    An image has the channels that the model was trained on, in bytes or from 0 to 1, and any size that its networks can
+    look at. Its view and patches are normalised as in training.
+    """
+
+    config: ExperimentConfig
+    model: Classifier
+    classes: tuple[str, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the networks."""
+        return self.model.head.weight.device
+
+    def to(self, device: torch.device | str) -> "TrainedModel":
+        """Move the networks to a device; returns this."""
+        self.model.to(device)
+        return self
+
+    def view(self, image: Tensor) -> Tensor:
+        """What the model looks at of images (B, C, H, W) or (C, H, W): (B, C, h, w); a Deep MIL's is the image."""
+        return make_view(self.config, self._batch(image))
+
+    def __call__(self, image: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Class logits (B, classes) float64 of images (B, C, H, W) or (C, H, W), from one draw of patches."""
+        return self.predict(image, generator=generator).logits
+
+    def predict(
+        self,
+        image: Tensor,
+        *,
+        method: Method = "sample",
+        n_patches: int | None = None,
+        budget: int = 100,
+        tolerance: float | None = None,
+        lead: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Prediction:
+        """Class logits and what is known of their error, as `ats evaluate` has them.
+
+        Args:
+            image: (B, C, H, W) or (C, H, W), on the model's device or in main memory.
+            method, n_patches, budget, tolerance, lead: as in `ats.predict` and `ats.anytime`. A draw is pooled by the
+                estimator that the run was trained with.
+            generator: of the draws, on the model's device.
+
+        Raises:
+            ValueError: an image of other channels; options that the model has no use for.
+        """
+        image = self._batch(image)
+        options: dict[str, Any] = {"budget": budget, "tolerance": tolerance, "lead": lead}
+        options = options if method == "anytime" else {"n_patches": n_patches}
+        view = make_view(self.config, image)
+        return predict_with(self.model, view, image, method=method, generator=generator, **options)
+
+    def _batch(self, image: Tensor) -> Tensor:
+        channels = self.config.data.channels
+        image = image.unsqueeze(0) if image.ndim == 3 else image
+        if image.ndim != 4 or image.shape[1] != channels:
+            raise ValueError(
+                f"this model takes images (B, {channels}, H, W) or ({channels}, H, W), got {tuple(image.shape)}"
+            )
+        return image
+
+
+@torch.no_grad()
+def predict_with(
+    model: Classifier,
+    view: Tensor,
+    image: Tensor,
+    *,
+    method: Method = "sample",
+    n_patches: int | None = None,
+    generator: torch.Generator | None = None,
+    **stop: Any,
+) -> Prediction:
+    """Class logits of one draw by any model, pooled by its own estimator: the way that all commands go.
+
+    It changes nothing of the model.
+
+    Args:
+        model: in evaluation mode.
+        view: (B, C, h, w), as the model takes it.
+        image: (B, C, H, W).
+        method: "sample", "topk" or "anytime".
+        n_patches: patches an image, not with "anytime"; what it was trained with where None.
+        generator: of the draws.
+        stop: with "anytime", when to: as in `ats.anytime`.
+
+    Raises:
+        ValueError: options that the model has no use for.
+    """
+    if isinstance(model, ATSClassifier):
+        inputs = model.sampling, model.classify, view, image
+        if method == "anytime":
+            return anytime(*inputs, generator=generator, **stop)
+        own = model.sampling.estimator if method == "sample" else None
+        return predict(*inputs, method=method, n_patches=n_patches, estimator=own, generator=generator)
+    if (method, n_patches) != ("sample", None):
+        kind = "Deep MIL" if isinstance(model, MILClassifier) else "a CNN"
+        raise ValueError(f"{kind} draws no patches: method and n_patches do not apply to it")
+    logits = model(view, image)[0].double()
+    none = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    return Prediction(logits, None, patches_used=none, stopped=none.bool())
+
+
+def load(run: Path | str, *, device: torch.device | str = "cpu") -> TrainedModel:
+    """A trained model from a run's folder, or from a checkpoint that `ats train` wrote.
+
+    Args:
+        run: the folder, or RUN/checkpoints/last.ckpt.
+        device: where its networks go.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint of this project, or was written by another version of it.
+    """
+    path = checkpoint_of(Path(run))
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; `ats train` writes RUN/checkpoints/last.ckpt")
+    content = read_checkpoint(path)
+    try:
+        values = content["hyper_parameters"]["config"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a checkpoint that `ats train` wrote: it has no configuration") from error
+    try:
+        config = from_dict(values)
+        with torch.random.fork_rng(devices=[]):  # the fresh weights, which are written over, are nobody's draws
+            model = build_model(config)
+        model.load_state_dict({name.removeprefix("model."): value for name, value in content["state_dict"].items()})
+        classes = tuple(content["classes"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} was written by another version of ats, or is damaged: {error}") from error
+    return TrainedModel(config, model.to(device).eval(), classes)
+
+
+def checkpoint_of(run: Path) -> Path:
+    """The checkpoint of a run's folder, or the file itself."""
+    return run / "checkpoints" / "last.ckpt" if run.is_dir() else run
