@@ -1,4 +1,4 @@
-"""How the house is laid out: which way imports point, what is private to whom, how long a file may be.
+"""How the house is laid out: which way imports point, and what is private to whom.
 
 Read from the source by its syntax tree, so that an import within a function counts as well.
 """
@@ -175,11 +175,6 @@ def test_no_import_goes_in_a_circle() -> None:
 
     for module in graph:
         visit(module, [])
-
-
-def test_no_file_is_longer_than_350_lines() -> None:
-    lengths = {path: len(path.read_text().splitlines()) for path in modules_of(*SHIPPED, *BESIDE).values()}
-    assert not {str(path.relative_to(ROOT)): lines for path, lines in lengths.items() if lines > 350}
 
 
 @pytest.mark.parametrize(

@@ -82,12 +82,12 @@ class TrainedModel:
 
     def _batch(self, image: Tensor) -> Tensor:
         channels = self.config.data.channels
-        image = image.unsqueeze(0) if image.ndim == 3 else image
-        if image.ndim != 4 or image.shape[1] != channels:
+        batch = image.unsqueeze(0) if image.ndim == 3 else image
+        if batch.ndim != 4 or batch.shape[1] != channels:
             raise ValueError(
                 f"this model takes images (B, {channels}, H, W) or ({channels}, H, W), got {tuple(image.shape)}"
             )
-        return image
+        return batch
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.progress import Progress, TimeRemainingColumn
 
 from ats.experiments.console import plain_console
+from ats.experiments.markdown import wrap
 from ats.experiments.study.inference import InferenceOptions, Measurement, Model, Row, check, measure, read_model, ways
 from ats.experiments.study.writing import claim, markdown_table, write_study
 
@@ -47,7 +48,7 @@ def study_inference(
             if folder is not None:
                 plain_rows = [row.to_dict() for row in rows]
                 write_study(folder, "inference", measurement, plain_rows, markdown(measurement, rows))
-    console.print(markdown(measurement, rows), soft_wrap=True)
+    console.print(wrap(markdown(measurement, rows)), soft_wrap=True)
     if folder is not None:
         console.print(f"Written to {folder}", soft_wrap=True)
     return rows

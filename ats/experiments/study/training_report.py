@@ -8,6 +8,7 @@ from matplotlib import pyplot as plt
 from rich.progress import Progress, TimeRemainingColumn
 
 from ats.experiments.console import plain_console
+from ats.experiments.markdown import wrap
 from ats.experiments.study.methods import METHODS
 from ats.experiments.study.training import CURVE_STEPS, Run, TrainingOptions, check, train
 from ats.experiments.study.writing import STYLES, claim, markdown_table, png, write_study
@@ -36,7 +37,7 @@ def study_training(options: TrainingOptions, folder: Path | None) -> list[Run]:
             runs.append(done.get(job) or train(options, *job, lambda: progress.advance(bar)))
             if folder is not None:
                 write_study(folder, "training", options, [run.to_dict() for run in runs], markdown(runs), plot(runs))
-    console.print(markdown(runs), soft_wrap=True)
+    console.print(wrap(markdown(runs)), soft_wrap=True)
     if folder is not None:
         console.print(f"Written to {folder}", soft_wrap=True)
     return runs

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from rich.progress import Progress
 
 from ats.experiments.console import plain_console
+from ats.experiments.markdown import wrap
 from ats.experiments.study.methods import METHODS
 from ats.experiments.study.variance import Row, VarianceOptions, measure, settings
 from ats.experiments.study.writing import STYLES, claim, markdown_table, png, write_study
@@ -28,7 +29,7 @@ def study_variance(options: VarianceOptions, folder: Path | None) -> list[Row]:
             rows += group
             progress.advance(task)
     text = markdown(rows)
-    console.print(text, soft_wrap=True)
+    console.print(wrap(text), soft_wrap=True)
     if folder is not None:
         picture = plot([row for row in rows if row.how == "sampled"])
         write_study(folder, "variance", options, [row.to_dict() for row in rows], text, picture)
