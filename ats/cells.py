@@ -5,7 +5,9 @@ from torch import Tensor
 
 import ats_kernels
 from ats.samples import CellSample, Selection
+from ats_kernels.backend import may_look
 from ats_kernels.checks import check_choice, check_count, check_floating, check_tensor, compute_dtype
+from ats_kernels.plausible import check_no_attention
 from ats_kernels.sampling.draws import METHODS
 
 
@@ -56,12 +58,14 @@ def sample_cells(
     fewer = (mask is not None if allow_fewer is None else allow_fewer) and not replace
     if n > cells and not (replace or fewer):
         raise ValueError(f"cannot draw n={n} cells from K={cells}; {_advice(selection)}")
-    looks = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    looks = may_look(logits)
     extended = _with_spare_cells(flat, n, looks=looks) if fewer else flat
     draw = ats_kernels.sample(extended, n, replace=replace, method=selection, generator=generator, validate=False)
-    if (looks if validate is None else validate) and (draw.indices[:, 0] < 0).any():
-        _raise_for_few(flat.detach(), n, selection, fewest=1 if fewer or replace else n)
-        ats_kernels.sample(extended, n, replace=replace, method=selection, validate=True)  # says what else is wrong
+    if looks if validate is None else validate:
+        if (draw.indices[:, 0] < 0).any():
+            _raise_for_few(flat.detach(), n, selection, fewest=1 if fewer or replace else n)
+            ats_kernels.sample(extended, n, replace=replace, method=selection, validate=True)  # says what else is wrong
+        check_no_attention(flat, draw.logsumexp)
     indices, log_attention = draw.indices, draw.log_attention
     padded = extended is not flat
     if padded:
@@ -147,6 +151,11 @@ def check_logits(logits: Tensor) -> None:
     """Raise unless `logits` are floating point, (B, gh, gw) or (B, 1, gh, gw)."""
     check_floating("logits", logits)
     if logits.ndim not in (3, 4) or (logits.ndim == 4 and logits.shape[1] != 1):
-        raise ValueError(f"logits must be (B, gh, gw) or (B, 1, gh, gw), got {tuple(logits.shape)}")
+        mend = {
+            1: "; the cells of one image need logits.reshape(1, gh, gw)",
+            2: "; a single map needs logits[None], cells in a list logits.unflatten(1, (gh, gw))",
+            4: "; of several channels take one, e.g. logits[:, 0]",
+        }.get(logits.ndim, "")
+        raise ValueError(f"logits must be (B, gh, gw) or (B, 1, gh, gw), got {tuple(logits.shape)}{mend}")
     if logits.numel() == 0:
         raise ValueError(f"logits must have at least one image and one cell, got {tuple(logits.shape)}")

@@ -13,6 +13,7 @@ from ats.pooling import estimate_pooled, pool
 from ats.samples import BoxSample, CellSample, PatchSample, Selection
 from ats_kernels import area_downsample, estimator_weights, expectation
 from ats_kernels.checks import Normalisation, check_count, check_image, check_pair, check_tensor
+from ats_kernels.plausible import check_strip
 
 __all__ = [
     "BoxSample",
@@ -56,8 +57,8 @@ def sample_patches(
     `sample_cells` and then `read_patches`, whose options it takes.
 
     Args:
-        image: (B, C, H, W) uint8, float16, bfloat16, float32 or float64, any strides; on the logits' device, or
-            on the CPU (pinned for speed) while the logits are on a GPU.
+        image: (B, C, H, W) uint8, uint16, int16 or floating point (16 to 64 bits), any strides; on the logits' device,
+            or on the CPU (pinned for speed) while the logits are on a GPU.
         logits: (B, gh, gw) or (B, 1, gh, gw), unnormalised log attention; −inf masks a cell.
         n_patches: patches an image.
         patch_size: pixels, an int or (ph, pw).
@@ -81,6 +82,7 @@ def sample_patches(
     patch = check_pair("patch_size", patch_size)
     check_logits(logits)
     _check_together(image, logits, "logits")
+    check_strip((logits.shape[-2], logits.shape[-1]), (image.shape[2], image.shape[3]))
     view = check_view_size(view_size, receptive_field, (image.shape[2], image.shape[3]))
     cells = sample_cells(
         logits,
@@ -128,8 +130,8 @@ def read_patches(
         view_size: pixels (h, w) of the view the logits came from; needed only with a receptive_field.
         padding: what is read outside an image: "zeros" or "edge", the nearest pixel.
         mean, std: a float, or one a channel: patches are (x − mean) / std. A uint8 image is scaled by 1/255 before,
-            so that its mean and std are those of values in [0, 1].
-        dtype: of the patches; float32 for uint8 images and the image's own otherwise.
+            so that its mean and std are those of values in [0, 1]; no other is scaled.
+        dtype: of the patches; float32 for whole numbers and the image's own otherwise.
 
     Returns:
         `PatchSample`, on the cells' device. At a surplus draw it has the image's first patch once more.
@@ -209,8 +211,7 @@ def check_view_size(
     view_size: tuple[int, int] | None, receptive_field: int, image_size: tuple[int, int]
 ) -> tuple[int, int] | None:
     """Return the view's size as a pair, or raise where it is missing or fits neither image nor receptive field."""
-    if isinstance(receptive_field, bool) or not isinstance(receptive_field, int) or receptive_field < 0:
-        raise ValueError(f"receptive_field must be an int of at least 0 view pixels, got {receptive_field!r}")
+    receptive_field = check_count("receptive_field", receptive_field, least=0)
     if view_size is None:
         if receptive_field:
             raise ValueError(

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ats_kernels.checks import check_count, check_pair
 from ats_kernels.patches.cells import CellMap, cell_offsets_ref
 
 
@@ -91,9 +92,11 @@ def cell_offsets(
     Returns:
         (…, 2) int64 pixels (y, x). Patches near the border start or end outside the image.
     """
-    origin = Fraction(receptive_field, 2)
-    grid = Grid(grid_size, image_size, view_size or image_size, (origin, origin))  # without a loss the view cancels out
-    return grid.offsets(indices, patch_size)
+    origin = Fraction(check_count("receptive_field", receptive_field, least=0), 2)
+    image = check_pair("image_size", image_size)
+    view = image if view_size is None else check_pair("view_size", view_size)  # without a loss the view cancels out
+    grid = Grid(check_pair("grid_size", grid_size), image, view, (origin, origin))
+    return grid.offsets(indices, check_pair("patch_size", patch_size))
 
 
 def patch_positions(offsets: Tensor, patch_size: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
@@ -110,5 +113,6 @@ def patch_positions(offsets: Tensor, patch_size: tuple[int, int], image_size: tu
     Source: paper, end of section 3.4.
     """
     # Sizes as numbers: a tensor of them on a GPU would make the host wait, and cannot be captured in a graph.
-    axes = zip(offsets.double().unbind(-1), patch_size, image_size, strict=True)
+    sizes = check_pair("patch_size", patch_size), check_pair("image_size", image_size)
+    axes = zip(offsets.double().unbind(-1), *sizes, strict=True)
     return torch.stack([(first + patch / 2) / pixels for first, patch, pixels in axes], dim=-1).float()

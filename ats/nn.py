@@ -40,7 +40,7 @@ class SamplePatches(nn.Module):
         self.patch_size = check_pair("patch_size", patch_size)
         self.replace = replace
         self.method: Any = method
-        self.receptive_field = receptive_field
+        self.receptive_field = check_count("receptive_field", receptive_field, least=0)
         self.padding = padding
         self.mean = mean
         self.std = std
@@ -78,7 +78,7 @@ class SamplePatches(nn.Module):
         shown = []
         for name, parameter in inspect.signature(SamplePatches).parameters.items():
             value = getattr(self, name)
-            value = value.tolist() if isinstance(value, Tensor) else value
+            value = value.tolist() if hasattr(value, "tolist") else value
             if name in always or value != parameter.default:
                 shown.append(f"{name}={value!r}")
         return ", ".join(shown)

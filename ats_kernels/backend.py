@@ -58,6 +58,11 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def may_look(value: Tensor) -> bool:
+    """Whether the host may look at the numbers in `value`: a GPU would make it wait, and a trace has none."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+
+
 def wants_graph() -> bool:
     """Inside of a backward: whether it was called with ``create_graph=True``, so that it must be differentiable itself.
 

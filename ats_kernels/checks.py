@@ -1,78 +1,112 @@
 """Argument checks that several ops share. Each error says what came, what was expected and how to mend it."""
 
+import math
+import operator
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ats_kernels.backend import is_transformed
+from ats_kernels import advice
+from ats_kernels.backend import may_look
 
-IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+IMAGE_DTYPES = (
+    torch.uint8,
+    torch.uint16,
+    torch.int16,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
 
-Normalisation = float | Sequence[float] | Tensor | None
+_ARRAYS = (np.ndarray, Tensor)  # a union of them is nothing that torch.compile can trace
+
+Normalisation = float | Sequence[float] | np.ndarray | Tensor | None
 
 
 def check_tensor(name: str, value: object) -> None:
     """Raise unless `value` is a tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{advice.to_tensor(name, value)}")
 
 
 def check_image(image: Tensor) -> None:
     """Raise unless `image` is a non-empty (B, C, H, W) tensor of a dtype that patches can be read from."""
     check_tensor("image", image)
     if image.dtype not in IMAGE_DTYPES:
-        raise TypeError(
-            f"image has dtype {image.dtype}, expected one of uint8, float16, bfloat16, float32, float64; "
-            "convert it, e.g. image.to(torch.uint8)"
-        )
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in IMAGE_DTYPES)
+        raise TypeError(f"image has dtype {image.dtype}, expected one of {names}; {advice.image_dtype(image)}")
     last = image.ndim in (3, 4) and _channels_look_last(image)
     if image.ndim != 4:
-        single = "image.movedim(-1, 0)[None], as its channels seem to come last" if last else "image[None]"
-        raise ValueError(
-            f"image must be (B, C, H, W), got {image.ndim} dimensions: {tuple(image.shape)}; "
-            f"a single image needs {single}"
-        )
+        mend = {
+            1: "a row of pixels needs image[None, None, None]",
+            2: "a single grey image (H, W) needs image[None, None]",
+            3: f"a single image needs image{'.movedim(-1, 0)' if last else ''}[None]"
+            + (", as its channels seem to come last" if last else ""),
+        }.get(image.ndim, "dimensions before (C, H, W) are joined to one by image.flatten(0, -4)")
+        raise ValueError(f"image must be (B, C, H, W), got {image.ndim} dimensions: {tuple(image.shape)}; {mend}")
     if image.numel() == 0:
         raise ValueError(f"image is empty: {tuple(image.shape)}; every dimension must be at least 1")
     if last:
         raise ValueError(
-            f"image must be (B, C, H, W), got {tuple(image.shape)}, whose channels seem to come last; "
-            "bring them forward with image.movedim(-1, 1)"
+            f"image must be (B, C, H, W), got {tuple(image.shape)}, whose channels seem to come last; bring them "
+            f"forward with image.movedim(-1, 1), or, if it has {image.shape[1]} channels, say so with "
+            "image.to(memory_format=torch.channels_last)"
         )
 
 
 def _channels_look_last(image: Tensor) -> bool:
-    """Whether (…, a, b, c) reads as (H, W, C): three or four columns, or one of bytes, of a long list of channels."""
+    """Whether (…, a, b, c) reads as (H, W, C): few columns of a long list of channels, not beside each other in memory.
+
+    Three or four columns, or one of whole numbers, are enough; other numbers must be as few as bands are, and a and b
+    be as an image's sides: signals have one column, too.
+    """
     channels, height, width = image.shape[-3:]
-    return min(channels, height) >= 32 and (width in (3, 4) or (width == 1 and image.dtype == torch.uint8))
+    short, long = min(channels, height), max(channels, height)
+    if width > 32 or short < 32 or image.stride(-3) == 1:
+        return False
+    if width in (3, 4) or (width == 1 and not image.is_floating_point()):
+        return True
+    return 4 * width <= short and long <= 4 * short
 
 
 def check_floating(name: str, value: Tensor) -> None:
     """Raise unless `value` is a floating-point tensor."""
     check_tensor(name, value)
     if not value.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {value.dtype}; convert with {name}.float()")
+        raise TypeError(f"{name} must be floating point, got {value.dtype}; {advice.to_floating(name, value)}")
 
 
-def check_log_probabilities(name: str, value: Tensor) -> None:
+def check_log_probabilities(name: str, value: Tensor, *, distinct: bool = False) -> None:
     """Raise where `value` holds numbers that no log-probability can be; on the CPU only, as a GPU would make us wait.
 
-    What rounding leaves above 0 passes, and so does NaN, which marks a row that could not be drawn from.
+    With `distinct` each row (N,) is of different cells, whose probabilities add up to 1 at most. What rounding leaves
+    above passes, and so does NaN, which marks a row that could not be drawn from.
     """
     if not may_look(value):
         return
-    above = value.detach() > 1e-6
+    value = value.detach()
+    numbers = (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # whose small operations cost less
+    above = numbers > 1e-6
     if above.any():
         raise ValueError(
-            f"{name} holds {int(above.sum())} value(s) above 0, up to {float(value.detach()[above].max()):.4g}, which "
+            f"{name} holds {int(above.sum())} value(s) above 0, up to {float(numbers[above].max()):.4g}, which "
             "are no log-probabilities; pass log_attention of PatchSample, not probabilities or logits"
         )
-
-
-def may_look(value: Tensor) -> bool:
-    """Whether the host may look at the numbers in `value`: a GPU would make it wait, and a trace has none."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+    if not distinct:
+        return
+    slack = 1e-3 if value.dtype in (torch.float32, torch.float64) else 5e-2
+    totals = np.exp(numbers).sum(-1, dtype=np.float64)
+    over = totals > 1 + slack
+    if over.any():
+        row = int(over.argmax())
+        raise ValueError(
+            f"the probabilities exp({name}) of row {row} add up to {totals[row]:.4g}, which those of different cells "
+            "cannot: cells drawn with replacement are pooled with replace=True, and anything but log_attention of "
+            "PatchSample is no log-probability"
+        )
 
 
 def check_generator(generator: object, device: torch.device) -> None:
@@ -91,18 +125,30 @@ def check_generator(generator: object, device: torch.device) -> None:
         )
 
 
-def check_count(name: str, value: object) -> int:
-    """Return `value` as an int, or raise unless it is a whole number of at least 1."""
-    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")
-    number = value if isinstance(value, int) else value.__index__()  # a size that torch.compile traces is an int
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
+def check_count(name: str, value: object, *, least: int = 1) -> int:
+    """Return `value` as an int, or raise unless it is a whole number of at least `least`; NumPy's and tensors are."""
+    number = value if isinstance(value, int) and not isinstance(value, bool) else _whole(name, value)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
     return number
+
+
+def _whole(name: str, value: object) -> int:
+    boolean = isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) in (torch.bool, np.dtype(bool))
+    if not boolean:
+        try:
+            return operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            pass
+    whole = isinstance(value, (float, np.floating)) and math.isfinite(value) and value == int(value)
+    mend = f"; {name}=int({value}) is the same number" if whole else ""
+    raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}{mend}")
 
 
 def check_pair(name: str, value: object) -> tuple[int, int]:
     """Return an int or a pair (height, width) as a pair, or raise unless both are at least 1."""
+    if isinstance(value, _ARRAYS) and value.ndim:
+        value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != 2:
             raise ValueError(f"{name} must be an int or a pair (height, width), got {value!r}")
@@ -118,28 +164,45 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_normalisation(
-    mean: Normalisation, std: Normalisation, channels: int
+    mean: Normalisation, std: Normalisation, image: Tensor
 ) -> tuple[list[float] | None, list[float] | None]:
     """Return mean and std as one float a channel (None where not given)."""
+    channels = image.shape[1]
     means, stds = _per_channel("mean", mean, channels), _per_channel("std", std, channels)
     if stds is not None and not all(value > 0 for value in stds):
         raise ValueError(f"std must be positive, got {stds}; leave std out to keep the image's scale")
+    if image.dtype == torch.uint8:
+        # Of numbers in [0, 1] a mean is no larger than 1 and a std than 1/2; a larger std may be a scale of one's own.
+        for name, values, most in (("mean", means, 1.0), ("std", stds, 10.0)):
+            if values is not None and max(values) > most:
+                raise ValueError(
+                    f"{name} {values} is of bytes, but a uint8 image is scaled to [0, 1] before: divide mean and std "
+                    "by 255"
+                )
     return means, stds
 
 
 def _per_channel(name: str, value: Normalisation, channels: int) -> list[float] | None:
     if value is None:
         return None
-    if isinstance(value, int | float):
-        return [float(value)] * channels
-    if isinstance(value, list | tuple):
-        values = [float(x) for x in value]  # without a tensor, whose values torch.compile could not trace
-    else:
-        given = torch.as_tensor(value, dtype=torch.float64, device="cpu")
-        values = (given.expand(channels) if given.ndim == 0 else given.flatten()).tolist()
+    if isinstance(value, _ARRAYS):
+        value = value.tolist()  # a number or a list
+    if not isinstance(value, list | tuple):
+        return [_number(name, value)] * channels
+    values = [_number(name, x) for x in value]
     if len(values) != channels:
         raise ValueError(f"{name} has {len(values)} values but the image has {channels} channels; give one a channel")
     return values
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, (*_ARRAYS, np.generic)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, or one a channel, got {type(value).__name__}: {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}; leave it out to keep the image's values")
+    return float(value)
 
 
 def output_dtype(image: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -161,10 +224,17 @@ def is_channels_last(image: Tensor) -> bool:
     return image.shape[1] > 1 and 0 < image.stride(1) < image.stride(3)
 
 
+def bits(image: Tensor) -> Tensor:
+    """The same memory as a dtype that all operators take: int16 in place of uint16, which few do."""
+    return image.view(torch.int16) if image.dtype == torch.uint16 else image
+
+
 def normalise(
     values: Tensor, means: list[float] | None, stds: list[float] | None, *, channel_dim: int, is_byte: bool
 ) -> Tensor:
     """Bring `values` (any float dtype) from the image's scale to the network's: (x [/ 255] − mean) / std."""
+    if means is None and stds is None and not is_byte:
+        return values
     shape = [1] * values.ndim
     shape[channel_dim] = -1
     if is_byte:

@@ -309,7 +309,7 @@ def test_weights_are_constants():
     assert not estimator_weights(log_attention).requires_grad
 
 
-FEATURES, LOG_ATTENTION = torch.zeros(2, 3, 4), torch.zeros(2, 3)
+FEATURES, LOG_ATTENTION = torch.zeros(2, 3, 4), torch.full((2, 3), -2.0)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ FEATURES, LOG_ATTENTION = torch.zeros(2, 3, 4), torch.zeros(2, 3)
         (torch.zeros(2), LOG_ATTENTION, {}, ValueError, r"\(2, 3\).*got \(2,\)"),
         (FEATURES.to("meta"), LOG_ATTENTION, {}, ValueError, "features are on meta but log_attention is on cpu"),
         (FEATURES, LOG_ATTENTION, {"estimator": "best"}, ValueError, "unknown estimator 'best', expected.*'ordered'"),
-        (FEATURES, LOG_ATTENTION + 0.25, {}, ValueError, r"above 0, up to 0\.25"),
+        (FEATURES, LOG_ATTENTION + 2.25, {}, ValueError, r"above 0, up to 0\.25"),
     ],
 )
 def test_errors(features, log_attention, options, error, message):
@@ -339,7 +339,7 @@ def test_errors(features, log_attention, options, error, message):
         (LOG_ATTENTION.long(), {}, TypeError, "log_attention must be floating point, got torch.int64"),
         (FEATURES, {}, ValueError, r"log_attention must be \(B, N\).*got \(2, 3, 4\)"),
         (LOG_ATTENTION, {"estimator": "best"}, ValueError, "unknown estimator 'best'"),
-        (LOG_ATTENTION + 1e-3, {}, ValueError, "not probabilities or logits"),
+        (LOG_ATTENTION + 2.001, {}, ValueError, "not probabilities or logits"),
     ],
 )
 def test_errors_of_the_weights(log_attention, options, error, message):

@@ -325,7 +325,7 @@ IMAGE, OFFSET = torch.zeros(2, 3, 7, 9), torch.zeros(2, 4, 2, dtype=torch.int64)
         (IMAGE, OFFSET, 3, {"std": torch.ones(4)}, ValueError, "std has 4 values but the image has 3 channels"),
         (IMAGE, OFFSET, 3, {"std": [1.0, 0.0, 1.0]}, ValueError, r"std must be positive, got \[1.0, 0.0, 1.0\]"),
         (IMAGE, OFFSET, 3, {"std": -1.0}, ValueError, "std must be positive"),
-        (IMAGE, OFFSET, 3, {"std": float("nan")}, ValueError, "std must be positive"),
+        (IMAGE, OFFSET, 3, {"std": float("nan")}, ValueError, "std must be finite, got nan"),
         (IMAGE, OFFSET, 3, {"dtype": torch.uint8}, TypeError, "dtype must be a floating point.*got torch.uint8"),
         (IMAGE, OFFSET, 3, {"dtype": "half"}, TypeError, "dtype must be a floating point.*got half"),
     ],

@@ -307,8 +307,8 @@ def logits_with(value, where):
         ({"std": [1.0, 1.0]}, ValueError, "std has 2 values but the image has 3 channels"),
         ({"std": [1.0, 1.0, 0.0]}, ValueError, r"std must be positive, got \[1.0, 1.0, 0.0\]"),
         ({"dtype": torch.int32}, TypeError, "dtype must be a floating point torch.dtype, got torch.int32"),
-        ({"receptive_field": -1}, ValueError, "receptive_field must be an int of at least 0 view pixels, got -1"),
-        ({"receptive_field": 1.5}, ValueError, "receptive_field must be an int.*got 1.5"),
+        ({"receptive_field": -1}, ValueError, "receptive_field must be at least 0, got -1"),
+        ({"receptive_field": 1.5}, TypeError, "receptive_field must be an int.*got.*1.5"),
         ({"receptive_field": 8}, ValueError, r"receptive_field=8 .*pass view_size=\(h, w\)"),
         (
             {"receptive_field": 8, "view_size": (8, 12)},

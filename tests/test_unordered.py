@@ -160,7 +160,13 @@ def test_everything_drawn_gives_the_whole_sum(n, kind):
 
 @pytest.mark.parametrize(
     "log_attention",
-    [[0.0, -800.0, -900.0], [-1e-300, -700.0, -1e4], [-1e4, -1e4, -1e4], [-0.7, -0.7, -800.0], [-1e-9, -1e-9, -1e-9]],
+    [
+        [0.0, -800.0, -900.0],
+        [-1e-300, -700.0, -1e4],
+        [-1e4, -1e4, -1e4],
+        [-0.7, -0.7, -800.0],
+        [-0.69314, -0.69314, -20.0],
+    ],
 )
 def test_extreme_attention_still_gives_weights(log_attention):
     """All of the mass in one cell, none in any, and more than 1 by rounding: finite, positive and sum to 1."""

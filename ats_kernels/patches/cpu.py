@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ats_kernels.checks import compute_dtype
+from ats_kernels.checks import bits, compute_dtype
 
 _SCRATCH = 1 << 18  # bytes where some is needed: small beside any batch of patches, and it stays in a core's cache
 
@@ -69,13 +69,13 @@ class _Windows:
             window, strides = (*size, channels), (stride_h, stride_w, stride_c)
         most = (batch - 1) * stride_b + (height - size[0]) * stride_h + (width - size[1]) * stride_w
         # Windows overlap in this view: element i of the image's memory is where window i begins.
-        self.windows = image.detach().as_strided((most + 1, *window), (1, *strides))
+        self.windows = bits(image.detach()).as_strided((most + 1, *window), (1, *strides))
         starts = np.arange(batch)[:, None] * stride_b + corners @ np.array((stride_h, stride_w))
         self.starts = torch.from_numpy(starts.ravel())  # (B·N,)
 
     def read(self, first: int, raw: Tensor) -> None:
         """Copy the windows from number `first` on to `raw` (windows, …), as many as it takes."""
-        torch.index_select(self.windows, 0, self.starts[first : first + len(raw)], out=raw)
+        torch.index_select(self.windows, 0, self.starts[first : first + len(raw)], out=bits(raw))
 
 
 def _read_narrower(windows: _Windows, patches: Tensor, raw_dtype: torch.dtype) -> None:

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ats_kernels import advice
 from ats_kernels.backend import backend_for, is_transformed, wants_graph
 from ats_kernels.checks import (
     Normalisation,
+    bits,
     check_choice,
     check_image,
     check_normalisation,
@@ -26,6 +28,7 @@ from ats_kernels.checks import (
 )
 from ats_kernels.patches.cells import CellMap, cell_offsets_ref
 from ats_kernels.patches.cpu import extract_patches_cpu, scatter_patches_cpu
+from ats_kernels.plausible import warn_of_bytes
 
 PADDINGS = ("zeros", "edge")
 
@@ -42,12 +45,17 @@ def extract_patches_ref(
 ) -> Tensor:
     """The op in plain PyTorch, differentiable in a floating-point image. Arguments as `extract_patches` passes."""
     batch, _, height, width = image.shape
-    rows = offsets[..., 0, None] + torch.arange(patch_size[0], device=offsets.device)  # (B, N, ph)
-    columns = offsets[..., 1, None] + torch.arange(patch_size[1], device=offsets.device)  # (B, N, pw)
+    # Farther out than this reads the same, and does not overflow.
+    top, left = offsets[..., 0, None].clamp(-patch_size[0], height), offsets[..., 1, None].clamp(-patch_size[1], width)
+    rows = top + torch.arange(patch_size[0], device=offsets.device)  # (B, N, ph)
+    columns = left + torch.arange(patch_size[1], device=offsets.device)  # (B, N, pw)
     inside = ((rows >= 0) & (rows < height)).unsqueeze(-1) & ((columns >= 0) & (columns < width)).unsqueeze(-2)
     which = torch.arange(batch, device=offsets.device).view(-1, 1, 1, 1)
     # Indexing around the channels puts them last: (B, N, ph, pw, C).
-    pixels = image[which, :, rows.clamp(0, height - 1).unsqueeze(-1), columns.clamp(0, width - 1).unsqueeze(-2)]
+    rows, columns = rows.clamp(0, height - 1).unsqueeze(-1), columns.clamp(0, width - 1).unsqueeze(-2)
+    pixels = bits(image)[which, :, rows, columns]
+    if image.dtype == torch.uint16:
+        pixels = pixels.view(image.dtype)
     patches = pixels.movedim(-1, 2).to(compute_dtype(image.dtype, dtype))  # (B, N, C, ph, pw)
     patches = normalise(patches, means, stds, channel_dim=2, is_byte=image.dtype == torch.uint8)
     if padding == "zeros":
@@ -204,10 +212,12 @@ def read(image: Tensor, places: Tensor, how: Reading) -> tuple[Tensor, Tensor]:
         offsets = places.long() if how.cells is None else cell_offsets_ref(places, how.cells)
         size, padding, means, stds, dtype, _ = how
         patches = extract_patches_ref(image, offsets, size, padding=padding, means=means, stds=stds, dtype=dtype)
-        return patches, offsets
-    if image.requires_grad and torch.is_grad_enabled():
-        return _ExtractPatches.apply(image, places, how, backend)
-    return _extract(image, places, how, backend)
+    elif image.requires_grad and torch.is_grad_enabled():
+        patches, offsets = _ExtractPatches.apply(image, places, how, backend)
+    else:
+        patches, offsets = _extract(image, places, how, backend)
+    warn_of_bytes(image, how.means, how.stds, patches)
+    return patches, offsets
 
 
 def extract_patches(
@@ -223,15 +233,15 @@ def extract_patches(
     """Cut N patches out of each image.
 
     Args:
-        image: (B, C, H, W) uint8, float16, bfloat16, float32 or float64, any strides; on the offsets' device, or on
-            the CPU while they are on a GPU: then only the patches cross the bus, read by the GPU itself from pinned
-            memory, else cut on the CPU and copied (which makes the host wait for the offsets).
+        image: (B, C, H, W) uint8, uint16, int16 or floating point (16 to 64 bits), any strides; on the offsets'
+            device, or on the CPU while they are on a GPU: then only the patches cross the bus, read by the GPU itself
+            from pinned memory, else cut on the CPU and copied (which makes the host wait for the offsets).
         offsets: (B, N, 2) int32 or int64, top-left pixels (y, x); they may lie outside the image.
         patch_size: pixels, an int or (ph, pw).
         padding: what is read outside: "zeros", after normalisation, or "edge", the nearest pixel.
         mean, std: a float, or one a channel: patches are (x − mean) / std. A uint8 image is scaled by 1/255 before,
-            so that its mean and std are those of values in [0, 1].
-        dtype: of the patches; float32 for uint8 images and the image's own otherwise.
+            so that its mean and std are those of values in [0, 1]; no other is scaled.
+        dtype: of the patches; float32 for whole numbers and the image's own otherwise.
 
     Returns:
         (B, N, C, ph, pw) patches on the offsets' device, differentiable in a floating-point image. In memory their
@@ -248,7 +258,7 @@ def extract_patches(
     check_image(image)
     check_tensor("offsets", offsets)
     if offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"offsets must be int32 or int64, got {offsets.dtype}; round and convert with offsets.long()")
+        raise TypeError(f"offsets must be int32 or int64, got {offsets.dtype}; {advice.offsets(offsets)}")
     if offsets.ndim != 3 or offsets.shape[2] != 2:
         raise ValueError(f"offsets must be (B, N, 2), pairs (y, x), got {tuple(offsets.shape)}")
     if offsets.shape[0] != image.shape[0]:
@@ -310,5 +320,5 @@ def _check_reading(
 ) -> Reading:
     size = check_pair("patch_size", patch_size)
     check_choice("padding", padding, PADDINGS)
-    means, stds = check_normalisation(mean, std, image.shape[1])
+    means, stds = check_normalisation(mean, std, image)
     return Reading(size, padding, means, stds, output_dtype(image, dtype))

@@ -184,13 +184,13 @@ def estimator_weights(log_attention: Tensor, *, replace: bool = False, estimator
 
     Raises:
         TypeError: log_attention that is not floating point.
-        ValueError: log_attention that is not (B, N) with N ≥ 1, or is above 0 (looked at on the CPU only); an
+        ValueError: log_attention that is not (B, N) with N ≥ 1, or cannot be one (looked at on the CPU only); an
             unknown estimator; "unordered" with `replace`.
 
     Source: paper, eq. 4 and 13-17; without replacement also Des Raj, 1956, and unordered Murthy, 1957.
     """
     check_estimator(estimator, replace=replace)
-    _check_log_attention(log_attention)
+    _check_log_attention(log_attention, replace=replace)
     dtype = compute_dtype(log_attention.dtype)
     return _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend=backend_for(log_attention))
 
@@ -223,13 +223,13 @@ def expectation(
     Raises:
         TypeError: arguments that are not floating point.
         ValueError: features that are not (B, N, …), a log_attention that does not match them in batch, draws
-            and device, or is above 0 (looked at on the CPU only); an unknown estimator; "unordered" with `replace`.
+            and device, or cannot be one (looked at on the CPU only); an unknown estimator; "unordered" with `replace`.
 
     Source: paper, eq. 4, 12 and 13-17; the unordered estimator is Murthy's, 1957, its baseline Kool et al.'s, 2020.
     """
     check_estimator(estimator, replace=replace)
     check_floating("features", features)
-    _check_log_attention(log_attention)
+    _check_log_attention(log_attention, replace=replace)
     if features.ndim < 2 or features.shape[:2] != log_attention.shape:
         raise ValueError(
             f"features must be (B, N, …) with (B, N) = {tuple(log_attention.shape)} as log_attention has, got "
@@ -258,9 +258,9 @@ def check_estimator(estimator: str, *, replace: bool) -> None:
         )
 
 
-def _check_log_attention(log_attention: Tensor) -> None:
+def _check_log_attention(log_attention: Tensor, *, replace: bool) -> None:
     check_floating("log_attention", log_attention)
     if log_attention.ndim != 2 or log_attention.shape[1] == 0:
         raise ValueError(f"log_attention must be (B, N) with N ≥ 1, got {tuple(log_attention.shape)}")
     if backend_for(log_attention) != "triton":  # where kernels run nothing may read a value
-        check_log_probabilities("log_attention", log_attention)
+        check_log_probabilities("log_attention", log_attention, distinct=not replace)

@@ -69,7 +69,7 @@ def estimate(features: Tensor, log_attention: Tensor, *, replace: bool = False, 
             f"features must be (B, N, …) and log_attention (B, N) of the same cells, got {tuple(features.shape)} and "
             f"{tuple(log_attention.shape)}"
         )
-    check_log_probabilities("log_attention", log_attention)
+    check_log_probabilities("log_attention", log_attention, distinct=not replace)
     draws = log_attention.shape[1]
     if draws < 2:
         raise ValueError(f"a variance needs at least 2 draws an image, got {draws}; draw more, or repeat the draw")

@@ -26,8 +26,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ats_kernels.backend import backend_for, device_guard, is_transformed, wants_graph
+from ats_kernels.backend import backend_for, device_guard, is_transformed, may_look, wants_graph
 from ats_kernels.checks import check_choice, check_count, check_floating, check_generator, compute_dtype
+from ats_kernels.plausible import check_no_attention
 from ats_kernels.sampling.cpu import grad_cpu, sample_cpu
 from ats_kernels.sampling.draws import METHODS, Draw, Statistics, draw_seed
 from ats_kernels.sampling.reference import draw_cells_ref, drawn_values, grad_again, grad_ref
@@ -132,7 +133,9 @@ def sample(
     check_choice("method", method, METHODS)
     check_generator(generator, logits.device)
     if logits.ndim != 2 or logits.numel() == 0:
-        raise ValueError(f"logits must be (B, K), both at least 1, got {tuple(logits.shape)}")
+        single = "; a single row needs logits[None]" if logits.ndim == 1 else ""
+        mend = "; maps need logits.flatten(1)" if logits.ndim > 2 else single
+        raise ValueError(f"logits must be (B, K), both at least 1, got {tuple(logits.shape)}{mend}")
     if method == "topk" and replace:
         raise ValueError(
             "method='topk' takes distinct cells and cannot be combined with replace=True; drop one of them"
@@ -152,11 +155,12 @@ def sample(
     else:  # an autograd.Function costs as much as drawing few cells does
         draw, _ = _draw(logits, n, replace, method, seed, backend)
     if validate is None:
-        validate = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+        validate = may_look(logits)
     if validate:
         bad = draw.indices[:, 0] < 0
         if bad.any():
             _raise_for_bad_rows(logits.detach(), n, replace, bad)
+        check_no_attention(logits, draw.logsumexp)
     return draw
 
 

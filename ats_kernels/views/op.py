@@ -20,6 +20,7 @@ from ats_kernels.checks import (
     normalise,
     output_dtype,
 )
+from ats_kernels.plausible import warn_of_bytes
 from ats_kernels.views.cpu import area_downsample_cpu, channels_come_last
 
 
@@ -144,11 +145,11 @@ def area_downsample(
     """Shrink images to a low-resolution view by averaging areas, normalised.
 
     Args:
-        image: (B, C, H, W) uint8, float16, bfloat16, float32 or float64, any strides.
+        image: (B, C, H, W) uint8, uint16, int16 or floating point (16 to 64 bits), any strides.
         size: of the view in pixels, an int or (h, w); no larger than the image.
         mean, std: a float, or one a channel: the view is (x − mean) / std. A uint8 image is scaled by 1/255 before,
-            so that its mean and std are those of values in [0, 1].
-        dtype: of the view; float32 for uint8 images and the image's own otherwise.
+            so that its mean and std are those of values in [0, 1]; no other is scaled.
+        dtype: of the view; float32 for whole numbers and the image's own otherwise.
 
     Returns:
         (B, C, h, w), differentiable in a floating-point image.
@@ -168,16 +169,18 @@ def area_downsample(
             f"size {(height, width)} is larger than the image, {tuple(image.shape[2:])}; "
             "a view has at most the image's resolution"
         )
-    means, stds = check_normalisation(mean, std, image.shape[1])
+    means, stds = check_normalisation(mean, std, image)
     out_dtype = output_dtype(image, dtype)
     learns = image.requires_grad and torch.is_grad_enabled()
     backend = "reference" if is_transformed() else backend_for(image)
     if backend == "triton":
-        if learns:
-            return _AreaDownsample.apply(image, (height, width), means, stds, out_dtype)
-        return _launch(image, (height, width), means, stds, out_dtype)
+        launch = _AreaDownsample.apply if learns else _launch
+        return launch(image, (height, width), means, stds, out_dtype)
     if backend == "cpu" and not learns:
         if torch.compiler.is_compiling():
             return _opaque_area_downsample(image, [height, width], means, stds, out_dtype)
-        return area_downsample_cpu(image, (height, width), means=means, stds=stds, dtype=out_dtype)
-    return area_downsample_ref(image, (height, width), means=means, stds=stds, dtype=out_dtype)
+        view = area_downsample_cpu(image, (height, width), means=means, stds=stds, dtype=out_dtype)
+    else:
+        view = area_downsample_ref(image, (height, width), means=means, stds=stds, dtype=out_dtype)
+    warn_of_bytes(image, means, stds, view[:1, 0])
+    return view

@@ -1,0 +1,76 @@
+"""Quantities that fit in shape and dtype but cannot be what was meant; looked at on the CPU only, in few operations.
+
+An error where no one can mean it, a warning, once a process, where hardly anyone can.
+"""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from ats_kernels.backend import may_look
+
+_warned: set[str] = set()
+
+
+def warn_once(about: str, message: str) -> None:
+    """Warn of something the first time that it is seen."""
+    if about not in _warned:
+        _warned.add(about)
+        warnings.warn(message, stacklevel=4)
+
+
+def check_no_attention(logits: Tensor, logsumexp: Tensor) -> None:
+    """Raise if logits (B, K) are an attention already: softmax(softmax(z)) is next to uniform.
+
+    Of numbers in [0, 1] that add up to 1 the logsumexp (B,) lies between those of the flattest and of the sharpest,
+    log(K e^{1/K}) and log(K − 1 + e). One number tells most logits from them.
+    """
+    cells = logits.shape[1]
+    half = logits.dtype in (torch.float16, torch.bfloat16)
+    first, slack = logsumexp.detach()[0].item(), (1e-2 if half else 1e-4)
+    if cells < 2 or not math.log(cells) + (1 - slack) / cells <= first <= math.log(cells + 1.7183 + slack):
+        return
+    values = logits.detach().double()
+    if not ((values >= 0).all() and ((values.sum(-1) - 1).abs() <= slack).all()):
+        return
+    message = (
+        "logits are not negative and add up to 1 in every row, as attention after a softmax does; the softmax is taken "
+        "here, so pass what comes before it, or logits.log()"
+    )
+    if ((values > 0).sum(-1) > 1).any():
+        raise ValueError(message)
+    warn_once("attention", message + ". (Taken as they are: every row has a single 1)")
+
+
+def warn_of_bytes(image: Tensor, means: list[float] | None, stds: list[float] | None, values: Tensor) -> None:
+    """Warn if a floating-point image of numbers up to 255 is normalised by statistics of numbers in [0, 1].
+
+    `values` are some that came out, (x − mean) / std, of the first channel.
+    """
+    if means is None or stds is None or not image.is_floating_point() or "bytes" in _warned or not may_look(values):
+        return
+    if values.numel() == 0 or not (0 < max(means) <= 1 and max(stds) < 1):
+        return
+    most = float(values.detach().amax()) * stds[0] + means[0]
+    if 16 < most < 256:
+        warn_once(
+            "bytes",
+            f"the image holds floating-point numbers up to {most:.4g} but mean {means} and std {stds} are of numbers "
+            "in [0, 1]; pass image / 255, or bytes as uint8, which are scaled here",
+        )
+
+
+def check_strip(grid: tuple[int, int], image_size: tuple[int, int]) -> None:
+    """Raise if a grid is one cell wide whose cells would be long strips: a list of scores taken for a map."""
+    cells = max(grid)
+    if min(grid) > 1 or cells < 16:
+        return
+    height, width = image_size[0] / grid[0], image_size[1] / grid[1]
+    if max(height / width, width / height) > 8:
+        raise ValueError(
+            f"logits are a grid of {grid} cells, which cuts an image of {tuple(image_size)} into strips of "
+            f"{height:.4g}×{width:.4g} pixels; if they are the scores of {cells} cells in a list, give them the shape "
+            "of the grid, logits.reshape(B, gh, gw)"
+        )
