@@ -89,8 +89,10 @@ def check_log_probabilities(name: str, value: Tensor, *, distinct: bool = False)
         return
     value = value.detach()
     numbers = (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # whose small operations cost less
-    above = numbers > 1e-6
-    if above.any():
+    if numbers.size == 0:
+        return
+    if np.fmax.reduce(numbers, axis=None) > 1e-6:  # the largest but for NaN
+        above = numbers > 1e-6
         raise ValueError(
             f"{name} holds {int(above.sum())} value(s) above 0, up to {float(numbers[above].max()):.4g}, which "
             "are no log-probabilities; pass log_attention of PatchSample, not probabilities or logits"
@@ -99,9 +101,8 @@ def check_log_probabilities(name: str, value: Tensor, *, distinct: bool = False)
         return
     slack = 1e-3 if value.dtype in (torch.float32, torch.float64) else 5e-2
     totals = np.exp(numbers).sum(-1, dtype=np.float64)
-    over = totals > 1 + slack
-    if over.any():
-        row = int(over.argmax())
+    if np.fmax.reduce(totals) > 1 + slack:
+        row = int((totals > 1 + slack).argmax())
         raise ValueError(
             f"the probabilities exp({name}) of row {row} add up to {totals[row]:.4g}, which those of different cells "
             "cannot: cells drawn with replacement are pooled with replace=True, and anything but log_attention of "
@@ -196,6 +197,8 @@ def _per_channel(name: str, value: Normalisation, channels: int) -> list[float] 
 
 
 def _number(name: str, value: object) -> float:
+    if type(value) is float and math.isfinite(value):
+        return value
     if isinstance(value, (*_ARRAYS, np.generic)) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -30,7 +30,10 @@ def check_no_attention(logits: Tensor, logsumexp: Tensor) -> None:
     cells = logits.shape[1]
     half = logits.dtype in (torch.float16, torch.bfloat16)
     first, slack = logsumexp.detach()[0].item(), (1e-2 if half else 1e-4)
-    if cells < 2 or not math.log(cells) + (1 - slack) / cells <= first <= math.log(cells + 1.7183 + slack):
+    rounding = 2e-7 * abs(first)
+    if cells < 2 or not math.log(cells) + (1 - slack) / cells - rounding <= first:
+        return
+    if first > math.log(cells + 1.7183 + slack) + rounding:
         return
     values = logits.detach().double()
     if not ((values >= 0).all() and ((values.sum(-1) - 1).abs() <= slack).all()):
@@ -44,16 +47,18 @@ def check_no_attention(logits: Tensor, logsumexp: Tensor) -> None:
     warn_once("attention", message + ". (Taken as they are: every row has a single 1)")
 
 
-def warn_of_bytes(image: Tensor, means: list[float] | None, stds: list[float] | None, values: Tensor) -> None:
+def warn_of_bytes(image: Tensor, means: list[float] | None, stds: list[float] | None, out: Tensor) -> None:
     """Warn if a floating-point image of numbers up to 255 is normalised by statistics of numbers in [0, 1].
 
-    `values` are some that came out, (x − mean) / std, of the first channel.
+    Of `out` (B, …, C, h, w), which is (x − mean) / std, a channel of the first image, and of its first patch, is looked
+    at.
     """
-    if means is None or stds is None or not image.is_floating_point() or "bytes" in _warned or not may_look(values):
+    if means is None or stds is None or not image.is_floating_point() or "bytes" in _warned or not may_look(out):
         return
-    if values.numel() == 0 or not (0 < max(means) <= 1 and max(stds) < 1):
+    if out.numel() == 0 or not (0 < max(means) <= 1 and max(stds) < 1):
         return
-    most = float(values.detach().amax()) * stds[0] + means[0]
+    first = out.detach()[(0,) * (out.ndim - 2)]  # (h, w)
+    most = first.amax().item() * stds[0] + means[0]
     if 16 < most < 256:
         warn_once(
             "bytes",
