@@ -173,7 +173,7 @@ def extract_cells(
     The arguments are those of `read_patches`. Patches come out on the indices' device.
     """
     image_size = (image.shape[2], image.shape[3])
-    origin = Fraction(receptive_field, 2)
+    origin = Fraction(check_count("receptive_field", receptive_field, least=0), 2)
     rows, columns = Grid(grid_size, image_size, view_size or image_size, (origin, origin)).affine(patch_size)
     return ats_kernels.extract_cells(
         image, indices, grid_size, rows, columns, patch_size, padding=padding, mean=mean, std=std, dtype=dtype
