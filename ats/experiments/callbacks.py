@@ -79,7 +79,7 @@ class AttentionDiagnostics(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._streaks |= state_dict["streaks"]
         self._warned = list(state_dict["warned"])
-        self._losses = [torch.tensor(loss) for loss in state_dict.get("losses", ())]
+        self._losses = [torch.tensor(loss, device="cpu") for loss in state_dict.get("losses", ())]
         self._step = state_dict.get("step", -1)
 
     def on_train_batch_start(
