@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ats import diagnostics, nn
+from ats import diagnostics, nn, sources
 from ats.functional import (
     BoxSample,
     CellSample,
@@ -25,6 +25,7 @@ from ats.functional import (
 from ats.grid import cell_offsets, patch_positions
 from ats.inference import Prediction, anytime, predict
 from ats.probe import receptive_field
+from ats.sources import ImageSource, mask_cells, open_image, read_view, tissue_mask
 from ats.version import __version__
 from ats_kernels.pooling.variance import Estimate, estimate
 
@@ -35,6 +36,7 @@ __all__ = [
     "BoxSample",
     "CellSample",
     "Estimate",
+    "ImageSource",
     "PatchSample",
     "Prediction",
     "__version__",
@@ -46,14 +48,19 @@ __all__ = [
     "estimator_weights",
     "expectation",
     "load",
+    "mask_cells",
     "nn",
+    "open_image",
     "patch_positions",
     "pool",
     "predict",
     "read_patches",
+    "read_view",
     "receptive_field",
     "sample_cells",
     "sample_patches",
+    "sources",
+    "tissue_mask",
 ]
 
 

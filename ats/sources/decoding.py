@@ -109,6 +109,13 @@ def decode(path: Path, background: Colour | None = WHITE) -> np.ndarray[Any, np.
     return pixels
 
 
+def chosen_background(background: Colour | str | None, own: Colour = WHITE) -> Colour | None:
+    """What to lay an image on: `own` for "auto", None for nothing."""
+    if background is None or isinstance(background, (int, float)):
+        return background
+    return own if isinstance(background, str) else tuple(float(value) for value in background)
+
+
 def background_colour(background: Colour | None, channels: int, name: str) -> np.ndarray[Any, np.dtype[Any]]:
     """A colour of (channels,) float64 from one number or one a channel.
 

@@ -1,0 +1,133 @@
+"""The low-resolution view of an image on disk, a strip at a time: memory does not grow with the image."""
+
+import math
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ats.sources.image_source import ImageSource, check_mpp
+from ats.sources.view_cache import cached_view
+from ats_kernels import area_downsample
+from ats_kernels.checks import check_pair
+
+STRIP_BYTES = 32 << 20
+"""Of what is read at once, and of the means of a strip's rows."""
+
+
+def read_view(
+    source: ImageSource,
+    *,
+    scale: float | None = None,
+    mpp: float | tuple[float, float] | None = None,
+    size: int | tuple[int, int] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> Tensor:
+    """Read an image's view, the mean over each of its pixels' area: what `ats.area_downsample` gives of it in memory.
+
+    It is averaged from the coarsest level that is not coarser than asked. Only one of scale, mpp and size is given.
+
+    Args:
+        source: the image.
+        scale: of the view's sides to the image's, above 0 and at most 1.
+        mpp: micrometres a pixel of the view, a number or (y, x); no finer than the image's.
+        size: pixels of the view, an int or (h, w).
+        cache: folder that keeps views from run to run; made if it is missing. A file of it is told by the image's
+            place, size and time, and written whole or not at all; a damaged one is made anew.
+
+    Returns:
+        (C, h, w), float32 (float64 of such an image); bytes as fractions of 255, other numbers in their own unit.
+
+    Raises:
+        ValueError: none or several of scale, mpp and size, a view finer than the image, an image without mpp, a
+            damaged file, or a cache for a source without fingerprint.
+        OSError: the cache's disk is full, or may not be written.
+    """
+    height, width = view_size(source, scale=scale, mpp=mpp, size=size)
+    level = coarsest_level(source, height, width)
+    if cache is None:
+        return _average(source, level, height, width)
+    return cached_view(cache, source, level, (height, width), lambda: _average(source, level, height, width))
+
+
+def view_size(
+    source: ImageSource,
+    *,
+    scale: float | None = None,
+    mpp: float | tuple[float, float] | None = None,
+    size: int | tuple[int, int] | None = None,
+) -> tuple[int, int]:
+    """The pixels (h, w) of the view that `read_view` reads; arguments and errors are its own."""
+    full = source.levels[0]
+    if sum(option is not None for option in (scale, mpp, size)) != 1:
+        raise ValueError(f"give one of scale, mpp and size, got {scale=}, {mpp=}, {size=}")
+    if size is not None:
+        height, width = check_pair("size", size)
+        if height > full.height or width > full.width:
+            raise ValueError(
+                f"a view of {height}×{width} pixels is larger than {source.name}, {full.height}×{full.width} (height × "
+                "width); a view is the image shrunk"
+            )
+        return height, width
+    if mpp is not None:
+        wanted, own = check_mpp(mpp), source.mpp
+        if own is None:
+            raise ValueError(
+                f"{source.name} does not say how many micrometres a pixel is: open it with ats.open_image(path, "
+                "mpp=…), or ask for a scale or size"
+            )
+        assert wanted is not None
+        scales = (own[0] / wanted[0], own[1] / wanted[1])
+        if max(scales) > 1 + 1e-9:
+            raise ValueError(f"a view of {mpp} micrometres a pixel is finer than {source.name} itself, {own} (y, x)")
+    else:
+        assert scale is not None
+        if not (math.isfinite(scale) and 0 < scale <= 1):
+            raise ValueError(f"scale must be above 0 and at most 1, the view's side to the image's; got {scale}")
+        scales = (scale, scale)
+    sides = zip((full.height, full.width), scales, strict=True)
+    height, width = (max(1, min(side, round(side * ratio))) for side, ratio in sides)
+    return height, width
+
+
+def coarsest_level(source: ImageSource, height: int, width: int) -> int:
+    """The coarsest level that has at least as many pixels as (height, width) each way."""
+    fine = [i for i, level in enumerate(source.levels) if level.height >= height and level.width >= width]
+    return fine[-1] if fine else 0
+
+
+def _average(source: ImageSource, level: int, height: int, width: int) -> Tensor:
+    """The whole of a level, shrunk to (C, height, width)."""
+    size = source.levels[level]
+    dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
+    view = torch.empty(source.channels, height, width, dtype=dtype)
+    for first, last in _strips(source, size.height, size.width, height):
+        means = torch.empty(source.channels, last - first, size.width, dtype=dtype)
+        begin, end = first * size.height // height, -(-last * size.height // height)
+        row_bytes = source.channels * source.dtype.itemsize * (end - begin)
+        columns = max(1, min(size.width, STRIP_BYTES // row_bytes))
+        for left in range(0, size.width, columns):
+            right = min(left + columns, size.width)
+            box = _floating(source.read(level, begin, left, end - begin, right - left))
+            for row in range(first, last):  # bins of rows may differ in length, and share a row
+                top, bottom = row * size.height // height - begin, -(-(row + 1) * size.height // height) - begin
+                mean = area_downsample(box[None, :, top:bottom], (1, right - left), dtype=dtype)
+                means[:, row - first, left:right] = mean[0, :, 0]
+        view[:, first:last] = area_downsample(means[None], (last - first, width), dtype=dtype)[0]
+    return view
+
+
+def _strips(source: ImageSource, rows: int, columns: int, height: int) -> Iterator[tuple[int, int]]:
+    """Output rows [first, last) of each strip: as many as what is read and its means stay below `STRIP_BYTES` for."""
+    row_bytes = source.channels * source.dtype.itemsize * columns
+    by_reading = STRIP_BYTES * height // (row_bytes * rows)
+    by_means = STRIP_BYTES // (4 * source.channels * columns)
+    step = max(1, min(max(by_reading, 1), by_means))
+    for first in range(0, height, step):
+        yield first, min(first + step, height)
+
+
+def _floating(box: Tensor) -> Tensor:
+    """16-bit integers as float32, which holds each of them; what `area_downsample` takes as it is."""
+    return box.float() if box.dtype in (torch.uint16, torch.int16) else box
