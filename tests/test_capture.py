@@ -253,7 +253,9 @@ def test_a_second_image_size_compiles_without_a_graph_break(
     def read(image: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
         view = ats.area_downsample(image, (5, 4), mean=0.1, std=0.3)
         sample = ats.sample_patches(image, logits, N, PATCH, mean=0.1, std=0.3, validate=False)
-        return view, sample.patches, sample.log_attention, sample.offsets
+        features = sample.patches.mean((-2, -1))
+        pooled = ats.expectation(features, sample.log_attention, estimator="unordered", control_variate=True)
+        return view, sample.patches, sample.log_attention, pooled, sample.offsets
 
     compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
     for height, width, cells in ((21, 17, (6, 5)), (24, 17, (6, 5)), (26, 20, (5, 7))):

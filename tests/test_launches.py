@@ -43,3 +43,11 @@ def test_all_programs_lie_along_the_grids_first_axis() -> None:
         ats.expectation(features, log_attention).sum().backward()
     assert len(notes.grids) == 2
     assert all(len(grid) == 1 for grid in notes.grids)
+
+
+@pytest.mark.parametrize(("how", "forward"), [("", 1), (", with replacement", 1), (", unordered", 2)])
+@pytest.mark.parametrize(("variate", "backward"), [("", 1), (", control variate", 2)])
+def test_pooling(how: str, variate: str, forward: int, backward: int, rows: dict[str, launches.Row]) -> None:
+    there, back = rows[f"expectation{how}{variate}"], rows[f"backward of expectation{how}{variate}"]
+    assert (len(there.kernels), len(back.kernels)) == (forward, backward)
+    assert there.operators == back.operators == ()

@@ -147,7 +147,7 @@ def calls() -> dict[str, tuple[Callable[[], Any], bool]]:
     draws: dict[str, dict[str, Any]] = {
         "": {},
         ", with replacement": {"replace": True},
-        ", topk": {"method": "topk"},
+        ", topk": {"selection": "topk"},
     }
     for n in (10, 64, 256):
         for how, options in draws.items():

@@ -60,12 +60,16 @@ class _Expectation(torch.autograd.Function):
         ctx.replace, ctx.estimator, ctx.control_variate, ctx.backend = replace, estimator, control_variate, backend
         dtype = compute_dtype(features.dtype, log_attention.dtype)
         if backend == "triton":
-            from ats_kernels.pooling.triton import expectation_triton
+            if torch.compiler.is_compiling():
+                from ats_kernels.pooling.opaque import pool
 
-            given = None  # the kernel weighs the draws, but for the unordered estimator
-            if estimator == "unordered":
-                given = _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend=backend)
-            pooled, weights = expectation_triton(_flat(features), log_attention, given, replace=replace)
+                pooled, weights = pool(_flat(features), log_attention, replace, estimator == "unordered")
+            else:
+                from ats_kernels.pooling.triton import expectation_triton
+
+                pooled, weights = expectation_triton(
+                    _flat(features), log_attention, replace=replace, unordered=estimator == "unordered"
+                )
             pooled = pooled.view(features.shape[:1] + features.shape[2:])
         else:
             weights = _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend=backend)
@@ -88,14 +92,14 @@ class _Expectation(torch.autograd.Function):
             features,
             weights,
             needs_features=needs_features,
-            needs_log_attention=needs_log_attention and not centred,
+            needs_log_attention=needs_log_attention,
+            weighted=not centred,
         )
         if centred:
-            ones = torch.ones_like(weights)  # for ⟨g, f_k⟩ itself
-            _, inner = gradients(grad, features, ones, needs_features=False, needs_log_attention=True)
-            assert inner is not None
-            grad_log_attention = centred_coefficients(
-                inner, weights, log_attention, replace=ctx.replace, estimator=ctx.estimator
+            assert grad_log_attention is not None
+            centre = _centre_triton if ctx.backend == "triton" else centred_coefficients
+            grad_log_attention = centre(
+                grad_log_attention, weights, log_attention, replace=ctx.replace, estimator=ctx.estimator
             )
         if grad_log_attention is not None:
             grad_log_attention = grad_log_attention.to(log_attention.dtype)
@@ -128,6 +132,14 @@ def _gradients_again(
 
 def _weigh(log_attention: Tensor, dtype: torch.dtype, *, replace: bool, estimator: str, backend: str) -> Tensor:
     """The weights (B, N) of `dtype`."""
+    if backend == "triton" and estimator == "unordered":
+        if torch.compiler.is_compiling():
+            from ats_kernels.pooling.opaque import unordered_weights
+
+            return unordered_weights(log_attention.detach(), dtype)
+        from ats_kernels.pooling.triton import unordered_weights_triton
+
+        return unordered_weights_triton(log_attention.detach(), dtype)
     if backend == "reference":
         weights = estimator_weights_ref(log_attention, replace=replace, estimator=estimator)
     else:
@@ -142,8 +154,10 @@ def _gradients(
     *,
     needs_features: bool,
     needs_log_attention: bool,
+    weighted: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """w_k g, as the features are, and w_k ⟨g, f_k⟩ (B, N), as the weights are; None for one that is not needed."""
+    """w_k g, as the features are, and w_k ⟨g, f_k⟩ or, unless `weighted`, ⟨g, f_k⟩ (B, N), as the weights are; None for
+    one that is not needed."""
     grad_features = grad_log_attention = None
     grad = grad.to(weights.dtype).unsqueeze(1)  # (B, 1, D)
     if needs_features:
@@ -151,14 +165,25 @@ def _gradients(
     if needs_log_attention:
         with _without_autocast(features):
             inner = torch.bmm(_flat(features).to(weights.dtype), grad.transpose(1, 2)).squeeze(-1)  # (B, N)
-        grad_log_attention = weights * inner
+        grad_log_attention = weights * inner if weighted else inner
     return grad_features, grad_log_attention
 
 
 def _gradients_triton(
-    grad: Tensor, features: Tensor, weights: Tensor, *, needs_features: bool, needs_log_attention: bool
+    grad: Tensor,
+    features: Tensor,
+    weights: Tensor,
+    *,
+    needs_features: bool,
+    needs_log_attention: bool,
+    weighted: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """`_gradients` in one launch."""
+    if torch.compiler.is_compiling():
+        from ats_kernels.pooling.opaque import backward
+
+        found = backward(grad, _flat(features), weights, needs_features, needs_log_attention, weighted)
+        return found[0].view(features.shape) if needs_features else None, found[1] if needs_log_attention else None
     from ats_kernels.pooling.triton import expectation_backward_triton
 
     grad_features, grad_log_attention = expectation_backward_triton(
@@ -167,8 +192,20 @@ def _gradients_triton(
         weights,
         needs_features=needs_features,
         needs_log_attention=needs_log_attention,
+        weighted=weighted,
     )
     return None if grad_features is None else grad_features.view(features.shape), grad_log_attention
+
+
+def _centre_triton(inner: Tensor, weights: Tensor, log_attention: Tensor, *, replace: bool, estimator: str) -> Tensor:
+    """`centred_coefficients` in one launch."""
+    if torch.compiler.is_compiling():
+        from ats_kernels.pooling.opaque import coefficients
+
+        return coefficients(inner, weights, log_attention, replace, estimator)
+    from ats_kernels.pooling.triton import coefficients_triton
+
+    return coefficients_triton(inner, weights, log_attention, replace=replace, estimator=estimator)
 
 
 def estimator_weights(log_attention: Tensor, *, replace: bool = False, estimator: str = "ordered") -> Tensor:

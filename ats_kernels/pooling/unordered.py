@@ -29,7 +29,7 @@ import math
 import torch
 from torch import Tensor
 
-_ACCURACY = {torch.float32: 18.0, torch.float64: 32.0}  # l, by the dtype of the results
+ACCURACY = {torch.float32: 18.0, torch.float64: 32.0}  # l, by the dtype of the results
 _LEAST_MASS = 1e-250  # stands for a mass of 0: the weights are a then, and nothing overflows
 
 
@@ -74,12 +74,17 @@ def quadrature(log_attention: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def _nodes(like: Tensor, dtype: torch.dtype) -> Tensor:
-    accuracy, factors = _ACCURACY[dtype], like.shape[1] + 1
+    step, count = node_steps(like.shape[1], dtype)
+    return torch.arange(count, dtype=like.dtype, device=like.device) * step - ACCURACY[dtype]
+
+
+def node_steps(draws: int, dtype: torch.dtype) -> tuple[float, int]:
+    """How far the nodes v lie apart, and how many there are from −l on."""
+    accuracy, factors = ACCURACY[dtype], draws + 1
     strip = math.atan(math.sqrt(2 * accuracy / factors))  # y: any will do, this one makes h nearly the largest
     step = 2 * math.pi * strip / (accuracy + math.log(3) - factors * math.log(math.cos(strip)))
     last = math.log(factors + math.sqrt(2 * factors * accuracy) + accuracy)
-    count = math.ceil((last + accuracy) / step) + 1
-    return torch.arange(count, dtype=like.dtype, device=like.device) * step - accuracy
+    return step, math.ceil((last + accuracy) / step) + 1
 
 
 def _mass_left(log_a: Tensor, attention: Tensor) -> Tensor:

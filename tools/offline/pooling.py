@@ -4,7 +4,14 @@ gigapixel workload, and N = 10 of 64."""
 import triton
 import triton.language as tl
 
-from ats_kernels.pooling.triton import _bwd_blocks, _expectation_bwd_kernel, _expectation_fwd_kernel, _fwd_blocks
+from ats_kernels.pooling.kernels import (
+    expectation_bwd_kernel,
+    expectation_fwd_kernel,
+    ordered_coefficients_kernel,
+    unordered_coefficients_kernel,
+    unordered_weights_kernel,
+)
+from ats_kernels.pooling.triton import bwd_blocks, fwd_blocks, warps_of_row
 from tools.offline.compile import OfflineCase
 
 _SHAPES = (256, 512), (10, 64)  # N, D
@@ -19,16 +26,38 @@ def offline_cases() -> list[OfflineCase]:
     for name in _POINTERS:
         for shape in _SHAPES:
             cases += [_forward(name, *shape), _forward(name, *shape, given=True), _backward(name, *shape)]
+    for kernel, budget in ((unordered_weights_kernel, 1900), (unordered_coefficients_kernel, 2400)):
+        cases.append(_row(kernel, budget, 128, {"ACCURACY": 18.0, "NODES": 128}))
+    cases.append(_row(ordered_coefficients_kernel, 1900, 16, {"REPLACE": False, "BLOCK_N": 16}))
     return cases
 
 
+def _row(kernel: triton.JITFunction, budget: float, lanes: int, constants: dict[str, object]) -> OfflineCase:
+    """A program a row, N = 10; an element is a node of the quadrature, or a draw."""
+    constants = {"stride_log_attention_n": 1, **constants}
+    types = {"step": "fp32", "n_draws": "i32", "n_nodes": "i32", "stride_log_attention_b": "i32"}
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
+    return OfflineCase(
+        name=f"{kernel.__name__.removesuffix('_kernel').replace('_', ' ')}, N=10",
+        kernel=kernel,
+        signature=signature,
+        constexprs=constants,
+        divisible_by_16=tuple(name for name in signature if name.endswith("_ptr")),
+        num_warps=warps_of_row(lanes),
+        elements=lanes,
+        bytes_per_element=8 * 10 / lanes,
+        budget=budget,
+        workload=("128 rows", 128 * lanes),
+    )
+
+
 def _forward(name: str, n_draws: int, n_features: int, *, given: bool = False) -> OfflineCase:
-    block_n, block_d = _fwd_blocks(n_draws, n_features)
+    block_n, block_d = fwd_blocks(n_draws, n_features)
     # The code for the weights runs once a step and is spread over a tile.
     budget = (16, 32) if given else (45, 125)
     return OfflineCase(
         name=f"fwd {name} N={n_draws} D={n_features}{', given weights' if given else ''}",
-        kernel=_expectation_fwd_kernel,
+        kernel=expectation_fwd_kernel,
         signature={
             "features_ptr": _POINTERS[name],
             "log_attention_ptr": "*fp32",
@@ -59,10 +88,10 @@ def _forward(name: str, n_draws: int, n_features: int, *, given: bool = False) -
 
 
 def _backward(name: str, n_draws: int, n_features: int) -> OfflineCase:
-    block_n, block_d = _bwd_blocks(n_features)
+    block_n, block_d = bwd_blocks(n_features)
     return OfflineCase(
         name=f"bwd {name} N={n_draws} D={n_features}",
-        kernel=_expectation_bwd_kernel,
+        kernel=expectation_bwd_kernel,
         signature={
             "grad_out_ptr": _POINTERS[name],
             "features_ptr": _POINTERS[name],
@@ -76,6 +105,7 @@ def _backward(name: str, n_draws: int, n_features: int) -> OfflineCase:
         constexprs={
             "stride_grad_out_d": 1,
             "stride_features_d": 1,
+            "WEIGHTED": True,
             "COMPUTE": tl.float32,
             "BLOCK_N": block_n,
             "BLOCK_D": block_d,
