@@ -22,9 +22,9 @@ from ats.functional import (
     sample_cells,
     sample_patches,
 )
-from ats.grid import cell_offsets, patch_positions
+from ats.grid import Placement, cell_offsets, patch_positions
 from ats.inference import Prediction, anytime, predict
-from ats.probe import receptive_field
+from ats.probe import measure_placement, receptive_field
 from ats.sources import ImageSource, mask_cells, open_image, read_view, tissue_mask
 from ats.version import __version__
 from ats_kernels.pooling.variance import Estimate, estimate
@@ -38,6 +38,7 @@ __all__ = [
     "Estimate",
     "ImageSource",
     "PatchSample",
+    "Placement",
     "Prediction",
     "__version__",
     "anytime",
@@ -49,6 +50,7 @@ __all__ = [
     "expectation",
     "load",
     "mask_cells",
+    "measure_placement",
     "nn",
     "open_image",
     "patch_positions",

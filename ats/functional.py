@@ -1,14 +1,12 @@
 """Attention sampling as functions: draw cells of an attention map, read their patches, pool their features."""
 
-from fractions import Fraction
-
 import torch
 from torch import Tensor
 
 import ats_kernels
 from ats._renamed import renamed_option
 from ats.cells import check_logits, mask_logits, sample_cells
-from ats.grid import Grid
+from ats.grid import Placement, make_grid
 from ats.pooling import estimate_pooled, pool
 from ats.samples import BoxSample, CellSample, PatchSample, Selection
 from ats_kernels import area_downsample, estimator_weights, expectation
@@ -43,7 +41,7 @@ def sample_patches(
     selection: Selection = "sample",
     mask: Tensor | None = None,
     allow_fewer: bool | None = None,
-    receptive_field: int = 0,
+    receptive_field: int | Placement = 0,
     view_size: tuple[int, int] | None = None,
     padding: str = "zeros",
     mean: Normalisation = None,
@@ -112,7 +110,7 @@ def read_patches(
     cells: CellSample,
     patch_size: int | tuple[int, int],
     *,
-    receptive_field: int = 0,
+    receptive_field: int | Placement = 0,
     view_size: tuple[int, int] | None = None,
     padding: str = "zeros",
     mean: Normalisation = None,
@@ -125,8 +123,8 @@ def read_patches(
         image: (B, C, H, W), as in `sample_patches`.
         cells: what `sample_cells` drew.
         patch_size: pixels, an int or (ph, pw).
-        receptive_field: view pixels that an unpadded attention network loses along an axis
-            (`ats.receptive_field` works it out).
+        receptive_field: where cells lie in the view: a `Placement` (`ats.measure_placement` finds it for any
+            network), or the view pixels that an unpadded attention network loses along an axis.
         view_size: pixels (h, w) of the view the logits came from; needed only with a receptive_field.
         padding: what is read outside an image: "zeros" or "edge", the nearest pixel.
         mean, std: a float, or one a channel: patches are (x − mean) / std. A uint8 image is scaled by 1/255 before,
@@ -162,7 +160,7 @@ def extract_cells(
     patch_size: tuple[int, int],
     *,
     view_size: tuple[int, int] | None = None,
-    receptive_field: int = 0,
+    receptive_field: int | Placement = 0,
     padding: str = "zeros",
     mean: Normalisation = None,
     std: Normalisation = None,
@@ -173,8 +171,7 @@ def extract_cells(
     The arguments are those of `read_patches`. Patches come out on the indices' device.
     """
     image_size = (image.shape[2], image.shape[3])
-    origin = Fraction(check_count("receptive_field", receptive_field, least=0), 2)
-    rows, columns = Grid(grid_size, image_size, view_size or image_size, (origin, origin)).affine(patch_size)
+    rows, columns = make_grid(grid_size, image_size, view_size, receptive_field).affine(patch_size)
     return ats_kernels.extract_cells(
         image, indices, grid_size, rows, columns, patch_size, padding=padding, mean=mean, std=std, dtype=dtype
     )
@@ -200,7 +197,7 @@ def _check_together(image: Tensor, drawn: Tensor, name: str) -> None:
         )
 
 
-def check_view(view: Tensor, image: Tensor, receptive_field: int) -> None:
+def check_view(view: Tensor, image: Tensor, receptive_field: int | Placement) -> None:
     """Raise unless `view` (B, C, h, w) can be the view of `image` (B, C, H, W), e.g. where the two are swapped."""
     check_image(image)
     check_tensor("view", view)
@@ -208,10 +205,12 @@ def check_view(view: Tensor, image: Tensor, receptive_field: int) -> None:
 
 
 def check_view_size(
-    view_size: tuple[int, int] | None, receptive_field: int, image_size: tuple[int, int]
+    view_size: tuple[int, int] | None, receptive_field: int | Placement, image_size: tuple[int, int]
 ) -> tuple[int, int] | None:
     """Return the view's size as a pair, or raise where it is missing or fits neither image nor receptive field."""
-    receptive_field = check_count("receptive_field", receptive_field, least=0)
+    placed = isinstance(receptive_field, Placement)
+    if not placed:
+        receptive_field = check_count("receptive_field", receptive_field, least=0)
     if view_size is None:
         if receptive_field:
             raise ValueError(
@@ -224,7 +223,7 @@ def check_view_size(
             f"view_size {(height, width)} is larger than the image, {image_size}; the view is the image shrunk: "
             "are the two swapped?"
         )
-    if receptive_field >= min(height, width):
+    if isinstance(receptive_field, int) and receptive_field >= min(height, width):
         raise ValueError(
             f"receptive_field={receptive_field} leaves nothing of a view of {(height, width)}; "
             "it is the view pixels lost along an axis"

@@ -1,15 +1,15 @@
 """The functions of `ats.functional` as modules, and the whole model with its attention and feature networks."""
 
 import inspect
-from fractions import Fraction
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ats import functional
-from ats.grid import patch_positions
-from ats.probe import lost_and_step
+from ats.grid import Placement, patch_positions
+from ats.probe import measure_placement, shifting_layer
 from ats.samples import Estimator, PatchSample, Selection
 from ats_kernels.checks import Normalisation, check_choice, check_count, check_pair
 from ats_kernels.patches.op import PADDINGS
@@ -27,7 +27,7 @@ class SamplePatches(nn.Module):
         *,
         replace: bool = False,
         method: Selection = "sample",
-        receptive_field: int = 0,
+        receptive_field: int | Placement = 0,
         padding: str = "zeros",
         mean: Normalisation = None,
         std: Normalisation = None,
@@ -122,8 +122,9 @@ class AttentionSampling(nn.Module):
         patch_size: pixels, an int or (ph, pw).
         replace, method, padding, mean, std, dtype: as in `ats.sample_patches`.
         estimator, control_variate: as in `ats.expectation`.
-        receptive_field: view pixels that the attention network loses along an axis, or "auto" to measure it
-            (`ats.receptive_field`).
+        receptive_field: where cells lie in the view: "auto" to measure it (`ats.measure_placement`), an
+            `ats.Placement`, or the view pixels that the attention network loses along an axis. None is 0, cells that
+            divide the view evenly, with a warning where the network's layers say that they do not.
         positions: tell the feature network where patches lie: it is called as feature(patches, positions), with
             positions (M, 2) the patches' centres (y, x) in [0, 1], see `ats.patch_positions` (paper, section 3.4).
 
@@ -141,7 +142,7 @@ class AttentionSampling(nn.Module):
         method: Selection = "sample",
         estimator: Estimator = "ordered",
         control_variate: bool = False,
-        receptive_field: int | str = 0,
+        receptive_field: int | Placement | str | None = None,
         positions: bool = False,
         padding: str = "zeros",
         mean: Normalisation = None,
@@ -152,11 +153,19 @@ class AttentionSampling(nn.Module):
         check_estimator(estimator, replace=replace)
         if positions:
             _check_takes_positions(feature)
-        self.grid_step: Fraction | None = None  # view pixels, where known
         if isinstance(receptive_field, str):
             if receptive_field != "auto":
-                raise ValueError(f"receptive_field must be an int or 'auto', got {receptive_field!r}")
-            receptive_field, self.grid_step = lost_and_step(attention)
+                raise ValueError(f"receptive_field must be an int, 'auto' or an ats.Placement, got {receptive_field!r}")
+            receptive_field = measure_placement(attention)
+        elif receptive_field is None:
+            receptive_field = 0
+            if layer := shifting_layer(attention):
+                warnings.warn(
+                    f"patches may lie beside the cells: {layer} in the attention network shifts or shrinks its grid, "
+                    "but receptive_field was not given, and is 0 by default; pass receptive_field='auto' to measure "
+                    "where cells lie, or 0 to keep this",
+                    stacklevel=2,
+                )
         self.attention = attention
         self.feature = feature
         self.sampler = SamplePatches(
@@ -203,20 +212,10 @@ class AttentionSampling(nn.Module):
         return pooled, sample
 
     def attention_logits(self, view: Tensor, image: Tensor) -> Tensor:
-        """View (B, C, h, w) and image (B, C, H, W) -> logits (B, gh, gw) or (B, 1, gh, gw), whose cells are checked."""
+        """View (B, C, h, w) and image (B, C, H, W) -> logits (B, gh, gw) or (B, 1, gh, gw)."""
         # Before the attention network runs: on an image in the view's place it would take long, or fail obscurely.
         functional.check_view(view, image, self.sampler.receptive_field)
-        logits = self.attention(view)
-        if self.grid_step is not None:
-            for size, cells in zip(view.shape[-2:], logits.shape[-2:], strict=True):
-                covered = self.sampler.receptive_field + cells * self.grid_step
-                if covered != size:
-                    raise ValueError(
-                        f"the attention network's {cells} cells cover {covered} of the view's {size} pixels, so "
-                        f"patches would not lie where its cells look; make the view {covered} or "
-                        f"{covered + self.grid_step} pixels along that axis, or pass receptive_field as a number"
-                    )
-        return logits
+        return self.attention(view)
 
     def patch_features(self, patches: Tensor, offsets: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Patches (B, M, C, ph, pw) at offsets (B, M, 2) of images of a size (H, W) -> features (B, M, …)."""

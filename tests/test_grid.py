@@ -11,7 +11,6 @@ from torch.nn.modules import activation
 
 import ats
 from ats import models as ats_models
-from ats.probe import lost_and_step
 from tests.helpers import seeded
 
 # One axis each: image, view, receptive field, grid, patch.
@@ -208,7 +207,7 @@ def test_receptive_field_puts_cells_where_the_network_looks(name):
     for parameter in network.parameters():  # biases in reach of both sides of a ReLU
         parameter.data.mul_(2)
     channels = 3 if name == "residual" else 1
-    assert lost_and_step(network) == (lost, step)
+    assert ats.measure_placement(network) == ats.Placement(Fraction(lost, 2), step)
     assert ats.receptive_field(network) == lost
     if "softmax" in name or "statistics" in name:
         return  # every pixel has a small part in each cell, so that impulses do not tell where it looks
@@ -246,7 +245,7 @@ def test_channels_are_found_out_or_given():
             red, green, blue = view.unbind(1)
             return F.avg_pool2d((red + green + blue).unsqueeze(1), 2)
 
-    assert lost_and_step(Brightness()) == (0, 2)
+    assert ats.measure_placement(Brightness()) == ats.Placement(0, 2)
     nine = nn.Sequential(nn.PixelShuffle(3), nn.AvgPool2d(3), conv())
     assert ats.receptive_field(nine, channels=9) == 2
 
@@ -281,7 +280,7 @@ class SwallowsNaN(nn.Module):
     ("network", "message"),
     [
         (nn.Sequential(nn.AdaptiveMaxPool2d(4)), "does it mix the whole view, or give a grid of fixed size"),
-        (nn.AdaptiveMaxPool2d(8), "8 cells of 16 pixels, 8 of 24.*the grid's size is fixed"),
+        (nn.AdaptiveMaxPool2d(8), "the grid's size is fixed .8 cells of 16 pixels, 8 of 24"),
         (nn.Linear(16, 16), "does it mix the whole view"),
         (nn.AdaptiveAvgPool2d(1), "do not depend on the view"),
         (SwallowsNaN(), "a layer replaces NaN by numbers"),

@@ -202,7 +202,7 @@ def test_state_is_that_of_the_two_networks():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"receptive_field": "full"}, ValueError, "receptive_field must be an int or 'auto', got 'full'"),
+        ({"receptive_field": "full"}, ValueError, "must be an int, 'auto' or an ats.Placement, got 'full'"),
         ({"n_patches": 0}, ValueError, "n(_patches)? must be at least 1, got 0"),
         ({"n_patches": 81}, ValueError, "n=81 .* K=80"),
         ({"method": "best"}, ValueError, "unknown method 'best'"),
@@ -283,15 +283,14 @@ def test_representation():
     assert "padding" not in repr(full)
 
 
-def test_a_view_with_a_rest_that_the_grid_does_not_cover_is_refused() -> None:
-    """Pooling floors the rest away, so cells would be spread over pixels that they never saw, without a word."""
+def test_a_rest_of_the_view_that_the_grid_does_not_cover_moves_no_cell() -> None:
+    """Pooling floors the rest away: cell i still sees view pixels 8i to 8i + 10, so its centre is 8i + 5."""
     attention = nn.Sequential(nn.Conv2d(1, 1, 3), nn.MaxPool2d(8))
-    model = ats.nn.AttentionSampling(attention, nn.Flatten(), 2, 10, receptive_field="auto")
-    with pytest.raises(ValueError, match=r"6 cells cover 50 of the view's 57 pixels.*make the view 50 or 58"):
-        model(torch.rand(1, 1, 57, 58), torch.rand(1, 1, 510, 510))
-    with pytest.raises(ValueError, match="make the view 50 or 58"):
-        model.full(torch.rand(1, 1, 58, 57), torch.rand(1, 1, 510, 510))
-    assert model(torch.rand(1, 1, 58, 50), torch.rand(1, 1, 510, 510))[2].patches.shape == (1, 2, 1, 10, 10)
+    model = ats.nn.AttentionSampling(attention, nn.Flatten(), 36, 10, receptive_field="auto")
+    for height, width in ((57, 58), (50, 52), (53, 57)):
+        _, logits, sample = model(torch.rand(1, 1, height, width), torch.rand(1, 1, 10 * height, 10 * width))
+        cells = torch.cartesian_prod(*(torch.arange(n) for n in logits.shape[-2:]))
+        assert torch.equal(sample.offsets[0], cells[sample.indices[0]] * 80 + 45)  # (8i + 5)·10 less half a patch
 
 
 def test_options_are_checked_when_a_module_is_made() -> None:
