@@ -36,12 +36,12 @@ def measure_placement(
     """
     probe = Probe(module, channels)
     try:
-        return _placement([_measure(probe, axis) for axis in (0, 1)])
+        return _placement(_both_axes(probe, (None, None)))
     except _MovesWithViewError:
         if view_size is None:
             raise
     sizes = check_pair("view_size", view_size)
-    measured = _placement([_measure(probe, axis, sizes[axis]) for axis in (0, 1)])
+    measured = _placement(_both_axes(probe, sizes))
     return Placement(measured.origin, measured.step, sizes)
 
 
@@ -58,7 +58,7 @@ def receptive_field(module: nn.Module, *, channels: int | None = None) -> int:
         ValueError: a network that no rf describes, or that cannot be measured.
     """
     probe = Probe(module, channels)
-    y, x = (_measure(probe, axis) for axis in (0, 1))
+    y, x = _both_axes(probe, (None, None))
     for axis, measured in enumerate((y, x)):
         _check_one_number(probe, axis, measured)
     if (y.origin, y.step) != (x.origin, x.step):
@@ -105,20 +105,32 @@ class _MovesWithViewError(ValueError):
 
 
 class _Measured(NamedTuple):
-    """An axis: where the first cell begins, the step, after how many cells they take turns, and in which view."""
+    """An axis: where the first cell begins, the step, after how many cells they take turns, and what shows it."""
 
     origin: Fraction
     step: Fraction
     period: int
     along: int
     across: int
+    extents: list[Extent]
 
 
 def _placement(axes: list[_Measured]) -> Placement:
     return Placement([axis.origin for axis in axes], [axis.step for axis in axes])
 
 
-def _measure(probe: Probe, axis: int, view: int | None = None) -> _Measured:
+def _both_axes(probe: Probe, view: tuple[int | None, int | None]) -> list[_Measured]:
+    """y and x: cells along x are asked first whether they see what those along y do, which takes few views."""
+    y = _measure(probe, 0, view[0])
+    if view[0] != view[1] or probe.across(y.along, 1) != y.across:
+        return [y, _measure(probe, 1, view[1])]
+    if not all(probe.sees(extent, y.along, y.across, 1) for extent in y.extents):
+        return [y, _measure(probe, 1, view[1])]
+    _check(probe, 1, y, fixed=view[1] is not None)
+    return [y, y]
+
+
+def _measure(probe: Probe, axis: int, view: int | None) -> _Measured:
     """An axis, in the smallest views that show it, or in those of the sizes which are padded as `view` pixels are."""
     before = None
     for along in _sizes(view):
@@ -140,9 +152,8 @@ def _measure(probe: Probe, axis: int, view: int | None = None) -> _Measured:
         if period > 1 and before != (origin, step):  # upsampled: is it the same whatever the view's size?
             before = origin, step
             continue
-        measured = _Measured(origin, step, period, along, across)
-        _check_other_sizes(probe, axis, measured, extents[0], fixed=view is not None)
-        probe.check_independence(extents[:period], along, across, axis)
+        measured = _Measured(origin, step, period, along, across, extents)
+        _check(probe, axis, measured, fixed=view is not None)
         return measured
     raise ValueError(
         f"in views up to {_LONG[-1]} pixels no cells of the attention network were found that depend on a part of "
@@ -158,9 +169,10 @@ def _sizes(view: int | None) -> list[int]:
     return [size for size in range(rest, _LONG[-1] + _MODULUS, _MODULUS) if size >= SIDES[0]]
 
 
-def _check_other_sizes(probe: Probe, axis: int, measured: _Measured, extent: Extent, *, fixed: bool) -> None:
-    """Raise where cells lie elsewhere in other views: where not fixed, of what strides leave over, and larger ones."""
-    _, step, period, along, across = measured
+def _check(probe: Probe, axis: int, measured: _Measured, *, fixed: bool) -> None:
+    """Raise where cells lie elsewhere in larger views or those with a rest, or see more than NaN shows."""
+    _, step, period, along, across, extents = measured
+    extent = extents[0]
     reach = step * period  # what the view must grow by for the grid to grow
     larger, more = along + _MODULUS, [0]
     if not fixed:
@@ -182,6 +194,7 @@ def _check_other_sizes(probe: Probe, axis: int, measured: _Measured, extent: Ext
                 "numbers; or give views of one size (h, w), and "
                 f"receptive_field=ats.measure_placement(network, view_size=(h, w)); or {ADVICE}"
             )
+    probe.check_independence(extents[:period], along, across, axis)
 
 
 def _check_one_number(probe: Probe, axis: int, measured: _Measured) -> None:

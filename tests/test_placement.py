@@ -204,6 +204,19 @@ def test_a_compiled_model_reads_the_same_patches_at_any_size():
             assert torch.equal(compiled(*tensors), offsets(*tensors))
 
 
+def test_a_whole_resnet_compiles_and_exports():
+    """Without graph breaks, at sizes that differ, the largest of which is exported."""
+    model = resnet_model(method="topk")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for n in (5, 6):
+        inputs = torch.rand(1, 3, 8 * n + 3, 8 * n + 5), torch.rand(1, 3, 64 * n, 72 * n)
+        (_, _, got), (_, _, want) = compiled(*inputs), model(*inputs)
+        assert torch.equal(got.offsets, want.offsets)
+    exported = torch.export.export(model, inputs).module()
+    assert torch.equal(exported(*inputs)[2].offsets, want.offsets)
+
+
 def test_placements_of_timms_reductions():
     """`feature_info` lists dictionaries; the numbers may be numpy's."""
     feature_info = [{"num_chs": 8, "reduction": reduction} for reduction in (2, np.int64(4), 8, 16, np.float32(32))]
