@@ -23,7 +23,8 @@ from ats.functional import (
     sample_patches,
 )
 from ats.grid import Placement, cell_offsets, patch_positions
-from ats.inference import Prediction, anytime, predict
+from ats.inference import anytime, predict
+from ats.prediction import Prediction
 from ats.probe import measure_placement, receptive_field
 from ats.sources import ImageSource, mask_cells, open_image, read_view, tissue_mask
 from ats.version import __version__

@@ -48,10 +48,8 @@ def sample_cells(
     check_logits(logits)
     n = check_count("n", n)
     check_choice("selection", selection, METHODS)
-    if selection == "topk" and replace:
-        raise ValueError(
-            "selection='topk' takes distinct cells and cannot be combined with replace=True; drop one of them"
-        )
+    check_flag("replace", replace)
+    check_goes_together(selection, replace=replace)
     logits = mask_logits(logits, mask)
     flat = logits.flatten(1)  # (B, K)
     cells = flat.shape[1]
@@ -159,3 +157,17 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits must be (B, gh, gw) or (B, 1, gh, gw), got {tuple(logits.shape)}{mend}")
     if logits.numel() == 0:
         raise ValueError(f"logits must have at least one image and one cell, got {tuple(logits.shape)}")
+
+
+def check_goes_together(selection: str, *, replace: bool) -> None:
+    """Raise where the most probable cells are to be taken with replacement."""
+    if selection == "topk" and replace:
+        raise ValueError(
+            "selection='topk' takes distinct cells and cannot be combined with replace=True; drop one of them"
+        )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")

@@ -74,13 +74,9 @@ def sample_patches(
 
     Source: paper, section 3; the cell-to-pixel map is described in `ats.grid`.
     """
-    check_image(image)
-    _check_swapped(image, logits)
+    check_inputs(image, logits)
     n_patches = check_count("n_patches", n_patches)
     patch = check_pair("patch_size", patch_size)
-    check_logits(logits)
-    _check_together(image, logits, "logits")
-    check_strip((logits.shape[-2], logits.shape[-1]), (image.shape[2], image.shape[3]))
     view = check_view_size(view_size, receptive_field, (image.shape[2], image.shape[3]))
     cells = sample_cells(
         logits,
@@ -175,6 +171,15 @@ def extract_cells(
     return ats_kernels.extract_cells(
         image, indices, grid_size, rows, columns, patch_size, padding=padding, mean=mean, std=std, dtype=dtype
     )
+
+
+def check_inputs(image: Tensor, logits: Tensor) -> None:
+    """Raise unless `image` (B, C, H, W) and `logits` (B, gh, gw) or (B, 1, gh, gw) go together."""
+    check_image(image)
+    _check_swapped(image, logits)
+    check_logits(logits)
+    _check_together(image, logits, "logits")
+    check_strip((logits.shape[-2], logits.shape[-1]), (image.shape[2], image.shape[3]))
 
 
 def _check_swapped(image: Tensor, logits: Tensor) -> None:

@@ -6,57 +6,27 @@ are pooled by the unordered estimator whatever the model was trained with: both 
 with less variance.
 """
 
-import functools
+import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-import ats_kernels
+from ats._modules import check_evaluating
+from ats._renamed import renamed_option
+from ats.functional import check_inputs, estimate_pooled, mask_logits, pool, sample_cells
 from ats.nn import AttentionSampling
+from ats.prediction import Prediction
+from ats.samples import BoxSample, CellSample, Estimator, Selection
 from ats_kernels.checks import check_choice, check_count
 from ats_kernels.pooling.op import check_estimator
-from ats_kernels.pooling.variance import estimate
 from ats_kernels.sampling.draws import METHODS
 
 Head = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Class logits of B images, and what is known of their error.
-
-    Attributes:
-        logits: (B, C) float64, unbiased for the logits of the full model, which reads every cell (not with "topk").
-        standard_error: (B, C) of the logits over draws, estimated; 0 where every cell was read. None where draws say
-            nothing of the error: with "topk", or a single patch.
-        patches_used: (B,) int64, patches read.
-        stopped: (B,) bool, whether an image met a criterion before its budget was spent.
-    """
-
-    logits: Tensor
-    standard_error: Tensor | None
-    patches_used: Tensor
-    stopped: Tensor
-
-    def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Lower and upper ends (B, C) of intervals that hold the full model's logits, each at this rate over draws.
-
-        Student's t with patches_used − 1 degrees of freedom, which makes up for the estimated standard error as far as
-        that can be: docs/inference.md gives the rates that were measured.
-        """
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence must be in (0, 1), got {confidence}; 0.95 covers 19 times in 20")
-        if self.standard_error is None:
-            raise ValueError("this prediction has no standard error: draw at least 2 patches by method='sample'")
-        used = self.patches_used.tolist()
-        quantiles = [student_quantile(confidence, patches - 1) for patches in used]
-        half = self.standard_error.new_tensor(quantiles).unsqueeze(-1) * self.standard_error
-        return self.logits - half, self.logits + half
-
-
+@renamed_option("method", "selection")
 @torch.no_grad()
 def predict(
     sampling: AttentionSampling,
@@ -64,10 +34,11 @@ def predict(
     view: Tensor,
     image: Tensor,
     *,
-    method: str = "sample",
+    selection: Selection = "sample",
+    mask: Tensor | None = None,
     n_patches: int | None = None,
     replace: bool | None = None,
-    estimator: str | None = None,
+    estimator: Estimator | None = None,
     repeats: int = 1,
     generator: torch.Generator | None = None,
 ) -> Prediction:
@@ -79,8 +50,10 @@ def predict(
         head: pooled features (M, …) -> class logits (M, C), linear (with a bias, where it has one).
         view: (B, C, h, w).
         image: (B, C, H, W).
-        method: "sample", or "topk": the most probable cells, weighted by their attention, no randomness.
-        n_patches: patches a draw; what `sampling` has where None.
+        selection: "sample", or "topk": the most probable cells, weighted by their attention, no randomness.
+        mask: bool, True where a cell may be drawn, as in `ats.sample_cells`.
+        n_patches: patches a draw; what `sampling` has where None. An image with fewer live cells has all of them read,
+            which gives the full model's logits.
         replace, estimator: of a draw, in place of `sampling`'s own replace, and of the unordered estimator without
             replacement; `sampling` is left as it is. The most probable cells have no use for them.
         repeats: independent draws to average. One draw of as many patches without replacement says more: it reads
@@ -91,33 +64,38 @@ def predict(
         ValueError: unknown options, a network in training mode, a head that is not linear, and what
             `ats.sample_patches` raises.
     """
-    check_choice("method", method, METHODS)
+    check_choice("selection", selection, METHODS)
     repeats = check_count("repeats", repeats)
-    if method == "topk" and repeats > 1:
-        raise ValueError(f"method='topk' draws nothing at random: repeats={repeats} would give the same every time")
-    _check_evaluating(sampling)
-    count = sampling.sampler.n_patches if n_patches is None else check_count("n_patches", n_patches)
-    replace = (sampling.sampler.replace if replace is None else replace) and method == "sample"
+    if selection == "topk" and repeats > 1:
+        raise ValueError(f"selection='topk' draws nothing at random: repeats={repeats} would give the same every time")
+    _check_evaluating(sampling, head)
+    count = sampling.n_patches if n_patches is None else check_count("n_patches", n_patches)
+    replace = (sampling.replace if replace is None else replace) and selection == "sample"
     if estimator is None:
         estimator = "ordered" if replace else "unordered"
     check_estimator(estimator, replace=replace)
-    logits = sampling.attention_logits(view, image)
-    values, variances = [], []
+    logits = mask_logits(sampling.attention_logits(view, image), mask)
+    check_inputs(image, logits)
+    values, variances, draws = [], [], []
     for _ in range(repeats):
-        draw = ats_kernels.sample(logits.flatten(1), count, replace=replace, method=method, generator=generator)
-        scores = _scores(sampling, head, view, image, draw.indices, logits)  # (B, N, C)
-        if method == "topk" or count == 1:
-            values.append(torch.einsum("bn,bnc->bc", draw.log_attention.double().softmax(-1), scores))
+        cells = sample_cells(logits, count, replace=replace, selection=selection, allow_fewer=True, generator=generator)
+        drawn = sampling.read_sample(image, cells, (view.shape[-2], view.shape[-1]))
+        features = sampling.patch_features(drawn.patches, drawn.offsets, (image.shape[2], image.shape[3]))
+        scores = _class_logits(head, features)  # (B, N, C)
+        draws.append(drawn.boxes())
+        if selection == "topk" or count == 1:
+            values.append(pool(scores, cells, estimator=estimator))
             continue
-        value, variance = estimate(scores, draw.log_attention, replace=replace, estimator=estimator)
+        value, variance = estimate_pooled(scores, cells, estimator=estimator)
         values.append(value)
         variances.append(variance)
-    batch = len(logits)
     return Prediction(
         logits=torch.stack(values).mean(0),
         standard_error=torch.stack(variances).sum(0).sqrt() / repeats if variances else None,
-        patches_used=torch.full((batch,), repeats * count, device=logits.device),
-        stopped=torch.zeros(batch, dtype=torch.bool, device=logits.device),
+        patches_used=torch.stack([drawn.counts for drawn in draws]).sum(0),
+        stopped=torch.zeros(len(logits), dtype=torch.bool, device=logits.device),
+        samples=tuple(BoxSample.cat([drawn[image] for drawn in draws]) for image in range(len(logits))),
+        estimator=estimator,
     )
 
 
@@ -129,6 +107,7 @@ def anytime(
     image: Tensor,
     *,
     budget: int,
+    mask: Tensor | None = None,
     tolerance: float | None = None,
     lead: float | None = None,
     min_patches: int = 8,
@@ -142,8 +121,8 @@ def anytime(
     once it meets one of the criteria given, which are looked at after `min_patches` and then after every chunk.
 
     Args:
-        sampling, head, view, image, generator: as in `predict`.
-        budget: patches an image at most; more than there are cells reads them all, and gives the full model.
+        sampling, head, view, image, mask, generator: as in `predict`.
+        budget: patches an image at most; one with fewer live cells has them all read, which gives the full model.
         tolerance: stop once the standard error of every class logit is at most this.
         lead: stop once the best class leads every other by this many standard errors of their difference: the
             prediction is decided. A single logit has to be that far from 0.
@@ -164,40 +143,76 @@ def anytime(
     for name, limit in (("tolerance", tolerance), ("lead", lead)):
         if limit is not None and not 0 <= limit < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, got {limit}")
-    _check_evaluating(sampling)
-    logits = sampling.attention_logits(view, image)
-    budget = min(budget, logits.flatten(1).shape[1])
+    _check_evaluating(sampling, head)
+    logits = mask_logits(sampling.attention_logits(view, image), mask)
+    check_inputs(image, logits)
+    budget = min(budget, logits[0].numel())
     if budget < 2:
         raise ValueError(f"a budget of {budget} patch says nothing of the error; allow at least 2")
-    draw = ats_kernels.sample(logits.flatten(1), budget, generator=generator)
+    draw = sample_cells(logits, budget, allow_fewer=True, generator=generator)
+    live = draw.counts  # (B,) patches that an image can have read
 
     going = torch.arange(len(logits), device=logits.device)  # images still read on
-    scores = torch.empty(0, device="cpu")  # (G, n, C) of their n patches so far
+    scores = torch.empty(0)  # (G, n, C) of their n patches so far
     result: tuple[Tensor, ...] | None = None
+    offsets = torch.zeros(len(logits), budget, 2, dtype=torch.int64, device=logits.device)
     looks = [*range(min(min_patches, budget), budget, chunk_size), budget]
     for before, upto in zip([0, *looks], looks, strict=False):
-        more = _scores(sampling, head, view, image, draw.indices[going, before:upto], logits, going)
+        more, offsets[going, before:upto], patch_size = _scores(
+            sampling, head, view, image, _of(draw, going, before, upto), going
+        )
         scores = torch.cat([scores, more], dim=1) if before else more
-        value, variance = estimate(scores, draw.log_attention[going, :upto], estimator="unordered")
+        so_far = _of(draw, going, 0, upto)
+        value, variance = estimate_pooled(scores, so_far, estimator="unordered")
         error = variance.sqrt()
         sure = torch.zeros_like(going, dtype=torch.bool)
         if tolerance is not None:
             sure |= (error <= tolerance).all(-1)
         if lead is not None:
-            sure |= _decided(value, scores, draw.log_attention[going, :upto], lead)
+            sure |= _decided(value, scores, so_far, lead)
         if result is None:  # the first look, at every image
             result = torch.empty_like(value), torch.empty_like(error), torch.empty_like(going), torch.empty_like(sure)
-        done = sure if upto < budget else torch.ones_like(sure)
-        for kept, new in zip(result, (value, error, torch.full_like(going, upto), sure), strict=True):
+        used = live[going].clamp(max=upto)
+        done = sure | (used == live[going])
+        for kept, new in zip(result, (value, error, used, sure), strict=True):
             kept[going[done]] = new[done]
         going, scores = going[~done], scores[~done]
         if not len(going):
             break
     assert result is not None
-    return Prediction(*result)
+    counts = result[2].tolist()
+    samples = (_first(one, n, where, patch_size) for one, n, where in zip(draw, counts, offsets, strict=True))
+    return Prediction(*result, samples=tuple(samples))
 
 
-def _decided(value: Tensor, scores: Tensor, log_attention: Tensor, lead: float) -> Tensor:
+def _of(draw: CellSample, images: Tensor, begin: int, end: int) -> CellSample:
+    """Draws begin to end of some of the images (G,)."""
+    cut = slice(begin, end)
+    return dataclasses.replace(
+        draw,
+        indices=draw.indices[images, cut],
+        log_attention=draw.log_attention[images, cut],
+        logsumexp=draw.logsumexp[images],
+        entropy=draw.entropy[images],
+    )
+
+
+def _first(cells: CellSample, n: int, offsets: Tensor, patch_size: tuple[int, int]) -> BoxSample:
+    """The first n draws of one image, a whole draw of its own: all live cells are weighted by their attention."""
+    return BoxSample(
+        indices=cells.indices[:, :n],
+        log_attention=cells.log_attention[:, :n],
+        logsumexp=cells.logsumexp,
+        entropy=cells.entropy,
+        replace=cells.replace,
+        selection=cells.selection,
+        grid_size=cells.grid_size,
+        offsets=offsets[None, :n],
+        patch_size=patch_size,
+    )
+
+
+def _decided(value: Tensor, scores: Tensor, cells: CellSample, lead: float) -> Tensor:
     """Whether the best class (B,) leads every other by `lead` standard errors of their difference."""
     if value.shape[-1] == 1:  # one logit, decided by its sign
         best = torch.zeros_like(value, dtype=torch.bool)
@@ -206,7 +221,7 @@ def _decided(value: Tensor, scores: Tensor, log_attention: Tensor, lead: float) 
         top = value.argmax(-1, keepdim=True)  # (B, 1)
         best = torch.zeros_like(value, dtype=torch.bool).scatter(-1, top, True)
         ahead = scores.gather(2, top.unsqueeze(1).expand(-1, scores.shape[1], -1)) - scores  # (B, N, C)
-    difference, variance = estimate(ahead, log_attention, estimator="unordered")
+    difference, variance = estimate_pooled(ahead, cells, estimator="unordered")
     return ((difference > lead * variance.sqrt()) | best).all(-1)
 
 
@@ -215,25 +230,37 @@ def _scores(
     head: Head,
     view: Tensor,
     image: Tensor,
-    indices: Tensor,  # (G, M) cells
-    logits: Tensor,
-    images: Tensor | None = None,  # (G,) which images they are of; all where None
-) -> Tensor:
-    """The class logits (G, M, C) of single patches, in float64."""
-    grid, view_size = (logits.shape[-2], logits.shape[-1]), (view.shape[-2], view.shape[-1])
-    if images is None or len(images) == len(image):
-        patches, offsets = sampling.read_cells(image, indices, grid, view_size)
-    else:  # slices, for choosing images by their numbers would copy them whole
-        read = [
-            sampling.read_cells(image[number : number + 1], cells.unsqueeze(0), grid, view_size)
-            for number, cells in zip(images.tolist(), indices, strict=True)
-        ]
-        patches, offsets = (torch.cat(parts) for parts in zip(*read, strict=True))
-    features = sampling.patch_features(patches, offsets, (image.shape[2], image.shape[3]))  # (G, M, …)
+    cells: CellSample,  # (G, M)
+    images: Tensor,  # (G,) which they are of
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """The class logits (G, M, C) of single patches, in float64, their offsets (G, M, 2), and their size.
+
+    Of an image's surplus nothing is read.
+    """
+    view_size, size = (view.shape[-2], view.shape[-1]), (image.shape[2], image.shape[3])
+    surplus = cells.surplus
+    if len(images) == len(image) and not (cells.padded and surplus.any()):
+        patches, offsets = sampling.read_cells(image, cells.indices, cells.grid_size, view_size)
+        scores = _class_logits(head, sampling.patch_features(patches, offsets, size))
+        return scores, offsets, (patches.shape[-2], patches.shape[-1])
+    read = [  # slices, for choosing images by their numbers would copy them whole
+        sampling.read_cells(image[number : number + 1], row[~left_over].unsqueeze(0), cells.grid_size, view_size)
+        for number, row, left_over in zip(images.tolist(), cells.indices, surplus, strict=True)
+    ]
+    patches, found = (torch.cat(parts, dim=1) for parts in zip(*read, strict=True))  # (1, all of them, …)
+    flat = _class_logits(head, sampling.patch_features(patches, found, size)).squeeze(0)
+    scores, offsets = flat.new_zeros(*surplus.shape, flat.shape[-1]), found.new_zeros(*surplus.shape, 2)
+    scores[~surplus], offsets[~surplus] = flat, found.squeeze(0)
+    return scores, offsets, (patches.shape[-2], patches.shape[-1])
+
+
+def _class_logits(head: Head, features: Tensor) -> Tensor:
+    """Features (G, M, …) -> class logits (G, M, C) in float64."""
     scores = head(features.flatten(0, 1))
-    if scores.ndim != 2 or len(scores) != indices.numel():
-        raise ValueError(f"head must give class logits (M, C), got {tuple(scores.shape)} for M = {indices.numel()}")
-    scores = scores.double().unflatten(0, tuple(indices.shape))  # (G, M, C)
+    patches = features.shape[0] * features.shape[1]
+    if scores.ndim != 2 or len(scores) != patches:
+        raise ValueError(f"head must give class logits (M, C), got {tuple(scores.shape)} for M = {patches}")
+    scores = scores.double().unflatten(0, tuple(features.shape[:2]))  # (G, M, C)
     _check_linear(head, features, scores)
     return scores
 
@@ -258,35 +285,10 @@ def _check_linear(head: Head, features: Tensor, scores: Tensor) -> None:
         )
 
 
-def _check_evaluating(sampling: AttentionSampling) -> None:
+def _check_evaluating(sampling: AttentionSampling, head: Head) -> None:
     if not isinstance(sampling, AttentionSampling):
         raise TypeError(
             f"sampling must be an ats.nn.AttentionSampling, got {type(sampling).__name__}; pass the model's own, e.g. "
             "model.sampling, or wrap its networks in one"
         )
-    if sampling.training:
-        raise ValueError(
-            "the model is in training mode, where batch normalisation and dropout make a patch's features depend on "
-            "what else is read; call model.eval() first"
-        )
-
-
-@functools.lru_cache(maxsize=4096)
-def student_quantile(confidence: float, degrees: int) -> float:
-    """How many standard errors either side of an estimate hold a share `confidence` of Student's t."""
-    low, high = 0.0, 1.0  # of the angle θ = atan(t / √ν), in quarter turns
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _student_within(middle * math.pi / 2, degrees) < confidence else (low, middle)
-    return math.tan(low * math.pi / 2) * math.sqrt(degrees)
-
-
-def _student_within(angle: float, degrees: int) -> float:
-    """P(|t| ≤ √ν tan θ) for whole ν (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    cosine, odd = math.cos(angle), degrees % 2
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for number in range(1 + odd, degrees, 2):
-        total += term
-        term *= cosine * cosine * number / (number + 1)
-    total *= math.sin(angle)
-    return (angle + total) * 2 / math.pi if odd else total
+    check_evaluating(sampling=sampling, head=getattr(head, "__self__", head))  # a method is its module's

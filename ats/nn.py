@@ -2,116 +2,24 @@
 
 import inspect
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ats import functional
+from ats._modules import SealedModule, check_evaluating
+from ats._renamed import renamed_option
 from ats.grid import Placement, patch_positions
+from ats.layers import Expectation, SamplePatches
 from ats.probe import measure_placement, shifting_layer
-from ats.samples import Estimator, PatchSample, Selection
-from ats_kernels.checks import Normalisation, check_choice, check_count, check_pair
-from ats_kernels.patches.op import PADDINGS
+from ats.samples import CellSample, Estimator, PatchSample, Selection
+from ats_kernels.checks import Normalisation, check_count
 from ats_kernels.pooling.op import check_estimator
-from ats_kernels.sampling.draws import METHODS
+
+__all__ = ["AttentionSampling", "Expectation", "SamplePatches"]
 
 
-class SamplePatches(nn.Module):
-    """`ats.sample_patches` as a module: forward(image, logits) -> `PatchSample`."""
-
-    def __init__(
-        self,
-        n_patches: int,
-        patch_size: int | tuple[int, int],
-        *,
-        replace: bool = False,
-        method: Selection = "sample",
-        receptive_field: int | Placement = 0,
-        padding: str = "zeros",
-        mean: Normalisation = None,
-        std: Normalisation = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_choice("method", method, METHODS)
-        check_choice("padding", padding, PADDINGS)
-        self.n_patches = check_count("n_patches", n_patches)
-        self.patch_size = check_pair("patch_size", patch_size)
-        self.replace = replace
-        self.method: Any = method
-        self.receptive_field = check_count("receptive_field", receptive_field, least=0)
-        self.padding = padding
-        self.mean = mean
-        self.std = std
-        self.dtype = dtype
-
-    def forward(
-        self,
-        image: Tensor,
-        logits: Tensor,
-        *,
-        view_size: tuple[int, int] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> PatchSample:
-        """Image (B, C, H, W) and logits (B, gh, gw) -> PatchSample. `view_size` is needed with a receptive_field."""
-        return functional.sample_patches(
-            image,
-            logits,
-            self.n_patches,
-            replace=self.replace,
-            selection=self.method,
-            view_size=view_size,
-            generator=generator,
-            **self.reading(),
-        )
-
-    def reading(self) -> dict[str, Any]:
-        """The options that say how patches are read, wherever they lie."""
-        return {
-            name: getattr(self, name) for name in ("patch_size", "receptive_field", "padding", "mean", "std", "dtype")
-        }
-
-    def extra_repr(self) -> str:
-        """What is drawn, and those options of reading that are not the default."""
-        always = ("n_patches", "patch_size", "replace", "method")
-        shown = []
-        for name, parameter in inspect.signature(SamplePatches).parameters.items():
-            value = getattr(self, name)
-            value = value.tolist() if hasattr(value, "tolist") else value
-            if name in always or value != parameter.default:
-                shown.append(f"{name}={value!r}")
-        return ", ".join(shown)
-
-
-class Expectation(nn.Module):
-    """`ats.expectation` as a module: forward(features, log_attention) -> pooled features (B, …)."""
-
-    def __init__(
-        self, *, replace: bool = False, estimator: Estimator = "ordered", control_variate: bool = False
-    ) -> None:
-        super().__init__()
-        check_estimator(estimator, replace=replace)
-        self.replace = replace
-        self.estimator = estimator
-        self.control_variate = control_variate
-
-    def forward(self, features: Tensor, log_attention: Tensor) -> Tensor:
-        """Features (B, N, …) and log_attention (B, N) -> (B, …)."""
-        return functional.expectation(
-            features,
-            log_attention,
-            replace=self.replace,
-            estimator=self.estimator,
-            control_variate=self.control_variate,
-        )
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return f"replace={self.replace}, estimator={self.estimator!r}, control_variate={self.control_variate}"
-
-
-class AttentionSampling(nn.Module):
+class AttentionSampling(SealedModule):
     """Attention on a low-resolution view, features of the patches drawn from it, pooled without bias.
 
     Args:
@@ -120,7 +28,7 @@ class AttentionSampling(nn.Module):
             sampling from the attention has the least variance (paper, section 3.4).
         n_patches: patches an image.
         patch_size: pixels, an int or (ph, pw).
-        replace, method, padding, mean, std, dtype: as in `ats.sample_patches`.
+        replace, selection, allow_fewer, padding, mean, std, dtype: as in `ats.sample_patches`.
         estimator, control_variate: as in `ats.expectation`.
         receptive_field: where cells lie in the view: "auto" to measure it (`ats.measure_placement`), an
             `ats.Placement`, or the view pixels that the attention network loses along an axis. None is 0, cells that
@@ -128,9 +36,12 @@ class AttentionSampling(nn.Module):
         positions: tell the feature network where patches lie: it is called as feature(patches, positions), with
             positions (M, 2) the patches' centres (y, x) in [0, 1], see `ats.patch_positions` (paper, section 3.4).
 
-    `sampler.n_patches`, `sampler.method` and `sampler.replace` may be changed at any time, e.g. for evaluation.
+    `n_patches`, `selection`, `replace` and `estimator` may be changed at any time, e.g. for evaluation.
+
+    Patches are read by `read_cells` alone, whatever they are read for: override it to read them from elsewhere.
     """
 
+    @renamed_option("method", "selection")
     def __init__(
         self,
         attention: nn.Module,
@@ -139,7 +50,8 @@ class AttentionSampling(nn.Module):
         patch_size: int | tuple[int, int],
         *,
         replace: bool = False,
-        method: Selection = "sample",
+        selection: Selection = "sample",
+        allow_fewer: bool | None = None,
         estimator: Estimator = "ordered",
         control_variate: bool = False,
         receptive_field: int | Placement | str | None = None,
@@ -150,7 +62,6 @@ class AttentionSampling(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_estimator(estimator, replace=replace)
         if positions:
             _check_takes_positions(feature)
         if isinstance(receptive_field, str):
@@ -164,7 +75,7 @@ class AttentionSampling(nn.Module):
                     f"patches may lie beside the cells: {layer} in the attention network shifts or shrinks its grid, "
                     "but receptive_field was not given, and is 0 by default; pass receptive_field='auto' to measure "
                     "where cells lie, or 0 to keep this",
-                    stacklevel=2,
+                    stacklevel=4,  # by way of what seals the module and takes the old name of an option
                 )
         self.attention = attention
         self.feature = feature
@@ -172,7 +83,8 @@ class AttentionSampling(nn.Module):
             n_patches,
             patch_size,
             replace=replace,
-            method=method,
+            selection=selection,
+            allow_fewer=allow_fewer,
             receptive_field=receptive_field,
             padding=padding,
             mean=mean,
@@ -183,15 +95,54 @@ class AttentionSampling(nn.Module):
         self.control_variate = control_variate
         self.positions = positions
 
+    @property
+    def n_patches(self) -> int:
+        """Patches an image."""
+        return self.sampler.n_patches
+
+    @n_patches.setter
+    def n_patches(self, value: int) -> None:
+        self.sampler.n_patches = value
+
+    @property
+    def selection(self) -> Selection:
+        """How cells are chosen: "sample" or "topk"."""
+        return self.sampler.selection
+
+    @selection.setter
+    def selection(self, value: Selection) -> None:
+        self.sampler.selection = value
+
+    @property
+    def replace(self) -> bool:
+        """Whether cells are drawn with replacement."""
+        return self.sampler.replace
+
+    @replace.setter
+    def replace(self, value: bool) -> None:
+        if value is True:
+            check_estimator(self.estimator, replace=True)
+        self.sampler.replace = value
+
+    @property
+    def estimator(self) -> Estimator:
+        """What random draws are pooled by: "ordered" or "unordered"."""
+        return self._estimator
+
+    @estimator.setter
+    def estimator(self, value: Estimator) -> None:
+        check_estimator(value, replace=self.replace)
+        self._estimator = value
+
     def forward(
-        self, view: Tensor, image: Tensor, *, generator: torch.Generator | None = None
+        self, view: Tensor, image: Tensor, *, mask: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, PatchSample]:
         """View (B, C, h, w) and image (B, C, H, W) -> pooled features (B, …), logits, PatchSample.
 
-        The most probable cells ("topk") are no random draw: they are pooled by their attention, scaled to sum to 1.
+        Features are pooled by `ats.pool`. A `mask` (as in `ats.sample_cells`) is −inf in the logits that come back.
         """
-        logits = self.attention_logits(view, image)
-        pooled, sample = self.draw(image, logits, (view.shape[-2], view.shape[-1]), generator=generator)
+        logits = functional.mask_logits(self.attention_logits(view, image), mask)
+        pooled, sample = self.draw(image, logits, (view.shape[-2], view.shape[-1]), mask=mask, generator=generator)
         return pooled, logits, sample
 
     def draw(
@@ -200,16 +151,23 @@ class AttentionSampling(nn.Module):
         logits: Tensor,
         view_size: tuple[int, int],
         *,
+        mask: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, PatchSample]:
         """Image (B, C, H, W) and logits of its attention, on a view (h, w) -> pooled features (B, …), PatchSample.
 
         What `forward` does once attention is there; to draw again from attention that is.
         """
-        sample = self.sampler(image, logits, view_size=view_size, generator=generator)
+        functional.check_inputs(image, logits)
+        sample = self.read_sample(image, self.sampler.draw(logits, mask=mask, generator=generator), view_size)
         features = self.patch_features(sample.patches, sample.offsets, (image.shape[2], image.shape[3]))
         pooled = functional.pool(features, sample, estimator=self.estimator, control_variate=self.control_variate)
         return pooled, sample
+
+    def read_sample(self, image: Tensor, cells: CellSample, view_size: tuple[int, int]) -> PatchSample:
+        """The patches of cells that were drawn on a view (h, w), read by `read_cells`."""
+        patches, offsets = self.read_cells(image, cells.readable(), cells.grid_size, view_size)
+        return PatchSample.of(cells, patches, offsets)
 
     def attention_logits(self, view: Tensor, image: Tensor) -> Tensor:
         """View (B, C, h, w) and image (B, C, H, W) -> logits (B, gh, gw) or (B, 1, gh, gw)."""
@@ -230,16 +188,25 @@ class AttentionSampling(nn.Module):
     def read_cells(
         self, image: Tensor, indices: Tensor, grid_size: tuple[int, int], view_size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """The patches (B, M, C, ph, pw) of cells (B, M) of a grid (gh, gw) on a view (h, w), and their offsets."""
-        return functional.extract_cells(image, indices, grid_size, view_size=view_size, **self.sampler.reading())
+        """The patches (B, M, C, ph, pw) of cells (B, M) of a grid (gh, gw) on a view (h, w), and their offsets.
 
-    def full(self, view: Tensor, image: Tensor, *, chunk_size: int = 1024) -> Tensor:
+        All reading goes through here: of `forward`, `draw`, `full`, `ats.predict` and `ats.anytime`.
+        """
+        return self.sampler.read_cells(image, indices, grid_size, view_size)
+
+    def full(self, view: Tensor, image: Tensor, *, mask: Tensor | None = None, chunk_size: int = 1024) -> Tensor:
         """Φ = Σ_i a_i f_i (B, …) over all K cells, `chunk_size` patches at a time: the model without sampling.
 
         It reads K patches an image: for checks and small images. It works with gradients too, for which the
         features of all chunks are kept; evaluate under ``torch.no_grad()`` where none are wanted.
+
+        Raises:
+            ValueError: a batch norm, a dropout or the like in training mode, for which the chunks would matter.
         """
-        logits = self.attention_logits(view, image)
+        chunk_size = check_count("chunk_size", chunk_size)
+        check_evaluating(sampling=self)
+        logits = functional.mask_logits(self.attention_logits(view, image), mask)
+        functional.check_inputs(image, logits)
         grid = (logits.shape[-2], logits.shape[-1])
         log_attention = logits.flatten(1).log_softmax(-1)  # (B, K)
         cells = torch.arange(log_attention.shape[1], device=logits.device)

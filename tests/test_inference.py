@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ats
-from ats.inference import student_quantile
+from ats.prediction import student_quantile
 from tests.helpers import assert_close, seeded
 
 GRID, SIDE = (6, 8), 4  # cells, pixels a cell
@@ -66,9 +66,9 @@ def test_sampled_predictions_are_those_of_the_unordered_estimate() -> None:
 
 def test_top_cells_are_weighted_by_their_attention() -> None:
     """Weights of a random draw would be wrong for cells that were not drawn at random."""
-    sampling, head = make(method="topk")
+    sampling, head = make(selection="topk")
     view, image = problem()
-    got = ats.predict(sampling, head, view, image, method="topk")
+    got = ats.predict(sampling, head, view, image, selection="topk")
     log_attention, cells = view.flatten(1).log_softmax(-1).topk(5)
     colours = image[:, :, ::SIDE, ::SIDE].flatten(2)  # (B, 3, K)
     weights = log_attention.exp() / log_attention.exp().sum(-1, keepdim=True)
@@ -187,6 +187,75 @@ def test_a_draw_goes_on_as_it_began() -> None:
     assert torch.equal(few, many[:, :4])
 
 
+def test_which_patches_were_read() -> None:
+    """Of each image as many as were used, where they lie, and with weights that give the logits anew."""
+    sampling, head = make()
+    view, image = problem(4, sharpness=3.0)
+    colours = image[:, :, ::SIDE, ::SIDE].flatten(2)  # (B, 3, K)
+    for got in (
+        ats.predict(sampling, head, view, image, n_patches=7, generator=seeded()),
+        ats.predict(sampling, head, view, image, selection="topk"),
+        ats.predict(sampling, head, view, image, n_patches=6, repeats=3, generator=seeded()),
+        ats.predict(make(replace=True)[0], head, view, image, n_patches=6, generator=seeded()),
+        ats.anytime(sampling, head, view, image, budget=30, tolerance=0.05, generator=seeded()),
+        ats.anytime(sampling, head, view, image, budget=99, tolerance=0.0, generator=seeded()),
+    ):
+        assert len(got.samples) == 4
+        table = got.table()
+        assert len(table) == int(got.patches_used.sum())
+        for number, sample in enumerate(got.samples):
+            assert sample.indices.numel() == got.patches_used[number]
+            cells = sample.indices
+            where = torch.stack([cells // GRID[1], cells % GRID[1]], -1) * SIDE
+            assert torch.equal(sample.offsets, where)
+            weights = sample.weights(got.estimator) / len(sample)
+            pooled = (weights.unsqueeze(-1) * colours[number].T[cells]).sum((0, 1))
+            assert_close(head(pooled), got.logits[number], torch.float32)
+            rows = [row for row in table if row["image"] == number]
+            assert [row["draw"] for row in rows] == list(range(cells.numel()))
+            assert [(row["top"], row["left"]) for row in rows] == [tuple(xy) for xy in where.flatten(0, 1).tolist()]
+            assert sum(row["weight"] for row in rows) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7])
+def test_masked_images_are_read_as_far_as_they_go(chunk_size: int) -> None:
+    """Images of 48, 20, 5 and 1 live cells: more budget than any reads them all, each once, and is exact."""
+    sampling, head = make()
+    view, image = problem(4)
+    live = torch.tensor([48, 20, 5, 1])
+    order = torch.rand(4, 48, generator=seeded(2)).argsort(-1).view(4, *GRID)
+    mask = order < live.view(-1, 1, 1)
+    with torch.no_grad():
+        exact = head(sampling.full(view, image, mask=mask))
+    sampling.feature.read = 0
+    got = ats.anytime(sampling, head, view, image, mask=mask, budget=1000, tolerance=0.0, chunk_size=chunk_size)
+    assert_close(got.logits, exact)
+    assert torch.equal(got.patches_used, live)
+    assert sampling.feature.read == int(live.sum())
+    assert got.standard_error is not None
+    assert got.standard_error.max() < 1e-7
+    assert [sample.indices.shape[1] for sample in got.samples] == live.tolist()
+    for number, sample in enumerate(got.samples):
+        assert mask[number].flatten()[sample.indices].all()
+    for options in ({"n_patches": 12}, {"n_patches": 12, "selection": "topk"}):
+        fixed = ats.predict(sampling, head, view, image, mask=mask, **options)  # type: ignore[arg-type]
+        assert_close(fixed.logits[2:], exact[2:])
+        assert fixed.patches_used.tolist() == [12, 12, 5, 1]
+        assert len(fixed.table()) == 30
+        assert fixed.standard_error is None or fixed.standard_error[2:].eq(0).all()
+    dark = view.masked_fill(~mask, -math.inf)  # the network's own doing
+    assert_close(ats.predict(sampling, head, dark, image, n_patches=12).logits[2:], exact[2:])
+    assert_close(ats.predict(sampling, head, dark, image, n_patches=1000).logits, exact)
+
+
+def test_the_old_name_of_selection() -> None:
+    sampling, head = make()
+    with pytest.warns(DeprecationWarning, match="method= is now selection=") as caught:
+        old = ats.predict(sampling, head, *problem(), method="topk")  # type: ignore[call-arg]
+    assert [warning.filename for warning in caught] == [__file__]
+    assert old.standard_error is None
+
+
 def test_errors() -> None:
     sampling, head = make()
     view, image = problem()
@@ -201,10 +270,10 @@ def test_errors() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             ats.anytime(sampling, head, view, image, **options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="unknown method 'best'"):
-        ats.predict(sampling, head, view, image, method="best")
+    with pytest.raises(ValueError, match="unknown selection 'best'"):
+        ats.predict(sampling, head, view, image, selection="best")
     with pytest.raises(ValueError, match="repeats=2 would give the same"):
-        ats.predict(sampling, head, view, image, method="topk", repeats=2)
+        ats.predict(sampling, head, view, image, selection="topk", repeats=2)
     with pytest.raises(ValueError, match="head is not linear"):
         ats.predict(sampling, nn.Sequential(head, nn.ReLU()), view, image)
     for bend in (nn.Softmax(-1), nn.Tanh(), nn.ReLU()):  # which small features hardly bend
@@ -220,8 +289,9 @@ def test_errors() -> None:
             function(head, head, view, image)  # type: ignore[operator]
     with pytest.raises(ValueError, match=r"head must give class logits \(M, C\), got \(15,\)"):
         ats.predict(sampling, lambda features: head(features)[:, 0], view, image)
-    with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):
-        ats.predict(sampling.train(), head, view, image)
+    trained = nn.Sequential(head, nn.BatchNorm1d(4).double())
+    with pytest.raises(ValueError, match=r"head\.1 \(BatchNorm1d\) is in training mode.*model\.eval\(\)"):
+        ats.predict(sampling.train(), trained, view, image)
     with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got 95"):
         ats.predict(sampling.eval(), head, view, image).interval(95)
     one = ats.predict(sampling, head, view, image, n_patches=1)

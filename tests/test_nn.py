@@ -1,5 +1,8 @@
 """`ats.nn`: the modules do what the functions do, and the sampled model estimates the full one."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,7 +85,7 @@ def test_modules_pass_their_options_on(images):
     options = {"padding": "edge", "mean": 0.3, "std": 2.0, "dtype": torch.float32}
     logits = torch.randn(2, 8, 10, generator=seeded(4))
     for method, replace in (("topk", False), ("sample", True)):
-        module = ats.nn.SamplePatches(6, (9, 4), method=method, replace=replace, **options)
+        module = ats.nn.SamplePatches(6, (9, 4), selection=method, replace=replace, **options)
         got = module(image, logits, generator=seeded())
         want = ats.sample_patches(
             image, logits, 6, (9, 4), selection=method, replace=replace, generator=seeded(), **options
@@ -133,7 +136,7 @@ def test_with_replacement_the_pool_knows(images):
 
 def test_options_changed_for_evaluation(images):
     model = make_model()
-    model.sampler.n_patches, model.sampler.method = 7, "topk"
+    model.n_patches, model.selection = 7, "topk"
     _, logits, sample = model(*images)
     assert torch.equal(sample.indices, logits.flatten(1).topk(7).indices)
 
@@ -205,7 +208,7 @@ def test_state_is_that_of_the_two_networks():
         ({"receptive_field": "full"}, ValueError, "must be an int, 'auto' or an ats.Placement, got 'full'"),
         ({"n_patches": 0}, ValueError, "n(_patches)? must be at least 1, got 0"),
         ({"n_patches": 81}, ValueError, "n=81 .* K=80"),
-        ({"method": "best"}, ValueError, "unknown method 'best'"),
+        ({"selection": "best"}, ValueError, "unknown selection 'best'"),
         ({"estimator": "best"}, ValueError, "unknown estimator 'best'"),
         ({"estimator": "unordered", "replace": True}, ValueError, "without replacement, got replace=True"),
         ({"padding": "mirror"}, ValueError, "unknown padding 'mirror'"),
@@ -263,7 +266,7 @@ def test_swapped_view_and_image_are_found_before_a_network_runs(images):
 def test_representation():
     """What is set stands in a printed model, and only that."""
     plain = ats.nn.SamplePatches(3, (4, 5))
-    assert plain.extra_repr() == "n_patches=3, patch_size=(4, 5), replace=False, method='sample'"
+    assert plain.extra_repr() == "n_patches=3, patch_size=(4, 5), replace=False, selection='sample'"
     full = ats.nn.SamplePatches(
         3,
         4,
@@ -275,8 +278,8 @@ def test_representation():
         dtype=torch.float16,
     )
     assert full.extra_repr() == (
-        "n_patches=3, patch_size=(4, 4), replace=True, method='sample', receptive_field=2, padding='edge', mean=0.5, "
-        "std=[0.5, 2.0], dtype=torch.float16"
+        "n_patches=3, patch_size=(4, 4), replace=True, selection='sample', receptive_field=2, padding='edge', "
+        "mean=0.5, std=[0.5, 2.0], dtype=torch.float16"
     )
     full.n_patches, full.padding = 7, "zeros"
     assert "n_patches=7" in repr(full)
@@ -294,7 +297,7 @@ def test_a_rest_of_the_view_that_the_grid_does_not_cover_moves_no_cell() -> None
 
 
 def test_options_are_checked_when_a_module_is_made() -> None:
-    for options in ({"method": "best"}, {"padding": "reflect"}, {"n_patches": 0}):
+    for options in ({"selection": "best"}, {"padding": "reflect"}, {"n_patches": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             ats.nn.SamplePatches(**({"n_patches": 2, "patch_size": 4} | options))
 
@@ -353,3 +356,183 @@ def test_a_class_that_is_a_place_is_learned_only_by_features_that_know_it(told: 
     with torch.no_grad():
         error = (head(8 * model.full(view[384:], image[384:])).argmax(-1) != label[384:]).float().mean()
     assert error < 0.1 if told else error > 0.5
+
+
+class FromElsewhere(ats.nn.AttentionSampling):
+    """Reads cells that are twice as bright, and counts them."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self.cells_read = 0
+
+    def read_cells(self, image, indices, grid_size, view_size):
+        self.cells_read += indices.numel()
+        patches, offsets = super().read_cells(image, indices, grid_size, view_size)
+        return 2 * patches, offsets
+
+
+def test_all_reading_goes_through_one_method(images):
+    """forward, draw, full, predict and anytime: patches of an overridden read_cells, in each of them."""
+    view, image = images
+    ours, plain = (
+        kind(FromView(), nn.Flatten(), 4, 2).double().eval() for kind in (FromElsewhere, ats.nn.AttentionSampling)
+    )
+    head = nn.Linear(4, 2, bias=False).double()
+    inputs = (ours, head, view, image), (plain, head, view, image)
+    logits, size = ours.attention_logits(view, image), (8, 10)
+    reads = []
+    for run in (
+        lambda model, *_: model(view, image, generator=seeded())[0],
+        lambda model, *_: model.draw(image, logits, size, generator=seeded())[0],
+        lambda model, *_: model.full(view, image),
+        lambda *given: ats.predict(*given, generator=seeded()).logits,
+        lambda *given: ats.anytime(*given, budget=12, tolerance=0.0, generator=seeded()).logits,
+    ):
+        before = ours.cells_read
+        assert_close(run(*inputs[0]), 2 * run(*inputs[1]))
+        reads.append(ours.cells_read - before)
+    assert reads == [8, 8, 160, 8, 24]
+
+
+def test_options_are_properties_that_are_checked() -> None:
+    model = make_model()
+    assert (model.n_patches, model.selection, model.replace, model.estimator) == (4, "sample", False, "ordered")
+    model.n_patches, model.estimator = 7, "unordered"
+    assert (model.sampler.n_patches, model.sampler.selection) == (7, "sample")
+    for name, value, error, message in (
+        ("n_patches", 0, ValueError, "n_patches must be at least 1, got 0"),
+        ("selection", "best", ValueError, "unknown selection 'best', expected one of 'sample', 'topk'"),
+        ("estimator", "best", ValueError, "unknown estimator 'best'"),
+        ("replace", True, ValueError, "without replacement, got replace=True"),  # it is unordered
+        ("replace", 1, TypeError, "replace must be True or False, got 1"),
+    ):
+        with pytest.raises(error, match=message):
+            setattr(model, name, value)
+    model.estimator, model.selection = "ordered", "topk"
+    with pytest.raises(ValueError, match="cannot be combined with replace=True"):
+        model.replace = True
+    model.selection, model.replace = "sample", True
+    with pytest.raises(ValueError, match="cannot be combined with replace=True"):
+        model.sampler.selection = "topk"
+    with pytest.raises(ValueError, match="without replacement"):
+        model.estimator = "unordered"
+    with pytest.raises(ValueError, match="unknown padding 'mirror'"):
+        model.sampler.padding = "mirror"
+    model.sampler.patch_size = 9
+    assert model.sampler.patch_size == (9, 9)
+    assert (model.n_patches, model.selection, model.replace, model.estimator) == (7, "sample", True, "ordered")
+
+
+def test_a_name_that_means_nothing_cannot_be_assigned(images) -> None:
+    model = make_model()
+    for module, name, hint in (
+        (model, "n_patch", "did you mean n_patches"),
+        (model, "estimater", "did you mean estimator"),
+        (model.sampler, "foo", "in the __init__ of a subclass"),
+        (ats.nn.SamplePatches(3, 4), "patchsize", "did you mean patch_size"),
+        (ats.nn.Expectation(), "method", "__init__ of a subclass"),
+        (model, "featur", "did you mean feature"),
+    ):
+        value = nn.Identity() if name == "featur" else 5
+        with pytest.raises(AttributeError, match=rf"{type(module).__name__} has no attribute '{name}'.*{hint}"):
+            setattr(module, name, value)
+    model.feature, model.training, model._note = nn.Flatten(), False, "private"
+    other = FromElsewhere(FromView(), nn.Flatten(), 4, 2)  # which has a name of its own
+    other.cells_read = 3
+    with pytest.raises(AttributeError, match=r"no attribute 'cell_read'.*did you mean cells_read"):
+        other.cell_read = 3
+    again = copy.deepcopy(make_model(estimator="unordered"))
+    with pytest.raises(AttributeError):
+        again.n_patch = 5
+    again.load_state_dict(make_model().state_dict())
+    assert again.estimator == "unordered"
+    assert pickle.loads(pickle.dumps(ats.nn.SamplePatches(3, 4))).n_patches == 3
+    compiled = torch.compile(make_model().eval(), backend="eager")
+    assert compiled(*images)[0].shape == (2, 3)
+
+
+def test_the_old_name_of_selection(images) -> None:
+    """As an option and as an attribute."""
+    for make in (lambda **o: ats.nn.SamplePatches(3, 4, **o), lambda **o: make_model(**o).sampler):
+        with pytest.warns(DeprecationWarning, match="method= is now selection="):
+            old = make(method="topk")
+        assert old.selection == "topk"
+        with pytest.raises(TypeError, match="got both selection= and method="):
+            make(method="topk", selection="topk")
+        with pytest.warns(DeprecationWarning, match=r"\.method is now \.selection") as caught:
+            old.method = "sample"
+        assert [warning.filename for warning in caught] == [__file__]
+        assert old.selection == "sample"
+        with pytest.warns(DeprecationWarning, match="the old name will go"):
+            assert old.method == "sample"
+
+
+def test_masked_cells_are_neither_drawn_nor_counted(images) -> None:
+    """In forward and full; an image with fewer live cells than patches gives Φ of these, and its gradient."""
+    view, image = images
+    model = make_model(n_patches=6)
+    mask = torch.zeros(2, 8, 10, dtype=torch.bool)
+    mask[0, 2:5, 3:7], mask[1, 4, 4:8] = True, True
+    pooled, logits, sample = model(view, image, mask=mask, generator=seeded())
+    assert torch.equal(logits.squeeze(1).isneginf(), ~mask)
+    assert sample.counts.tolist() == [6, 4]
+    assert mask.flatten(1)[0, sample.indices[0]].all()
+    full = model.full(view, image, mask=mask, chunk_size=30)
+    assert_close(pooled[1], full[1])
+    assert not torch.allclose(pooled[0], full[0])
+    got, want = (torch.autograd.grad(value[1].sum(), list(model.parameters())) for value in (pooled, full))
+    for left, right in zip(got, want, strict=True):
+        assert_close(left, right)
+    masked_by_hand = slow_full(make_model(), view, image)  # of all cells
+    assert not torch.allclose(full, masked_by_hand)
+    assert_close(model.full(view, image, mask=torch.ones(8, 10, dtype=torch.bool)), masked_by_hand)
+
+
+class Trained(nn.Module):
+    """What looks at its own mode, as layers outside of torch do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (2 if self.training else 1)
+
+
+DIFFERENT = {
+    "BatchNorm1d": nn.BatchNorm1d(3),
+    "Dropout": nn.Dropout(0.1),
+    "AlphaDropout": nn.AlphaDropout(0.1),
+    "RReLU": nn.RReLU(),
+    "InstanceNorm1d": nn.Sequential(
+        nn.Unflatten(1, (1, 3)), nn.InstanceNorm1d(1, track_running_stats=True), nn.Flatten()
+    ),
+    "Trained": Trained(),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_reading_all_cells_is_refused_while_a_layer_is_training(name, images) -> None:
+    """One layer is enough, wherever it is; its statistics stay, and the error says which it is."""
+    layer = copy.deepcopy(DIFFERENT[name])
+    model = make_model()
+    model.feature = nn.Sequential(model.feature, nn.Sequential(layer)).double()
+    model.eval()
+    full = model.full(*images, chunk_size=7)
+    assert_close(full, model.full(*images))
+    layer.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    where = rf"sampling\.feature\.1\.0(\.1)? \({name}\) is in training mode.*model\.eval\(\)"
+    for run in (lambda: model.full(*images), lambda: ats.predict(model, nn.Linear(3, 2).double(), *images)):
+        with pytest.raises(ValueError, match=where):
+            run()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_layers_that_are_the_same_in_training_may_be(images) -> None:
+    model = make_model()
+    model.feature = nn.Sequential(
+        model.feature, nn.Dropout(0.0), nn.Unflatten(1, (1, 3)), nn.InstanceNorm1d(1), nn.Flatten()
+    )
+    assert model.training
+    got = model.full(*images)
+    assert_close(got, model.eval().full(*images))
+    model.feature = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(25, track_running_stats=False)).eval()
+    with pytest.raises(ValueError, match=r"keeps no running statistics.*track_running_stats=True"):
+        model.full(*images)

@@ -283,7 +283,7 @@ def sampling(**options: object) -> ats.nn.AttentionSampling:
 def test_export_of_a_whole_model(tmp_path: Path) -> None:
     """The sample comes out of an exported program, saved and loaded, as out of the model."""
     view, image = IMAGE[:, :, ::5, ::5].contiguous(), IMAGE
-    model = sampling(method="topk")
+    model = sampling(selection="topk")
     program = torch.export.export(model, (view, image))
     torch.export.save(program, tmp_path / "model.pt2")
     pooled, logits, sample = torch.export.load(tmp_path / "model.pt2").module()(view, image)

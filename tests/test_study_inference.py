@@ -16,8 +16,8 @@ from ats.experiments.study.inference import InferenceOptions, Row, _Counts, meas
 from ats.experiments.study.inference_report import study_inference
 from ats.experiments.trained import load
 from ats.experiments.training import train
-from ats.inference import Prediction, student_quantile
 from ats.models import ATSClassifier
+from ats.prediction import Prediction, student_quantile
 from tests.test_training import tiny
 
 CELLS = 36

@@ -172,7 +172,7 @@ def measure_attention(
     """
     _, logits, sample = output
     replace, log_attention = sampling.sampler.replace, sample.log_attention.detach()
-    random = sampling.sampler.method == "sample"  # the most probable cells are no draw, whose error could be told
+    random = sampling.selection == "sample"  # the most probable cells are no draw, whose error could be told
     weights = log_attention.softmax(-1)
     if random:
         weights = estimator_weights(log_attention, replace=replace, estimator=sampling.estimator)

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats.functional import PatchSample
 from ats.nn import AttentionSampling
+from ats.samples import PatchSample
 
 
 class L2Normalise(nn.Module):
@@ -121,15 +121,22 @@ class ATSClassifier(nn.Module):
         self.feature_scale = feature_scale
 
     def forward(
-        self, view: Tensor, image: Tensor, *, generator: torch.Generator | None = None, draws: int = 1
+        self,
+        view: Tensor,
+        image: Tensor,
+        *,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        draws: int = 1,
     ) -> tuple[Tensor, PatchSample]:
         """View (B, C, h, w) and image (B, C, H, W) -> class logits (draws·B, n_classes), PatchSample of the first draw.
 
-        With several draws each image comes once for each, all images of the first draw first.
+        With several draws each image comes once for each, all images of the first draw first. `mask` is as in
+        `ats.sample_cells`.
         """
-        pooled, logits, sample = self.sampling(view, image, generator=generator)
+        pooled, logits, sample = self.sampling(view, image, mask=mask, generator=generator)
         size = (view.shape[-2], view.shape[-1])
-        more = [self.sampling.draw(image, logits, size, generator=generator)[0] for _ in range(draws - 1)]
+        more = [self.sampling.draw(image, logits, size, mask=mask, generator=generator)[0] for _ in range(draws - 1)]
         return self.classify(torch.cat([pooled, *more])), sample
 
     def classify(self, pooled: Tensor) -> Tensor:

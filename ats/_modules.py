@@ -1,0 +1,80 @@
+"""What modules of this package have in common: names that mean something, and a mode that can be told."""
+
+import difflib
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class SealedModule(nn.Module):
+    """A module whose attributes are fixed once it is made: assigning a name that means nothing is an error.
+
+    What a subclass sets in its own ``__init__`` is known, and so is whatever begins with an underscore, for which
+    Lightning and PyTorch have their uses.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        make = cls.__dict__.get("__init__")
+        if make is None:
+            return
+
+        @functools.wraps(make)
+        def sealing(self: nn.Module, *args: Any, **given: Any) -> None:
+            make(self, *args, **given)
+            if type(self).__init__ is sealing:  # the outermost, after which nothing is left to be set
+                self.__dict__["_sealed"] = True
+
+        cls.__init__ = sealing  # type: ignore[method-assign]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_sealed") and not name.startswith("_") and not self._has(name):
+            known = [one for one in dir(self) if not one.startswith("_")]
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "set what is new in the __init__ of a subclass"
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r}, to which {value!r:.80} was assigned; {hint}"
+            )
+        super().__setattr__(name, value)
+
+    def _has(self, name: str) -> bool:
+        kept = self.__dict__, self._parameters, self._buffers, self._modules
+        return hasattr(type(self), name) or any(name in names for names in kept)
+
+
+def check_evaluating(**parts: object) -> None:
+    """Raise where a module of `parts`, found by their names, behaves in training as it does not in evaluation.
+
+    Its features of a patch would depend on what else is read, and reading would move a batch norm's statistics. A
+    module in training that does the same in evaluation may be.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for part, module in parts.items():
+        for name, layer in module.named_modules() if isinstance(module, nn.Module) else ():
+            at = f"{part}.{name}" if name else part
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
+                raise ValueError(
+                    f"{at} ({type(layer).__name__}) keeps no running statistics, so that a patch's features depend on "
+                    "what else is read, in evaluation as in training; use track_running_stats=True, or another norm"
+                )
+            if layer.training and _differs(layer):
+                raise ValueError(
+                    f"{at} ({type(layer).__name__}) is in training mode, where a patch's features depend on what else "
+                    "is read, or on chance; call model.eval() first"
+                )
+
+
+def _differs(layer: nn.Module) -> bool:
+    """Whether a module does in training what it does not in evaluation, apart from the modules in it."""
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+        return layer.track_running_stats
+    if isinstance(layer, nn.modules.dropout._DropoutNd):
+        return layer.p > 0
+    if isinstance(layer, nn.RNNBase | nn.MultiheadAttention):
+        return layer.dropout > 0
+    code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm) or "training" in getattr(code, "co_names", ())
