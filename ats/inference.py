@@ -180,9 +180,9 @@ def anytime(
         if not len(going):
             break
     assert result is not None
-    counts = result[2].tolist()
-    samples = (_first(one, n, where, patch_size) for one, n, where in zip(draw, counts, offsets, strict=True))
-    return Prediction(*result, samples=tuple(samples))
+    value, error, used, stopped = result
+    samples = (_first(one, n, where, patch_size) for one, n, where in zip(draw, used.tolist(), offsets, strict=True))
+    return Prediction(value, error, used, stopped, tuple(samples))
 
 
 def _of(draw: CellSample, images: Tensor, begin: int, end: int) -> CellSample:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ats import diagnostics
-from ats.functional import PatchSample, estimator_weights
+from ats.functional import PatchSample
 from ats.nn import AttentionSampling
 from ats_kernels.checks import check_count
 from ats_kernels.pooling.variance import estimate
@@ -173,11 +173,8 @@ def measure_attention(
     _, logits, sample = output
     replace, log_attention = sampling.sampler.replace, sample.log_attention.detach()
     random = sampling.selection == "sample"  # the most probable cells are no draw, whose error could be told
-    weights = log_attention.softmax(-1)
-    if random:
-        weights = estimator_weights(log_attention, replace=replace, estimator=sampling.estimator)
     metrics = {
-        "effective_patches": diagnostics.effective_sample_size(weights),
+        "effective_patches": diagnostics.effective_sample_size(sample.weights(sampling.estimator)),
         "covered_mass": diagnostics.covered_mass(log_attention, sample.indices),
         "relative_entropy": diagnostics.relative_entropy(sample.entropy, logits[0].numel()),
         "peak_mass": diagnostics.peak_mass(logits),

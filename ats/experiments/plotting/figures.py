@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from ats.experiments.plotting.overlay import frame, save
-from ats.functional import estimator_weights
 from ats.models import ATSClassifier
 
 _PATCHES_PER_ROW = 5
@@ -36,9 +35,7 @@ def draw_attention(
     """
     logits = model.sampling.attention(view)
     scores, sample = model(view, image, generator=generator)
-    weights = estimator_weights(
-        sample.log_attention, replace=model.sampling.sampler.replace, estimator=model.sampling.estimator
-    )
+    weights = sample.weights(model.sampling.estimator)
     attention = logits.flatten(1).softmax(-1).view(len(view), *logits.shape[-2:])
     batch, n_patches = sample.indices.shape
     patch_rows = -(-n_patches // _PATCHES_PER_ROW)
