@@ -40,7 +40,7 @@ class Task(L.LightningModule):
     def __init__(self, shape: Tensor, learns: bool = True, dropout: float = 0.1, method: str = "sample") -> None:
         super().__init__()
         feature = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout))
-        self.sampling = ats.nn.AttentionSampling(Attention(shape), feature, 4, 4, method=method)
+        self.sampling = ats.nn.AttentionSampling(Attention(shape), feature, 4, 4, selection=method)
         self.head, self.learns = nn.Linear(16, CLASSES), learns
 
     def scores(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
