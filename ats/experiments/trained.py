@@ -122,7 +122,7 @@ def predict_with(
         if method == "anytime":
             return anytime(*inputs, generator=generator, **stop)
         own = model.sampling.estimator if method == "sample" else None
-        return predict(*inputs, method=method, n_patches=n_patches, estimator=own, generator=generator)
+        return predict(*inputs, selection=method, n_patches=n_patches, estimator=own, generator=generator)
     if (method, n_patches) != ("sample", None):
         kind = "Deep MIL" if isinstance(model, MILClassifier) else "a CNN"
         raise ValueError(f"{kind} draws no patches: method and n_patches do not apply to it")

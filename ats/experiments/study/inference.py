@@ -165,9 +165,15 @@ def _predict(
     kind, value = way
     inputs = model.sampling, model.classify, view, image
     if kind == "topk":
-        return predict(*inputs, method="topk", n_patches=int(value))
+        return predict(*inputs, selection="topk", n_patches=int(value))
     if kind in ("ordered", "unordered"):
-        drawn = predict(*inputs, n_patches=int(value), replace=False, estimator=kind, generator=generator)
+        drawn = predict(
+            *inputs,
+            n_patches=int(value),
+            replace=False,
+            estimator="ordered" if kind == "ordered" else "unordered",
+            generator=generator,
+        )
         return drawn if kind == "unordered" else dataclasses.replace(drawn, standard_error=None)
     lead, tolerance = (value, None) if kind == "lead" else (None, value)
     return anytime(*inputs, budget=options.budget, lead=lead, tolerance=tolerance, generator=generator)
