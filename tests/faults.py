@@ -13,9 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+
 import ats._files
 from ats.experiments import training
 from ats.experiments.config import ExperimentConfig, OptimConfig, TrainerConfig
+from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.megapixel_mnist import MegapixelMNISTConfig
 from ats.experiments.registry import EXPERIMENTS, experiment_data
 
@@ -35,6 +38,24 @@ def tiny(folder: Path, **trainer: Any) -> ExperimentConfig:
         optim=OptimConfig(epochs=2, batch_size=4, learning_rate=1e-2, schedule="cosine"),
         trainer=dataclasses.replace(options, **trainer),
     )
+
+
+def evaluated(devices: int) -> dict[str, float]:
+    """Error and loss on five images, a batch each, by the most probable cells: without any chance."""
+    config = tiny(Path("unused"))
+    data = dataclasses.replace(config.data, validation_images=5, test_images=5)
+    config = dataclasses.replace(config, data=data, optim=dataclasses.replace(config.optim, batch_size=1))
+    L.seed_everything(0, verbose=False)
+    task = ClassificationTask(config)
+    task.model.sampling.sampler.method = "topk"
+    trainer = L.Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+        use_distributed_sampler=False, enable_progress_bar=False, enable_checkpointing=False,
+    )  # fmt: skip
+    found: dict[str, float] = {}
+    for run in (trainer.validate, trainer.test):
+        found |= run(task, datamodule=experiment_data(config), verbose=False)[0]
+    return found
 
 
 def kill_at(replacement: int) -> None:

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from ats.experiments.commands.command_line import run
 from ats.experiments.config import ExperimentConfig, to_dict
 from ats.experiments.registry import from_dict
 from ats.experiments.run_folder import RunFolder
+from ats.experiments.schedule import learning_rate_factor
 from ats.experiments.trained import load
 from ats.experiments.training import train
 from tests.faults import KILLED, tiny
@@ -376,3 +378,46 @@ def test_a_complete_run_without_its_checkpoint_says_so_and_can_be_trained_anew(w
     (folder / "training.json").unlink()
     assert train(tiny(folder)).exists()
     assert equal(records(folder), records(whole))
+
+
+def test_a_complete_run_is_trained_on(tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a constant rate, two epochs and two more are four; what told of the shorter training is kept aside."""
+
+    def of(name: str, epochs: int, **trainer: Any) -> ExperimentConfig:
+        config = tiny(tmp_path / name, snapshots=0, **trainer)
+        return dataclasses.replace(config, optim=dataclasses.replace(config.optim, epochs=epochs, schedule="constant"))
+
+    train(of("run", 2))
+    (tmp_path / "run" / "evaluation.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"optim\.epochs: 2 -> 4\); to train it on, add --trainer\.extend"):
+        train(of("run", 4))
+    with pytest.raises(ValueError, match=r"optim\.epochs: 2 -> 1\); name another folder"):
+        train(of("run", 1, extend=True))
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["steps"] == 4
+    train(of("run", 4, extend=True))
+    assert {path.name for path in (tmp_path / "run" / "until-step-4").iterdir()} == {"training.json", "evaluation.json"}
+    shutil.rmtree(tmp_path / "run" / "until-step-4")
+    train(of("straight", 4))
+    found, expected = records(tmp_path / "run"), records(tmp_path / "straight")
+    del found["config.json"]["trainer"], expected["config.json"]["trainer"]
+    assert equal(found, expected)
+    capsys.readouterr()
+    train(of("run", 4))
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_a_longer_cosine_is_entered_where_the_run_stands(tmp_path: Path) -> None:
+    """The rate had fallen to a fiftieth; half of the longer schedule is over, where it is at about a half."""
+    rates = []
+
+    class Note(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    config = tiny(tmp_path / "run")
+    train(config, callbacks=(Note(),))
+    longer = dataclasses.replace(config.optim, epochs=4)
+    train(dataclasses.replace(tiny(tmp_path / "run", extend=True), optim=longer), callbacks=(Note(),))
+    short = [config.optim.learning_rate * learning_rate_factor(step, 4, config.optim) for step in range(4)]
+    long = [config.optim.learning_rate * learning_rate_factor(step, 8, longer) for step in range(4, 8)]
+    assert rates == pytest.approx(short + long)

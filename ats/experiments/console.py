@@ -11,4 +11,11 @@ def plain_console(*, stderr: bool = False) -> Console:
 
 def say(text: str | Table, *, stderr: bool = False) -> None:
     """Print a text, whose lines are left to the terminal to break, or a table."""
+    if isinstance(text, str):
+        text = printable(text)
     plain_console(stderr=stderr).print(text, soft_wrap=isinstance(text, str))
+
+
+def printable(name: object) -> str:
+    """A name as text for people: names of files may be any bytes, which no terminal and no font has."""
+    return str(name).encode("utf-8", "backslashreplace").decode()

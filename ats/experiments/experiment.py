@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from ats.datasets.image_dataset import Region
 from ats.experiments.build import make_view
 from ats.experiments.config import DataConfig, ExperimentConfig
+from ats.experiments.samplers import NOT_COUNTED, EachOnce, Indices, read_and_counted
 from ats.experiments.tables import Table
 
 Options = TypeVar("Options", bound=DataConfig)
@@ -107,17 +108,14 @@ class ExperimentData(L.LightningDataModule, Generic[Options]):
 
     def _loader(self, name: str, *, shuffle: bool = False) -> DataLoader[int]:
         # The order depends on nothing but the seed and the epoch, so that a resumed run sees the same one.
-        indices = range(len(self.labels(name)))
+        indices = Indices(len(self.labels(name)))
         trainer = self.trainer
-        sampler: DistributedSampler[int] = DistributedSampler(
-            indices,  # type: ignore[arg-type]
-            num_replicas=trainer.world_size if trainer else 1,
-            rank=trainer.global_rank if trainer else 0,
-            shuffle=shuffle,
-            seed=self.config.seed,
-        )
+        processes, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        sampler: DistributedSampler[int] | EachOnce = EachOnce(len(indices), processes, rank)
+        if shuffle:
+            sampler = DistributedSampler(indices, processes, rank, shuffle=True, seed=self.config.seed)
         return DataLoader(
-            indices,  # type: ignore[arg-type]
+            indices,
             batch_size=self.config.optim.batch_size,
             sampler=sampler,
             drop_last=shuffle and len(sampler) > self.config.optim.batch_size,
@@ -127,10 +125,15 @@ class ExperimentData(L.LightningDataModule, Generic[Options]):
         trainer = self.trainer
         assert trainer is not None  # Lightning calls this within a trainer only
         if trainer.testing:
-            return self.load("test", batch)
+            return self._evaluated("test", batch)
         if trainer.validating or trainer.sanity_checking:
-            return self.load("validation", batch)
+            return self._evaluated("validation", batch)
         return self.load("train", batch, epoch=trainer.current_epoch)
+
+    def _evaluated(self, name: str, indices: Tensor) -> Batch:
+        indices, counted = read_and_counted(indices)
+        view, image, label = self.load(name, indices)
+        return view, image, label.masked_fill(~counted, NOT_COUNTED)
 
 
 @dataclass(frozen=True)

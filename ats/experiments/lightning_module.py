@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassHammingDistance
 
 from ats.experiments.build import build_model, patch_features
 from ats.experiments.config import ExperimentConfig, to_dict
 from ats.experiments.experiment import Batch
 from ats.experiments.registry import from_dict
+from ats.experiments.samplers import NOT_COUNTED
 from ats.experiments.schedule import entropy_weight, learning_rate_factor
 from ats.functional import PatchSample
 from ats.models import ATSClassifier
@@ -33,9 +34,10 @@ class ClassificationTask(L.LightningModule):
         self.classes = tuple(map(str, range(self.config.data.n_classes)))
         """The classes' names, as the data that it was trained on has them."""
         n_classes = self.config.data.n_classes
-        self.train_loss, self.validation_loss = MeanMetric(), MeanMetric()
+        self.train_loss, self.validation_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()
         self.train_error = MulticlassHammingDistance(n_classes, average="micro")
         self.validation_error = MulticlassHammingDistance(n_classes, average="micro")
+        self.test_error = MulticlassHammingDistance(n_classes, average="micro")
 
     @property
     def taught_features(self) -> nn.Module | None:
@@ -65,6 +67,13 @@ class ClassificationTask(L.LightningModule):
         if self.config.optim.class_weights:
             weights: Tensor = self.trainer.datamodule.class_weights()  # type: ignore[attr-defined]
             self.class_weights = weights.to(self.device, torch.float32)
+
+    def on_train_start(self) -> None:
+        # What was restored is the rate of the schedule that the checkpoint knew, which may have been a shorter one.
+        for optimizer, scheduler in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
+            factor = learning_rate_factor(self.global_step, self.total_steps(), self.config.optim)
+            for group, rate in zip(optimizer.param_groups, scheduler.scheduler.base_lrs, strict=True):
+                group["lr"] = rate * factor
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["classes"] = list(self.classes)
@@ -108,12 +117,21 @@ class ClassificationTask(L.LightningModule):
         return (self.class_weights[label] * F.cross_entropy(logits, label, reduction="none")).mean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("validation", batch, batch_idx, self.validation_loss, self.validation_error)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("test", batch, batch_idx, self.test_loss, self.test_error)
+
+    def _evaluate(self, name: str, batch: Batch, batch_idx: int, loss: MeanMetric, error: Metric) -> None:
+        """Count the images of a batch that no other process counts; the metrics sum up over processes in the end."""
         view, image, label = batch
         logits, _ = self.model(view, image, generator=self.draw_generator(1, batch_idx))
-        self.validation_loss.update(F.cross_entropy(logits, label), weight=len(label))
-        self.validation_error.update(logits, label)
-        self.log("validation/loss", self.validation_loss, prog_bar=True)
-        self.log("validation/error", self.validation_error, prog_bar=True)
+        counted = label != NOT_COUNTED
+        if bool(counted.any()):
+            loss.update(F.cross_entropy(logits, label, ignore_index=NOT_COUNTED), weight=counted.sum())
+            error.update(logits[counted], label[counted])
+        self.log(f"{name}/loss", loss, prog_bar=True)
+        self.log(f"{name}/error", error, prog_bar=True)
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole training."""

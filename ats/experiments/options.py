@@ -25,9 +25,7 @@ def expanded(value: Any) -> Any:
         try:
             return value.expanduser()
         except RuntimeError as error:
-            raise ValueError(
-                f"{value}: there is no such user's folder; write ./{value} for a file of that name"
-            ) from error
+            raise ValueError(f"{value}: nobody has that home; for a file of that name, write ./{value}") from error
     if isinstance(value, tuple):
         return tuple(map(expanded, value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -20,7 +20,7 @@ from ats.experiments.agreement import Agreement, RunCompleteError
 from ats.experiments.callbacks import AttentionDiagnostics
 from ats.experiments.checkpoints import EpochCheckpoint, WholeCheckpoints, check_resumable, fingerprint, read_checkpoint
 from ats.experiments.config import ExperimentConfig, differences, to_dict
-from ats.experiments.console import say
+from ats.experiments.console import printable, say
 from ats.experiments.environment import hardware
 from ats.experiments.experiment import Batch, ExperimentData
 from ats.experiments.lightning_module import ClassificationTask, ran_on
@@ -218,7 +218,8 @@ def _trainer(config: ExperimentConfig, record: MetricsRecord, callbacks: Sequenc
         default_root_dir=folder,
         sync_batchnorm=options.sync_batchnorm,
         plugins=[WholeCheckpoints()],
-        logger=[record, TensorBoardLogger(folder, name="tensorboard")],
+        # TensorBoard takes no names but Unicode's.
+        logger=[record, *([TensorBoardLogger(folder, name="tensorboard")] if printable(folder) == str(folder) else [])],
         callbacks=[
             *callbacks,
             *([AveragedWeights(config.optim.average)] if config.optim.average else []),

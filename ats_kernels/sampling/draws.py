@@ -6,12 +6,13 @@ How a draw is made is described in `ats_kernels.sampling.op`.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ats_kernels import philox
 from ats_kernels.sums import running_sum
 
 METHODS = ("sample", "topk")
+_RANK_KEY = 0x9E3779B97F4A7C15  # odd, so that no two ranks share a product
 
 
 class Draw(NamedTuple):
@@ -37,10 +38,19 @@ def block_size(cells: int) -> int:
 
 
 def draw_seed(logits: Tensor, method: str, generator: torch.Generator | None) -> Tensor | None:
-    """One number from the generator, on the device: the host does not wait, and the replay of a graph draws anew."""
+    """One number from the generator, on the device: the host does not wait, and the replay of a graph draws anew.
+
+    Data-parallel processes are usually all seeded alike, and would draw the same cells for their different images: what
+    the default generator gives is therefore changed by the process's rank, if torch.distributed is set up. A generator
+    that is passed is taken as it is: its owner decides, as is needed where processes share an image.
+    """
     if method == "topk":
         return None
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=logits.device, generator=generator)
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=logits.device, generator=generator)
+    if generator is None and distributed.is_available() and distributed.is_initialized():
+        # Rank 0 draws as a process alone does. The seed is a key, of which any change gives other numbers.
+        seed = seed.bitwise_xor(distributed.get_rank() * _RANK_KEY % 2**63)
+    return seed
 
 
 def ring_times(log_mass: Tensor, log_e_block: Tensor, log_e_cell: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ats.experiments.commands.attention import AttentionOptions, draw_image
 from ats.experiments.commands.demo import run_demo
 from ats.experiments.commands.synthesise import SynthesiseOptions, synthesise
 from ats.experiments.config import ExperimentConfig
-from ats.experiments.console import say
+from ats.experiments.console import printable, say
 from ats.experiments.evaluation import Evaluation, evaluate
 from ats.experiments.options import parse
 from ats.experiments.registry import EXPERIMENTS
@@ -195,7 +195,9 @@ def _evaluate(arguments: list[str]) -> None:
 
 def _evaluation_table(checkpoint: Path, result: Evaluation) -> Table:
     patches = f"{result.n_patches:.4g} patches, " if result.n_patches else ""
-    table = Table(title=f"{checkpoint}: {result.images} test images of {result.data}, {patches}{result.method}")
+    table = Table(
+        title=f"{printable(checkpoint)}: {result.images} test images of {result.data}, {patches}{result.method}"
+    )
     for column in ("", "error", "loss"):
         table.add_column(column, justify="left" if not column else "right")
     spread = f" ± {result.error_spread:.4f}" if result.repeats > 1 else ""

@@ -14,10 +14,12 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from torch import Tensor
 
 from ats._files import write_whole
 from ats.datasets.image_dataset import Region
+from ats.experiments.console import printable
 
 MARK = "#e69f00"  # orange of Okabe and Ito's palette, apart from grey for every kind of colour vision
 TRUTH = "#56b4e9"  # its sky blue
@@ -166,7 +168,11 @@ def mark(axes: Axes, region: Region) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, whole or not at all. Nothing in its texts is markup: an image may be called $x.png."""
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_parse_math(False)
+        text.set_text(printable(text.get_text()))
     png = io.BytesIO()
     figure.savefig(png, dpi=110, format="png")
     plt.close(figure)
