@@ -37,7 +37,7 @@ class ImageConfig(DataConfig):
     symmetries: bool = False
     """Turn and mirror training images: all 8 symmetries of a square."""
     probability: float = 0.8
-    """Of changing an image's colours, and of moving and enlarging it."""
+    """How often an image's colours are changed, and how often it is moved and enlarged."""
 
     def __post_init__(self) -> None:
         """Refuse values that no change can have."""

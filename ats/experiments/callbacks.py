@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -17,6 +18,8 @@ from ats.functional import PatchSample
 from ats.nn import AttentionSampling
 from ats_kernels.checks import check_count
 from ats_kernels.pooling.variance import estimate
+
+Output = tuple[Tensor, Tensor, PatchSample]  # pooled features, logits and sample, of an `AttentionSampling`
 
 
 class AttentionWarning(UserWarning):
@@ -69,7 +72,7 @@ class AttentionDiagnostics(Callback):
         self._warned: list[str] = []
         self._losses: list[Tensor] = []  # since the last look
         self._handles: list[RemovableHandle] = []
-        self._seen: dict[str, Any] = {}
+        self._look: _Look | None = None
         self._step = -1  # last looked at
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,10 +94,10 @@ class AttentionDiagnostics(Callback):
         sampling = next((layer for layer in pl_module.modules() if isinstance(layer, AttentionSampling)), None)
         if sampling is None:
             return
-        self._step, self._seen = trainer.global_step, {"sampling": sampling}
+        self._step, self._look = trainer.global_step, _Look(sampling)
         self._handles = [
-            sampling.register_forward_hook(lambda _, __, output: self._seen.update(output=output)),
-            sampling.feature.register_forward_hook(lambda _, __, output: self._seen.update(features=output.detach())),
+            sampling.register_forward_hook(self._look.keep_output),
+            sampling.feature.register_forward_hook(self._look.keep_features),
         ]
 
     def on_train_batch_end(
@@ -105,18 +108,19 @@ class AttentionDiagnostics(Callback):
             self._losses.append(outputs["task_loss" if "task_loss" in outputs else "loss"].detach().float())
         while self._handles:
             self._handles.pop().remove()
-        seen, self._seen = self._seen, {}
-        if "output" not in seen:
+        look, self._look = self._look, None
+        if look is None or look.output is None or look.features is None:
             return
-        metrics = measure_attention(seen["sampling"], seen["output"], seen["features"])
-        parameters = [value for value in seen["sampling"].attention.parameters() if value.requires_grad]
+        metrics = measure_attention(look.sampling, look.output, look.features)
+        parameters = [value for value in look.sampling.attention.parameters() if value.requires_grad]
         if self.loss is not None and parameters:
-            metrics |= self._repeat(trainer, pl_module, batch, seen["sampling"], parameters)
+            metrics |= self._repeat(trainer, pl_module, batch, look.sampling, parameters)
         for logger in trainer.loggers:
             logger.log_metrics({f"attention/{name}": value for name, value in metrics.items()}, step=self._step)
         loss = float(torch.stack(self._losses).mean()) if self._losses else math.nan
         self._losses = []
-        self._judge(seen["output"][1], loss)
+        _, logits, _ = look.output
+        self._judge(logits, loss)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         while self._handles:
@@ -159,10 +163,25 @@ class AttentionDiagnostics(Callback):
                 warnings.warn(text, AttentionWarning, stacklevel=2)
 
 
+@dataclass
+class _Look:
+    """What one step shows of a model."""
+
+    sampling: AttentionSampling
+    output: Output | None = None
+    features: Tensor | None = None
+
+    def keep_output(self, module: nn.Module, inputs: Any, output: Output) -> None:
+        """A forward hook of `sampling`."""
+        self.output = output
+
+    def keep_features(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        """A forward hook of its feature network."""
+        self.features = output.detach()
+
+
 @torch.no_grad()
-def measure_attention(
-    sampling: AttentionSampling, output: tuple[Tensor, Tensor, PatchSample], features: Tensor
-) -> dict[str, float]:
+def measure_attention(sampling: AttentionSampling, output: Output, features: Tensor) -> dict[str, float]:
     """What one draw of a batch tells: the numbers that are logged at every look.
 
     Args:

@@ -30,8 +30,8 @@ class ColonCancerConfig(ImageConfig):
     networks: ClassVar[Mapping[str, Networks]] = colon_cancer.NETWORKS
 
     folds: int = 10
-    """Of a stratified partition: the run with seed s tests on fold s mod FOLDS of partition s // FOLDS, and trains on
-    the others."""
+    """Parts of a stratified partition: the run with seed s tests on fold s mod FOLDS of partition s // FOLDS, and
+    trains on the others."""
 
     def __post_init__(self) -> None:
         """Refuse a partition that leaves nothing to train on."""

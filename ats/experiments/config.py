@@ -177,7 +177,7 @@ class DataConfig(ABC):
     experiment: ClassVar[str]
     """The experiment's name on the command line."""
     channels: ClassVar[int] = 3
-    """Of the images."""
+    """Channels of the images."""
     networks: ClassVar[Mapping[str, Networks]]
     """By the names that `ModelConfig.networks` has."""
 
@@ -235,7 +235,7 @@ class ExperimentConfig:
     output: Path | None = None
     """Folder of the run; default runs/EXPERIMENT-PRESET-METHOD-seed-SEED. A run that stopped goes on from there."""
     seed: int = 0
-    """Of the images or their split, the initial weights, the order of the data, their random changes and the draws."""
+    """Decides images or their split, initial weights, the order of the data, their random changes and the draws."""
     data: DataConfig = field(kw_only=True)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -22,7 +22,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of this package and of what decides its speed and its results."""
+    """Versions of this package and of what decides its speed and its results."""
     others = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "numpy")}
     return {"torch-ats": __version__, "python": platform.python_version()} | others
 

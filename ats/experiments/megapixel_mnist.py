@@ -59,7 +59,7 @@ class MegapixelMNISTConfig(DataConfig):
 
     @classmethod
     def subfolder(cls) -> str:
-        """Of MNIST: that is what is on disk."""
+        """MNIST's: that is what is on disk."""
         return "mnist"
 
     def find_folder(self) -> Path:

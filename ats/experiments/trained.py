@@ -36,7 +36,7 @@ class TrainedModel:
 
     @property
     def device(self) -> torch.device:
-        """Of the networks."""
+        """Where the networks are."""
         return self.model.head.weight.device
 
     def to(self, device: torch.device | str) -> "TrainedModel":

@@ -79,7 +79,7 @@ class MILClassifier(nn.Module):
         offsets = grid_offsets((image.shape[2], image.shape[3]), self.patch_size, self.grid_step)
         offsets = offsets.to(self.head.weight.device)  # where the patches come out; the image may be in main memory
         chunks = offsets.split(self.chunk_size or len(offsets))
-        features = torch.cat([self._features(image, some) for some in chunks], dim=1)  # (B, n, D)
+        features = torch.cat([self._features(image, chunk) for chunk in chunks], dim=1)  # (B, n, D)
         log_attention = self.attention(features)
         pooled = torch.einsum("bn,bnd->bd", log_attention.exp(), features)
         return self.head(pooled), log_attention, offsets

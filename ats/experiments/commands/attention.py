@@ -28,7 +28,7 @@ class AttentionOptions:
     n_patches: int | None = None
     """Patches to draw; default: what the model was trained with. Deep MIL reads them all, and draws none."""
     seed: int = 0
-    """Of the draw."""
+    """Decides the draw."""
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ class EvaluateOptions:
     images: int | None = None
     """How many test images; default: as configured for the run."""
     seed: int = 0
-    """Of the draws."""
+    """Decides the draws."""
     device: str = "cpu"
     """cpu, cuda, …"""
     output: Path | None = None
@@ -85,7 +85,7 @@ class DemoOptions:
     """Attention sampling beside uniform sampling on Megapixel MNIST, from scratch on the CPU."""
 
     seed: int = 0
-    """Of the images, the weights, the order of the data and the draws."""
+    """Decides images, weights, the order of the data and the draws."""
     output: Path = Path("runs/demo")
     """Folder for the two runs, metrics.json and attention.png. A complete demo there is renamed, not overwritten."""
 
@@ -124,12 +124,12 @@ def run(arguments: Sequence[str]) -> int:
         LostRankError,
         MisconfigurationException,
     ) as error:  # what a user can mend; a defect keeps its traceback
-        say(f"ats: {_said(error)}", stderr=True)
+        say(f"ats: {_as_line(error)}", stderr=True)
         return 1
     return 0
 
 
-def _said(error: Exception) -> str:
+def _as_line(error: Exception) -> str:
     """An error as a line. The system's own begin with a number."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"

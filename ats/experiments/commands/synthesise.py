@@ -24,7 +24,7 @@ class SynthesiseOptions:
     images: int = 100
     """Images: of colon-cancer in all, of speed-limits-… to train on; half as many come to test on."""
     seed: int = 0
-    """Of all that is random."""
+    """Decides all that is random."""
 
 
 def synthesise(options: SynthesiseOptions) -> list[str]:
@@ -36,13 +36,13 @@ def synthesise(options: SynthesiseOptions) -> list[str]:
     """
     if options.data == "colon-cancer":
         write_colon_cancer(options.folder, options.images, seed=options.seed)
-        return [_described("all", load_colon_cancer(options.folder))]
+        return [_describe("all", load_colon_cancer(options.folder))]
     write: Callable[..., None] = write_german if options.data == "speed-limits-german" else write_swedish
     write(options.folder, options.images, options.images // 2, seed=options.seed)
-    return [_described(split, load_speed_limits(options.folder, split)) for split in ("train", "test")]
+    return [_describe(split, load_speed_limits(options.folder, split)) for split in ("train", "test")]
 
 
-def _described(split: str, data: ImageDataset) -> str:
+def _describe(split: str, data: ImageDataset) -> str:
     counts = ", ".join(f"{name}: {count}" for name, count in zip(data.classes, data.class_counts.tolist(), strict=True))
     height, width = data.image_size
     return f"{data.source}, {split}: {len(data)} images of {height}×{width} pixels ({counts})"

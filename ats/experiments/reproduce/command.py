@@ -12,7 +12,7 @@ from ats.experiments.registry import EXPERIMENTS, experiment_data, tables
 from ats.experiments.reproduce.costs import costs
 from ats.experiments.reproduce.figures import complete_runs, draw_figures, sweep_entropy
 from ats.experiments.reproduce.report import row_values, write_report
-from ats.experiments.reproduce.runs import Job, claim, result_of, run_jobs
+from ats.experiments.reproduce.runs import Job, check_same_data, result_of, run_jobs
 from ats.experiments.tables import Table
 
 
@@ -91,7 +91,9 @@ def _table(table: Table, options: ReproduceOptions) -> None:
         for seed in range(options.seeds)
     }
     any_config = next(iter(configs.values()))
-    source = claim(output / table.name / preset, lambda: experiment_data(any_config).source, look=options.train)
+    source = check_same_data(
+        output / table.name / preset, lambda: experiment_data(any_config).source, look=options.train
+    )
     if options.train:
         chosen = [row.name for row in table.chosen(preset, options.methods)]
         # Seed by seed: a table that was stopped has something of every method.

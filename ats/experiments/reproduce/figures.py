@@ -92,7 +92,7 @@ def sweep_entropy(table: Table, preset: str, output: Path, data: Path | None, fo
     names = {"x": "step", "y": "entropy of the attention (nats)", "legend": "entropy weight"}
     lines = {f"{weight:g}": _as_float(curve) for weight, curve in curves.items()}
     draw_lines(lines, path, title=f"{row.name}: {loaded.source}", **names)
-    rows = [_swept(weight, config, curves[weight]) for weight, config in configs.items()]
+    rows = [_sweep_row(weight, config, curves[weight]) for weight, config in configs.items()]
     write_json(path.with_suffix(".json"), {"source": loaded.source, "preset": preset, "seed": base.seed, "rows": rows})
     image = _shown_image(loaded)
     panels = [Panel(f"entropy weight {weight:g}", _map(config.run_folder, image)) for weight, config in configs.items()]
@@ -101,7 +101,7 @@ def sweep_entropy(table: Table, preset: str, output: Path, data: Path | None, fo
     return [path, path.with_suffix(".json"), maps]
 
 
-def _swept(weight: float, config: ExperimentConfig, entropy: dict[int, float]) -> dict[str, Any]:
+def _sweep_row(weight: float, config: ExperimentConfig, entropy: dict[int, float]) -> dict[str, Any]:
     """What became of a run with an entropy weight."""
     result = result_of(config)
     assert result is not None

@@ -90,7 +90,7 @@ def result_of(config: ExperimentConfig) -> Result | None:
     return Result(training, evaluation, localisation)
 
 
-def claim(folder: Path, source: Callable[[], str], *, look: bool) -> str:
+def check_same_data(folder: Path, source: Callable[[], str], *, look: bool) -> str:
     """Note which data the runs of a folder are of, or check that they are the same: results must not be mixed.
 
     Args:

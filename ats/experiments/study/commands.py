@@ -34,7 +34,7 @@ class VarianceCommand:
     quick: bool = False
     """A few settings and draws, in seconds: to see that it works."""
     seed: int = 0
-    """Of the attentions, the features and the draws."""
+    """Decides attentions, features and draws."""
 
 
 @dataclass(frozen=True)

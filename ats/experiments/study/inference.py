@@ -36,9 +36,9 @@ class InferenceOptions:
     budget: int = 100
     """anytime: patches an image at most."""
     confidence: tuple[float, ...] = (0.95, 0.8)
-    """Of the intervals that are looked at."""
+    """Rates of the intervals that are looked at."""
     seed: int = 0
-    """Of the draws."""
+    """Decides the draws."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _predict(
 
 
 class _Counts:
-    """Of one draw of the test images."""
+    """What is counted in one draw of the test images."""
 
     def __init__(self) -> None:
         self.wrong = self.other = self.patches = self.logits = 0

@@ -9,7 +9,7 @@ from rich.progress import Progress, TimeRemainingColumn
 from ats.experiments.console import plain_console
 from ats.experiments.markdown import wrap
 from ats.experiments.study.inference import InferenceOptions, Measurement, Model, Row, check, measure, read_model, ways
-from ats.experiments.study.writing import claim, markdown_table, write_study
+from ats.experiments.study.writing import earlier_rows, markdown_table, write_study
 
 _LABELS = {
     "full": "full model",
@@ -35,7 +35,7 @@ def study_inference(
     measurement = Measurement(options, tuple(model for model, _ in loaded))
     rows: list[Row] = []
     if folder is not None:
-        rows = [Row(**row) for row in claim(folder, "inference", measurement)]
+        rows = [Row(**row) for row in earlier_rows(folder, "inference", measurement)]
     console = plain_console()
     with Progress(*Progress.get_default_columns(), TimeRemainingColumn(), console=console, transient=True) as progress:
         bar = progress.add_task("measuring", total=len(loaded))

@@ -55,10 +55,10 @@ def estimate(
         draws: (R, N) cells in draw order.
     """
     pooled, gradients = [], []
-    for some in draws.split(_ROWS):
-        leaf = log_attention[some].requires_grad_()
+    for rows in draws.split(_ROWS):
+        leaf = log_attention[rows].requires_grad_()
         estimates = expectation(
-            features[some],
+            features[rows],
             leaf,
             replace=method.replace,
             estimator=method.estimator,
@@ -67,13 +67,13 @@ def estimate(
         pooled.append(estimates.detach())
         attention, values = log_attention.exp(), features @ direction
         if method.gradient == "score":
-            gradients.append(_score_function(attention, values, some))
+            gradients.append(_score_function(attention, values, rows))
             continue
         if method.gradient == "released":
-            coefficients = released_coefficients(log_attention[some], values[some])
+            coefficients = released_coefficients(log_attention[rows], values[rows])
         else:
             (coefficients,) = torch.autograd.grad((estimates @ direction).sum(), leaf)
-        gradients.append(through_softmax(attention, some, coefficients))
+        gradients.append(through_softmax(attention, rows, coefficients))
     return torch.cat(pooled), torch.cat(gradients)
 
 

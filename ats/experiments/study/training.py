@@ -27,7 +27,7 @@ class TrainingOptions:
     """What is trained: each formula with each number of patches, once a seed."""
 
     formulas: tuple[str, ...] = FORMULAS
-    """Of the gradient: ordered, released, unordered, unordered-centred (with the control variate)."""
+    """Formulas of the gradient: ordered, released, unordered, unordered-centred (with the control variate)."""
     n_patches: tuple[int, ...] = (5, 25)
     """Patches drawn from an image."""
     seeds: int = 3

@@ -11,7 +11,7 @@ from ats.experiments.console import plain_console
 from ats.experiments.markdown import wrap
 from ats.experiments.study.methods import METHODS
 from ats.experiments.study.training import CURVE_STEPS, Run, TrainingOptions, check, train
-from ats.experiments.study.writing import STYLES, claim, markdown_table, png, write_study
+from ats.experiments.study.writing import STYLES, earlier_rows, markdown_table, png, write_study
 
 
 def study_training(options: TrainingOptions, folder: Path | None) -> list[Run]:
@@ -22,7 +22,7 @@ def study_training(options: TrainingOptions, folder: Path | None) -> list[Run]:
     check(options)
     done: dict[tuple[str, int, int], Run] = {}
     if folder is not None:
-        found = (Run(**row) for row in claim(folder, "training", options))
+        found = (Run(**row) for row in earlier_rows(folder, "training", options))
         done = {(run.formula, run.n_patches, run.seed): run for run in found}
     console = plain_console()
     jobs = [(f, n, seed) for n in options.n_patches for seed in range(options.seeds) for f in options.formulas]

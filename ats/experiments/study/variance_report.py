@@ -12,7 +12,7 @@ from ats.experiments.console import plain_console
 from ats.experiments.markdown import wrap
 from ats.experiments.study.methods import METHODS
 from ats.experiments.study.variance import Row, VarianceOptions, measure, settings
-from ats.experiments.study.writing import STYLES, claim, markdown_table, png, write_study
+from ats.experiments.study.writing import STYLES, earlier_rows, markdown_table, png, write_study
 
 _OWN_POOLING = "replace", "ordered", "unordered"  # the others pool as one of these does
 
@@ -20,7 +20,7 @@ _OWN_POOLING = "replace", "ordered", "unordered"  # the others pool as one of th
 def study_variance(options: VarianceOptions, folder: Path | None) -> list[Row]:
     """Measure, print the table and, given a folder, write results/variance.json and .md and variance.png there."""
     if folder is not None:
-        claim(folder, "variance", options)
+        earlier_rows(folder, "variance", options)
     console = plain_console()
     rows: list[Row] = []
     with Progress(console=console, transient=True) as progress:

@@ -38,7 +38,7 @@ def plain(options: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(options)))
 
 
-def claim(folder: Path, study: str, options: Any) -> list[dict[str, Any]]:
+def earlier_rows(folder: Path, study: str, options: Any) -> list[dict[str, Any]]:
     """Raise unless the study's files are not there, or are what the same study wrote with the same options.
 
     Returns:
