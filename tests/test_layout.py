@@ -1,4 +1,4 @@
-"""How the house is laid out: which way imports point, and what is private to whom.
+"""How the house is laid out: which way imports point, what is private to whom, how long a file may be.
 
 Read from the source by its syntax tree, so that an import within a function counts as well.
 """
@@ -37,6 +37,15 @@ LEVELS = (
     ("ats.experiments.commands",),
     ("ats.cli", "ats.__main__"),
 )
+TOO_LONG = {
+    "ats_kernels/sampling/cpu.py": 380,
+    "tests/test_capture.py": 370,
+    "tests/test_faults.py": 380,
+    "tests/test_functional.py": 360,
+    "tests/test_nn.py": 360,
+    "tests/test_sources.py": 575,
+}
+"""Files that were longer than 350 lines when this was written, to be cut: no other may become so, nor these longer."""
 LAZY = {("ats", "ats.experiments.trained")}
 """What reaches up, within a function: `ats.load` gives a trained run to whoever has the extra."""
 
@@ -175,6 +184,14 @@ def test_no_import_goes_in_a_circle() -> None:
 
     for module in graph:
         visit(module, [])
+
+
+def test_no_file_is_longer_than_350_lines() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in modules_of(*SHIPPED, *BESIDE).values()
+    }
+    assert not {name: lines for name, lines in lengths.items() if lines > TOO_LONG.get(name, 350)}
 
 
 @pytest.mark.parametrize(
