@@ -7,7 +7,6 @@ import torch
 import tyro
 from torch import Tensor
 
-import ats_kernels
 from ats.datasets.image_files import read_image
 from ats.experiments.localisation import attention_map
 from ats.experiments.plotting.overlay import Attention, draw_overlay
@@ -45,22 +44,18 @@ def draw_image(options: AttentionOptions) -> str:
     image = _read(options.image, trained)
     view = trained.view(image)
     weights, offsets, patch_size = attention_map(trained.model, view, image)
-    drawn: list[tuple[int, int]] = []
+    count = None
     if isinstance(trained.model, ATSClassifier):
-        sampler = trained.model.sampling.sampler
-        count = sampler.n_patches if options.n_patches is None else options.n_patches
-        if count > weights.shape[1] and not sampler.replace:
+        sampling = trained.model.sampling
+        count = sampling.n_patches if options.n_patches is None else options.n_patches
+        if count > weights.shape[1] and not sampling.replace:
             raise ValueError(
                 f"the attention on {options.image}, {image.shape[2]}×{image.shape[3]} pixels, has {weights.shape[1]} "
                 f"cells, too few for {count} patches; choose fewer with --n-patches, or a larger image"
             )
-        # The very draw that the prediction is from, for it has the same seed.
-        logits = trained.model.sampling.attention_logits(view, image).flatten(1)
-        cells = ats_kernels.sample(logits, count, replace=sampler.replace, generator=_seeded(options.seed)).indices[0]
-        drawn = [(int(top), int(left)) for top, left in offsets[cells].tolist()]
-        prediction = trained.predict(image, n_patches=count, generator=_seeded(options.seed))
-    else:
-        prediction = trained.predict(image)
+    generator = torch.Generator().manual_seed(options.seed)
+    prediction = trained.predict(image, n_patches=count, generator=generator)
+    drawn = [(int(patch["top"]), int(patch["left"])) for patch in prediction.table()]
     chosen, probability = int(prediction.logits.argmax()), float(prediction.logits.softmax(-1).max())
     answer = f'class "{trained.classes[chosen]}" with probability {probability:.2f}'
     title = f"{options.image.name}, {image.shape[2]}×{image.shape[3]}: {answer}"
@@ -74,7 +69,3 @@ def _read(path: Path, trained: TrainedModel) -> Tensor:
     if trained.config.data.channels == 1:
         image = image.float().mean(0, keepdim=True).round().to(torch.uint8)
     return image.unsqueeze(0)
-
-
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
