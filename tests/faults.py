@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 import ats._files
 from ats.experiments import training
+from ats.experiments.checkpoints import read_checkpoint
 from ats.experiments.config import ExperimentConfig, OptimConfig, TrainerConfig
 from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.megapixel_mnist import MegapixelMNISTConfig
@@ -55,6 +57,35 @@ def evaluated(devices: int) -> dict[str, float]:
     found: dict[str, float] = {}
     for run in (trainer.validate, trainer.test):
         found |= run(task, datamodule=experiment_data(config), verbose=False)[0]
+    return found
+
+
+def equal(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal(left[name], right[name]) for name in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(equal, left, right))
+    return left == right
+
+
+def records(folder: Path) -> dict[str, Any]:
+    """What a run leaves, but for seconds and where it is."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".ckpt":
+            content = read_checkpoint(path)
+            found[name] = {part: content[part] for part in ("state_dict", "optimizer_states", "epoch", "global_step")}
+            found[name]["rows"] = content["callbacks"]["EpochCheckpoint"]
+        elif path.suffix == ".csv":
+            found[name] = path.read_text()
+        elif path.suffix == ".json":
+            values = json.loads(path.read_text())
+            found[name] = {key: value for key, value in values.items() if key not in ("seconds", "output")}
+        elif path.is_file() and "tfevents" not in name and path.name != "hparams.yaml":
+            found[name] = "there"
     return found
 
 

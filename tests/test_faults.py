@@ -4,29 +4,24 @@ import dataclasses
 import errno
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
-import torch
 
 from ats import _files
 from ats._files import is_part, remove_parts, write_whole
 from ats.experiments.checkpoints import read_checkpoint, write_checkpoint
 from ats.experiments.commands.command_line import run
-from ats.experiments.config import ExperimentConfig, to_dict
-from ats.experiments.registry import from_dict
+from ats.experiments.config import DiagnosticsConfig, ExperimentConfig, to_dict
 from ats.experiments.run_folder import RunFolder
 from ats.experiments.schedule import learning_rate_factor
-from ats.experiments.trained import load
-from ats.experiments.training import train
-from tests.faults import KILLED, tiny
+from ats.experiments.training import InterruptedRunError, LostRankError, train
+from tests.faults import KILLED, equal, records, tiny
 
 
 @pytest.fixture(scope="module")
@@ -43,35 +38,6 @@ def copy(whole: Path, tmp_path: Path) -> ExperimentConfig:
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "training.json").unlink()
     return tiny(tmp_path / "run")
-
-
-def equal(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(equal(left[name], right[name]) for name in left)
-    if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(map(equal, left, right))
-    return left == right
-
-
-def records(folder: Path) -> dict[str, Any]:
-    """What a run leaves, but for seconds and where it is."""
-    found: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.suffix == ".ckpt":
-            content = read_checkpoint(path)
-            found[name] = {part: content[part] for part in ("state_dict", "optimizer_states", "epoch", "global_step")}
-            found[name]["rows"] = content["callbacks"]["EpochCheckpoint"]
-        elif path.suffix == ".csv":
-            found[name] = path.read_text()
-        elif path.suffix == ".json":
-            values = json.loads(path.read_text())
-            found[name] = {key: value for key, value in values.items() if key not in ("seconds", "output")}
-        elif path.is_file() and "tfevents" not in name and path.name != "hparams.yaml":
-            found[name] = "there"
-    return found
 
 
 def test_a_kill_at_any_file_ends_bit_equal_with_complete_records(tmp_path: Path) -> None:
@@ -206,117 +172,6 @@ def test_a_start_that_fails_leaves_nothing(tmp_path: Path, capsys: pytest.Captur
     assert list(tmp_path.iterdir()) == []
 
 
-def ascii_start(text: str) -> str:
-    return ascii(text[:9])
-
-
-class Payload:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("ran",)
-
-
-def bracketed(path: Path) -> None:
-    path.write_text("[" * 100_000)
-
-
-def foreign(path: Path) -> None:
-    torch.save({"model": torch.ones(3)}, path)
-
-
-def hostile(path: Path) -> None:
-    torch.save({"state_dict": Payload()}, path)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def compressed(path: Path) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("archive/data.pkl", b"0" * 1_000_000)
-
-
-def without(name: str) -> Any:
-    def change(path: Path) -> None:
-        content = read_checkpoint(path)
-        del content[name]
-        write_checkpoint(path, content)
-
-    return change
-
-
-def changed(name: str, value: Any) -> Any:
-    def change(path: Path) -> None:
-        write_checkpoint(path, read_checkpoint(path) | {name: value})
-
-    return change
-
-
-def resized(path: Path) -> None:
-    content = read_checkpoint(path)
-    content["state_dict"]["model.head.weight"] = torch.ones(2, 2)
-    write_checkpoint(path, content)
-
-
-DAMAGE = {
-    "empty": (lambda path: path.write_bytes(b""), "is empty"),
-    "cut": (cut, "is cut short"),
-    "text": (lambda path: path.write_text("weights"), "is cut short, or no checkpoint"),
-    "brackets": (bracketed, "is cut short, or no checkpoint"),
-    "pickle": (lambda path: path.write_bytes(pickle.dumps({})), "is cut short, or no checkpoint"),
-    "foreign": (foreign, "is no checkpoint that `ats train` wrote"),
-    "hostile": (hostile, "holds more than numbers and texts"),
-    "compressed": (compressed, "is no checkpoint that `ats train` wrote"),
-    "a list": (lambda path: torch.save([1], path), "is no checkpoint that `ats train` wrote"),
-    "no optimiser": (without("optimizer_states"), "it has no 'optimizer_states'"),
-    "loops of another kind": (changed("loops", {"fit_loop": 3}), "is damaged, or was written by another version"),
-    "optimiser of another kind": (changed("optimizer_states", [3]), "is damaged, or was written by another version"),
-    "another model": (resized, "'model.head.weight' does not fit"),
-    "no options": (without("hyper_parameters"), "was written by another version of ats"),
-    "options of another kind": (changed("hyper_parameters", {"config": []}), "was written by another version of ats"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_following_the_advice_works(
-    name: str, copy: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    damage, text = DAMAGE[name]
-    last = copy.run_folder / "checkpoints" / "last.ckpt"
-    damage(last)
-    with pytest.raises(ValueError, match="remove it to begin anew") as caught:
-        train(copy)
-    message = str(caught.value)
-    assert message.startswith(f"{last} {text}") or text in message
-    assert str(last) in message
-    assert "weights_only" not in message
-    assert not (tmp_path / "ran").exists()
-    if name in ("empty", "cut", "text", "foreign", "hostile", "no options", "another model"):
-        with pytest.raises(ValueError, match=r"last\.ckpt") as caught:
-            load(last)
-        assert "weights_only" not in str(caught.value)
-    if name == "empty":
-        last.unlink()
-        assert train(copy) == last
-
-
-def test_any_flipped_byte_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "small.ckpt"
-    content = {"weight": torch.arange(6.0), "step": 3}
-    write_checkpoint(path, content)
-    data = path.read_bytes()
-    noticed = 0
-    for place in range(0, len(data), 3):
-        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
-        try:
-            found = read_checkpoint(path)
-        except ValueError as error:
-            found, noticed = content, noticed + str(error).startswith(f"{path} ")
-        assert equal(found, content), place
-    assert noticed > 50
-
-
 def test_a_checkpoint_of_other_options_is_refused(copy: ExperimentConfig, tmp_path: Path) -> None:
     """config.json says one thing, the weights another: somebody copied, or two commands met."""
     other = dataclasses.replace(copy, output=tmp_path / "other", seed=1)
@@ -335,38 +190,6 @@ def test_what_a_run_ran_on_is_part_of_it(copy: ExperimentConfig, option: str, va
     advice = f"trained with {option}={value}, and going on with {before} .*--trainer.{option} {value}"
     with pytest.raises(ValueError, match=advice):
         train(copy)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": "0"},
-        {"seed": 1.5},
-        {"optim": []},
-        {"optim": {"epochs": True}},
-        {"optim": {"learning_rate": "fast"}},
-        {"model": {"method": "magic"}},
-        {"data": 5},
-        {"output": 7},
-    ],
-    ids=str,
-)
-def test_options_of_wrong_types_are_refused(change: dict[str, Any]) -> None:
-    values = to_dict(tiny(Path("run")))
-    for name, value in change.items():
-        values[name] = values[name] | value if isinstance(value, dict) else value
-    with pytest.raises(ValueError, match=r"not a configuration of this version|must be"):
-        from_dict(values)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "7", "[" * 100_000, '{"seed": []}', "\udcff"], ids=ascii_start)
-def test_a_damaged_config_is_named(copy: ExperimentConfig, text: str) -> None:
-    path = copy.run_folder / "config.json"
-    path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"config\.json cannot be read .*--output") as caught:
-        train(copy)
-    assert str(path) in str(caught.value)
-    assert len(str(caught.value)) < 500
 
 
 def test_a_complete_run_without_its_checkpoint_says_so_and_can_be_trained_anew(whole: Path, tmp_path: Path) -> None:
@@ -421,3 +244,45 @@ def test_a_longer_cosine_is_entered_where_the_run_stands(tmp_path: Path) -> None
     short = [config.optim.learning_rate * learning_rate_factor(step, 4, config.optim) for step in range(4)]
     long = [config.optim.learning_rate * learning_rate_factor(step, 8, longer) for step in range(4, 8)]
     assert rates == pytest.approx(short + long)
+
+
+class StopAt(L.Callback):
+    """Interrupt as Ctrl-C does, or fail."""
+
+    def __init__(self, step: int, error: BaseException) -> None:
+        self.step, self.error = step, error
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise self.error
+
+
+def test_what_diagnostics_remember_goes_on_too(tmp_path: Path) -> None:
+    """The look at step 3 is at the losses since step 0, some of them from before the stop."""
+
+    def watched(name: str) -> ExperimentConfig:
+        watch = DiagnosticsConfig(every=3, gradient_draws=2)
+        return dataclasses.replace(tiny(tmp_path / name), diagnostics=watch)
+
+    train(watched("whole"))
+    with pytest.raises(InterruptedRunError):
+        train(watched("stopped"), callbacks=(StopAt(2, KeyboardInterrupt()),))
+    train(watched("stopped"))
+    found, expected = records(tmp_path / "stopped"), records(tmp_path / "whole")
+    assert "attention/covered_mass" in expected["csv/version_0/metrics.csv"]
+    assert equal(found, expected)
+    states = [
+        read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["callbacks"]["AttentionDiagnostics"]
+        for name in ("stopped", "whole")
+    ]
+    assert states[0] == states[1]
+    assert states[0]["step"] == 3
+    assert len(states[0]["losses"]) == 0
+
+
+def test_a_rank_that_died_is_told_in_a_line(tmp_path: Path) -> None:
+    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]")
+    with pytest.raises(LostRankError, match=r"a process of the training in .* ended.*the same command goes on"):
+        train(tiny(tmp_path / "run"), callbacks=(StopAt(1, lost),))
+    with pytest.raises(RuntimeError, match=r"^a defect of a callback$"):
+        train(tiny(tmp_path / "other"), callbacks=(StopAt(1, RuntimeError("a defect of a callback")),))
