@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import re
 import sys
 import threading
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 
 import ats
 from ats.sources import Box, ImageSource, Level, clip_box, from_arrays, handles, plain, read_boxes
+from ats.sources.views import coarsest_level
 
 DATA = Path(os.environ.get("ATS_DATA", ""))
 needs_files = pytest.mark.skipif(
@@ -171,6 +173,41 @@ def test_after_a_fork(files):
         assert_exact(wanted, read_boxes(wanted, threads=0), levels)
 
 
+class Opened:
+    """A handle that knows where it was opened."""
+
+    def __init__(self):
+        self.place = os.getpid(), threading.get_ident()
+        self.closed = False
+
+    def close(self):
+        self.closed = True
+
+
+def place_of_handle(key):
+    return handles.handle(key, Opened).place
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+def test_a_handle_is_of_one_process_and_thread():
+    """Readers are not asked: whether they read wrongly through a shared handle is a matter of chance."""
+    here = os.getpid(), threading.get_ident()
+    assert place_of_handle("x") == place_of_handle("x") == here
+    mine = handles.handle("x", Opened)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        child = pool.apply(place_of_handle, ["x"])
+        assert child[0] != here[0]
+        assert pool.apply(place_of_handle, ["x"]) == child
+    found = []
+    thread = threading.Thread(target=lambda: found.append(place_of_handle("x")))
+    thread.start()
+    thread.join()
+    assert found[0][1] != here[1]
+    assert handles.handle("x", Opened) is mine
+    handles.discard("x")
+    assert mine.closed
+
+
 def test_spawned_workers(files):
     sources = [(ats.open_image(path), levels) for path, _, levels, _ in files]
     boxes = [list(boxes_of(source, 4)) for source, _ in sources]
@@ -196,7 +233,7 @@ def test_handles_are_few(files, monkeypatch):
     monkeypatch.setattr(handles, "MOST_OPEN", 2)
     closed = []
 
-    class Opened:
+    class Named:
         def __init__(self, name):
             self.name = name
 
@@ -205,7 +242,7 @@ def test_handles_are_few(files, monkeypatch):
 
     def in_a_thread():
         for name in "abcab":
-            assert handles.handle(name, lambda name=name: Opened(name)).name == name
+            assert handles.handle(name, lambda name=name: Named(name)).name == name
 
     thread = threading.Thread(target=in_a_thread)
     thread.start()
@@ -569,3 +606,34 @@ def test_real_dicom(name, size):
     assert source.levels[0] == Level(size, size)
     whole = np.asarray(openslide.OpenSlide(path).read_region((0, 0), 0, (size, size)))
     np.testing.assert_array_equal(source.read(0, 0, 0, size, size).permute(1, 2, 0), whole[..., :3])
+
+
+@needs_files
+@pytest.mark.parametrize("name", ["slides/CMU-1-Small-Region.svs", "rasters/cogeo.tif", "rasters/mosaic_cog1.tif"])
+def test_views_of_real_files(name):
+    """From disk as from memory, of the level that suits; from the full resolution, and between two levels."""
+    source = ats.open_image(DATA / name)
+    for size in ((150, 130), (source.levels[0].height // 2 + 1, 100)):
+        level = coarsest_level(source, *size)
+        whole = source.read(level, 0, 0, source.levels[level].height, source.levels[level].width)
+        memory = whole if whole.dtype == torch.uint8 else whole.float()
+        torch.testing.assert_close(
+            ats.read_view(source, size=size), ats.area_downsample(memory[None], size)[0], rtol=1e-5, atol=1e-5
+        )
+
+
+@needs_files
+def test_the_examples_of_the_docs_run(tmp_path, monkeypatch):
+    """A user copies them: they must run as printed, on any slide and array."""
+    text = (Path(__file__).parent.parent / "docs" / "images.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(examples) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slide.svs").symlink_to(DATA / "slides" / "CMU-1-Small-Region.svs")
+    np.save("raster.npy", pixels(40, 50))
+    names = {}
+    exec("\n".join(examples), names)
+    assert names["view"].shape == (3, 185, 138)
+    assert names["patch"].shape == (3, 224, 224)
+    assert 0 < names["cells"].float().mean() < 1
+    assert names["image"].levels == (Level(40, 50),)

@@ -3,7 +3,6 @@
 import errno
 import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -46,13 +45,13 @@ class Counted:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("strip", [1 << 25, 3000, 100])
+@pytest.mark.parametrize("strip", [1 << 25, 1000, 50])
 def test_a_view_is_that_of_the_image_in_memory(dtype, strip, monkeypatch):
     """Strips and blocks of columns must not show, at sizes that divide and sizes that do not."""
     monkeypatch.setattr(views, "STRIP_BYTES", strip)
-    pixels = image(2, 97, 61, dtype)
+    pixels = image(2, 41, 29, dtype)
     memory = torch.from_numpy(pixels.astype(np.float32) if dtype in (np.uint16, np.int16) else pixels)
-    for size in ((97, 61), (48, 30), (13, 61), (97, 7), (1, 1), (32, 20)):
+    for size in ((41, 29), (20, 14), (7, 29), (41, 4), (1, 1)):
         view = ats.read_view(from_arrays([pixels]), size=size)
         wide = torch.float64 if dtype == np.float64 else torch.float32
         expected = ats.area_downsample(memory[None], size, dtype=wide)[0]
@@ -138,8 +137,8 @@ def test_a_damaged_cache_file_is_made_anew(tmp_path):
     (file,) = (tmp_path / "c").iterdir()
     whole = file.read_bytes()
     random = np.random.default_rng(0)
-    damaged = [whole[:length] for length in range(0, len(whole), 97)] + [b"", b"PK\3\4", whole + b"x"]
-    for _ in range(150):
+    damaged = [whole[:length] for length in range(0, len(whole), 211)] + [b"", b"PK\3\4", whole + b"x"]
+    for _ in range(60):
         flipped = bytearray(whole)
         flipped[random.integers(len(whole))] ^= 1 << random.integers(8)
         damaged.append(bytes(flipped))
@@ -227,8 +226,8 @@ def test_processes_and_threads_that_cache_one_view(tmp_path, monkeypatch):
 def test_memory_of_a_view_of_a_large_raster():
     """36,000×18,000 pixels: from its full resolution, in a process that may not use 400 MB more than it has."""
     code = f"""
-import resource, threading
-import rasterio, torch
+import resource
+import rasterio
 import ats
 source = ats.open_image({str(WORLD)!r})
 full = ats.sources.views._average
@@ -244,4 +243,3 @@ print((overview - before) // 1024, (peak - before) // 1024, float(view.mean()), 
     assert overview < 150
     assert peak < 250, "megabytes; the raster has 618"
     assert view == pytest.approx(whole, rel=0.02)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0

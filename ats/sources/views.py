@@ -103,19 +103,29 @@ def _average(source: ImageSource, level: int, height: int, width: int) -> Tensor
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
     view = torch.empty(source.channels, height, width, dtype=dtype)
     for first, last in _strips(source, size.height, size.width, height):
+        begin, end = _bin(first, size.height, height)[0], _bin(last - 1, size.height, height)[1]
+        columns = max(1, STRIP_BYTES // (source.channels * source.dtype.itemsize * (end - begin)))
+        aligned = first * size.height % height == last * size.height % height == 0
+        if columns >= size.width and aligned:  # the strip's bins are those of an image of its own
+            strip = _floating(source.read(level, begin, 0, end - begin, size.width))
+            view[:, first:last] = area_downsample(strip[None], (last - first, width), dtype=dtype)[0]
+            continue
         means = torch.empty(source.channels, last - first, size.width, dtype=dtype)
-        begin, end = first * size.height // height, -(-last * size.height // height)
-        row_bytes = source.channels * source.dtype.itemsize * (end - begin)
-        columns = max(1, min(size.width, STRIP_BYTES // row_bytes))
         for left in range(0, size.width, columns):
             right = min(left + columns, size.width)
-            box = _floating(source.read(level, begin, left, end - begin, right - left))
-            for row in range(first, last):  # bins of rows may differ in length, and share a row
-                top, bottom = row * size.height // height - begin, -(-(row + 1) * size.height // height) - begin
-                mean = area_downsample(box[None, :, top:bottom], (1, right - left), dtype=dtype)
-                means[:, row - first, left:right] = mean[0, :, 0]
+            block = _floating(source.read(level, begin, left, end - begin, right - left))
+            for row in range(first, last):
+                top, bottom = _bin(row, size.height, height)
+                weight = (bottom - top) * (255 if block.dtype == torch.uint8 else 1)
+                part = block[:, top - begin : bottom - begin]
+                means[:, row - first, left:right] = part.sum(1, dtype=dtype).div_(weight)
         view[:, first:last] = area_downsample(means[None], (last - first, width), dtype=dtype)[0]
     return view
+
+
+def _bin(row: int, rows: int, height: int) -> tuple[int, int]:
+    """The rows of an image [top, bottom) that a row of its view is the mean of; neighbours may share one."""
+    return row * rows // height, -(-(row + 1) * rows // height)
 
 
 def _strips(source: ImageSource, rows: int, columns: int, height: int) -> Iterator[tuple[int, int]]:
@@ -124,6 +134,8 @@ def _strips(source: ImageSource, rows: int, columns: int, height: int) -> Iterat
     by_reading = STRIP_BYTES * height // (row_bytes * rows)
     by_means = STRIP_BYTES // (4 * source.channels * columns)
     step = max(1, min(max(by_reading, 1), by_means))
+    period = height // math.gcd(rows, height)  # output rows after which bins begin with whole pixels again
+    step -= step % period if step > period else 0
     for first in range(0, height, step):
         yield first, min(first + step, height)
 
