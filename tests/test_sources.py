@@ -340,6 +340,17 @@ def test_a_box_outside_is_refused(box, files):
             source.read(level, 0, 0, 5, 5)
 
 
+def test_any_integers_will_do(files):
+    """Offsets come from tensors and NumPy; OpenSlide's own reader takes neither."""
+    for path, _, levels, _ in files:
+        source = ats.open_image(path)
+        offsets = torch.tensor([7, 9])
+        box = (np.int64(0), offsets[0], np.uint8(offsets[1]), np.int32(20), torch.tensor(10))
+        assert_exact([Box(source, 0, 7, 9, 20, 10)], [source.read(*box)], levels)
+        with pytest.raises(TypeError, match="of a box must be integers"):
+            source.read(0, 7.0, 9, 20, 10)
+
+
 def test_arrays_of_every_kind(tmp_path):
     values = pixels(40, 50, 3, np.uint16)
     np.save(tmp_path / "x.npy", values)

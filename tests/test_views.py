@@ -150,6 +150,20 @@ def test_a_damaged_cache_file_is_made_anew(tmp_path):
     assert torch.equal(torch.from_numpy(np.load(file)["view"]), right)
 
 
+def test_left_overs_of_a_killed_process_go(tmp_path):
+    Image.fromarray(image(3, 60, 50).transpose(1, 2, 0)).save(tmp_path / "x.png")
+    source = ats.open_image(tmp_path / "x.png")
+    ats.read_view(source, size=8, cache=tmp_path / "c")
+    (file,) = (tmp_path / "c").iterdir()
+    file.unlink()
+    old, new = (tmp_path / "c" / f".{file.stem}.{process}.1.part" for process in (1, 2))
+    old.write_bytes(b"PK")
+    new.write_bytes(b"PK")
+    os.utime(old, (0, 0))
+    ats.read_view(source, size=8, cache=tmp_path / "c")
+    assert set((tmp_path / "c").iterdir()) == {file, new}
+
+
 def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
     """The disk fills up half way through a real write: the limit on a file's size stands in for it."""
     Image.fromarray(image(3, 200, 200).transpose(1, 2, 0)).save(tmp_path / "x.png")

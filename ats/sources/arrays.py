@@ -14,7 +14,7 @@ from torch import Tensor
 from ats.sources.image_source import DTYPES, Level, check_box, check_mpp, file_fingerprint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays compare element by element
 class ArraySource:
     """Levels that are arrays, read by slicing.
 
@@ -35,7 +35,7 @@ class ArraySource:
 
     def read(self, level: int, top: int, left: int, height: int, width: int) -> Tensor:
         """See `ats.sources.ImageSource`."""
-        check_box(self, level, top, left, height, width)
+        level, top, left, height, width = check_box(self, level, top, left, height, width)
         array, rows, columns = self.arrays[level], slice(top, top + height), slice(left, left + width)
         if len(array.shape) == 2:
             box = _tensor(array[rows, columns])[None]

@@ -38,7 +38,7 @@ class FileSource:
 
     def read(self, level: int, top: int, left: int, height: int, width: int) -> Tensor:
         """See `ats.sources.ImageSource`."""
-        check_box(self, level, top, left, height, width)
+        level, top, left, height, width = check_box(self, level, top, left, height, width)
         key: Hashable = (type(self), self.fingerprint)
         opened = handle(key, self._open)
         try:

@@ -1,6 +1,7 @@
 """What an image on disk is to the rest of the library: levels, and a way to read a box of one."""
 
 import math
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,8 +62,17 @@ class ImageSource(Protocol):
         ...
 
 
-def check_box(source: ImageSource, level: int, top: int, left: int, height: int, width: int) -> None:
-    """Raise unless a box is inside a level. Slices of arrays are cut short in silence, so this comes before them."""
+def check_box(
+    source: ImageSource, level: int, top: int, left: int, height: int, width: int
+) -> tuple[int, int, int, int, int]:
+    """The numbers of a box as plain ints, NumPy's and tensors' too; raise unless it is inside its level.
+
+    Slices of arrays are cut short in silence, and readers in C take no other integers, so this comes before both.
+    """
+    try:
+        level, top, left, height, width = map(operator.index, (level, top, left, height, width))
+    except TypeError as error:
+        raise TypeError(f"level, top, left, height and width of a box must be integers: {error}") from error
     if not 0 <= level < len(source.levels):
         raise ValueError(
             f"{source.name} has {len(source.levels)} level(s), 0 to {len(source.levels) - 1}; there is no level {level}"
@@ -74,6 +84,7 @@ def check_box(source: ImageSource, level: int, top: int, left: int, height: int,
             f"which is {size.height}×{size.width} (height × width); read the part that is inside "
             "(ats.sources.clip_box) and pad it"
         )
+    return level, top, left, height, width
 
 
 def check_mpp(mpp: float | Sequence[float] | None) -> tuple[float, float] | None:

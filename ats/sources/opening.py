@@ -70,8 +70,9 @@ def _choose(path: Path) -> str:
     for backend in backends:
         if _installed(backend) and not (backend == "openslide" and len(backends) > 1 and not is_slide(path)):
             return backend
-    ways = " or ".join(f"pip install 'torch-ats[{_EXTRAS[backend]}]'" for backend in backends)
-    raise ModuleNotFoundError(f"{path} needs {' or '.join(backends)}, which is not installed: {ways}")
+    missing = [backend for backend in backends if not _installed(backend)]
+    ways = " or ".join(f"pip install 'torch-ats[{_EXTRAS[backend]}]'" for backend in missing)
+    raise ModuleNotFoundError(f"{path} needs {' or '.join(missing)}, which is not installed: {ways}")
 
 
 def _suited(suffix: str, tiff: TiffHeader | None) -> tuple[str, ...]:

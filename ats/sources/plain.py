@@ -38,7 +38,7 @@ class PlainSource(FileSource):
 
     def read(self, level: int, top: int, left: int, height: int, width: int) -> Tensor:
         """See `ats.sources.ImageSource`."""
-        check_box(self, level, top, left, height, width)
+        _, top, left, height, width = check_box(self, level, top, left, height, width)
         box = self._pixels()[top : top + height, left : left + width]
         return torch.from_numpy(np.ascontiguousarray(box.transpose(2, 0, 1)))
 

@@ -1,10 +1,12 @@
 """Views kept on disk: a file each, named by what it was made from, whole or not there."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from ats.paths import user_path
 from ats.sources.image_source import ImageSource
 
+_LEFT_OVER = 86_400  # seconds after which nobody writes an unfinished file any more
 _FORMAT = 1  # of what is written; another one is another name
 
 
@@ -71,6 +74,14 @@ def _load(path: Path, key: str, shape: tuple[int, ...]) -> Tensor | None:
     return view if found == key and view.shape == shape and view.is_floating_point() else None
 
 
+def _clear(path: Path) -> None:
+    """Remove what processes that were killed in the midst of writing this view have left, a day ago or more."""
+    for part in path.parent.glob(f".{path.stem}.*.part"):
+        with contextlib.suppress(OSError):  # another process may be doing the same
+            if time.time() - part.stat().st_mtime > _LEFT_OVER:
+                part.unlink()
+
+
 def _save(path: Path, key: str, view: Tensor, name: str) -> None:
     part = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.part")
     try:
@@ -80,6 +91,7 @@ def _save(path: Path, key: str, view: Tensor, name: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        _clear(path)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         mend = "free some space there, name another folder, or leave cache out"
