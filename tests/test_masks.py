@@ -3,9 +3,7 @@
 import gzip
 import json
 import os
-from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,9 +103,7 @@ def test_cells_lie_where_the_network_puts_them():
     mask[5, 34] = 1
     cells = mask_cells(mask, (3, 3), (400, 400), view_size=(40, 40), receptive_field=10)
     assert cells.tolist() == [[False, False, True], [False] * 3, [False] * 3]
-    padded = SimpleNamespace(
-        origin=[Fraction(-7, 2)] * 2, step=[Fraction(8)] * 2
-    )  # cells centred on view pixels 0.5, 8.5, …; the mask's is in the 5th
+    padded = ats.Placement.padded(8)  # cells centred on view pixels 0.5, 8.5, …; the mask's is in the fifth
     mask = torch.zeros(40, 40)
     mask[0, 35] = 1
     cells = mask_cells(mask, (5, 5), (400, 400), view_size=(40, 40), receptive_field=padded)

@@ -10,28 +10,19 @@ import zlib
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ats.grid import Grid, Placement, make_grid
 from ats.paths import user_path
 from ats.sources.decoding import ImageFileError, decode
 from ats.sources.image_source import ImageSource
 from ats_kernels.checks import check_pair
 
 Mask = Tensor | np.ndarray[Any, np.dtype[Any]] | str | os.PathLike[str]
-
-
-class Placed(Protocol):
-    """Where the cells of a network lie: view pixels (y, x) at which the first begins, and from one to the next."""
-
-    @property
-    def origin(self) -> tuple[Fraction, Fraction]: ...
-    @property
-    def step(self) -> tuple[Fraction, Fraction]: ...
-
 
 _GEOJSON = (".geojson", ".json", ".geojson.gz", ".json.gz")
 _SUBSAMPLES = 8  # a side of a cell, at whose points polygons are looked up
@@ -88,7 +79,7 @@ def mask_cells(
     image: ImageSource | tuple[int, int],
     *,
     view_size: tuple[int, int] | None = None,
-    receptive_field: int | Placed = 0,
+    receptive_field: int | Placement = 0,
     least: float = 0.0,
 ) -> Tensor:
     """Which cells of an attention map a mask leaves alive.
@@ -99,8 +90,8 @@ def mask_cells(
         grid_size: cells (gh, gw).
         image: the source, or pixels (H, W) of its full resolution.
         view_size: pixels (h, w) of the view; needed only with a receptive_field.
-        receptive_field: view pixels that the attention network loses along an axis, see `ats.receptive_field`, or
-            where its cells lie.
+        receptive_field: view pixels that the attention network loses along an axis, see `ats.receptive_field`, or a
+            `Placement`, see `ats.measure_placement`.
         least: share of a cell's area that must be covered by more than this; 0: any of it.
 
     Returns:
@@ -116,8 +107,9 @@ def mask_cells(
         raise ValueError(f"least must be a share of a cell from 0 to below 1, got {least}")
     if receptive_field and view_size is None:
         raise ValueError(f"receptive_field={receptive_field} is in pixels of the view: pass view_size=(h, w) as well")
-    view = size if view_size is None else check_pair("view_size", view_size)
-    edges = [_edges(cells, size, view, receptive_field, axis) for axis in (0, 1)]
+    view = None if view_size is None else check_pair("view_size", view_size)
+    grid = make_grid(cells, size, view, receptive_field)
+    edges = [_edges(grid, axis) for axis in (0, 1)]
     name = str(mask) if isinstance(mask, (str, os.PathLike)) else "the mask"
     if isinstance(mask, (str, os.PathLike)) and str(mask).lower().endswith(_GEOJSON):
         points = [_points(axis) for axis in edges]
@@ -133,18 +125,13 @@ def mask_cells(
     return alive
 
 
-def _edges(
-    cells: tuple[int, int], image: tuple[int, int], view: tuple[int, int], receptive_field: int | Placed, axis: int
-) -> list[Fraction]:
+def _edges(grid: Grid, axis: int) -> list[Fraction]:
     """Image pixels at which cells begin and end along an axis, (cells + 1): see `ats.grid`."""
-    if isinstance(receptive_field, int):
-        origin = Fraction(receptive_field, 2)
-        step = (view[axis] - 2 * origin) / cells[axis]
-    else:
-        origin, step = receptive_field.origin[axis], receptive_field.step[axis]
+    cells, view, origin = grid.cells[axis], grid.view[axis], grid.origin[axis]
+    step = (view - 2 * origin) / cells if grid.step is None else grid.step[axis]
     if step <= 0:
-        raise ValueError(f"receptive_field={receptive_field} leaves nothing of a view of {view} pixels")
-    return [(origin + i * step) * Fraction(image[axis], view[axis]) for i in range(cells[axis] + 1)]
+        raise ValueError(f"the receptive_field leaves nothing of a view of {grid.view} pixels")
+    return [(origin + i * step) * Fraction(grid.image[axis], view) for i in range(cells + 1)]
 
 
 def _read_mask(mask: Mask) -> np.ndarray[Any, np.dtype[Any]]:
