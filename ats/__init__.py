@@ -23,6 +23,7 @@ from ats.functional import (
     sample_patches,
 )
 from ats.grid import Placement, cell_offsets, patch_positions
+from ats.heatmap import heatmap
 from ats.inference import anytime, predict
 from ats.prediction import Prediction
 from ats.probe import measure_placement, receptive_field
@@ -49,6 +50,7 @@ __all__ = [
     "estimate",
     "estimator_weights",
     "expectation",
+    "heatmap",
     "load",
     "mask_cells",
     "measure_placement",

@@ -8,10 +8,14 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from ats.samples import BoxSample
 from ats_kernels.checks import check_count, check_floating, check_log_probabilities, check_pair, check_tensor
 
 _FEW_CELLS = 2.0  # attention on fewer, in effect, has collapsed
 _AT_CHANCE = 0.98  # of the loss at chance: a model has learned nothing until it is below
+_DISTINCT = 1 / 3  # of their area; drawn patches that cover less of it overlap
+_EVERYWHERE = 0.8  # of the cells in effect: attention is as good as uniform
+_SOMEWHERE = 0.25  # of the cells in effect: attention chooses
 _LEARNED = 0.5  # of the loss at chance: below, attention on a single cell may be all that the task needs
 
 CAUSES = {
@@ -24,6 +28,17 @@ CAUSES = {
         "{mass:.0%} of the attention lies on the border of the grid, which has {share:.0%} of its cells. Zero padding "
         "in the attention network gives the border away: pad with padding_mode='replicate', or not at all, and look "
         "for frames or empty margins in the images"
+    ),
+    "overlap": (
+        "the patches drawn from an image overlap: together they cover {distinct:.0%} of their area, so that {patches} "
+        "of them read little more than a few would. Use a coarser grid of cells (more pooling in the attention "
+        "network, or a smaller view), smaller patches, or fewer of them"
+    ),
+    "one class": (
+        "attention explains one class only: on images of class {sharp} it lies on {few:.0%} of the cells in effect, on "
+        "those of class {flat} on {many:.0%}, as good as everywhere. What such an image is given away by is then that "
+        "nothing was found, and its map shows nothing. That is right if the class means the absence of the others; "
+        "if not, use a smaller entropy weight, balance the classes, or give each class logits of its own"
     ),
     "plateau": (
         "the loss is that of guessing ({loss:.3f}, chance {chance:.3f}). Start attention where something is to be "
@@ -154,8 +169,62 @@ def repeated_gradients(loss: Callable[[], Tensor], parameters: Iterable[Tensor],
     return torch.stack(rows)
 
 
-def warning_signs(logits: Tensor, *, loss: float | None = None, chance: float | None = None) -> dict[str, str]:
-    """What looks wrong with the attention on a batch: of "collapse", "edge" and "plateau" those found, and what to do.
+def distinct_area(sample: BoxSample) -> Tensor:
+    """The share of their summed area that drawn patches cover together: 1 where none overlap, 1/N where all coincide.
+
+    A cell that was drawn again, with replacement, counts once.
+
+    Args:
+        sample: of B images, as `ats.sample_patches` gives it.
+
+    Returns:
+        (B,) float64 in (0, 1].
+    """
+    order = sample.indices.sort(dim=-1, stable=True)
+    counted = torch.ones_like(sample.indices, dtype=torch.bool)
+    counted[:, 1:] = order.values[:, 1:] != order.values[:, :-1]
+    counted &= order.values >= 0  # no surplus, which is read once more and is no patch of its own
+    offsets = sample.offsets.gather(1, order.indices.unsqueeze(-1).expand(-1, -1, 2))  # (B, N, 2)
+    inside, lengths = [], []
+    for axis in (0, 1):
+        first = offsets[..., axis]
+        edges = torch.cat([first, first + sample.patch_size[axis]], dim=1).sort(-1).values  # (B, 2N)
+        begin = edges[:, None, :-1]
+        inside.append((first.unsqueeze(-1) <= begin) & (begin < first.unsqueeze(-1) + sample.patch_size[axis]))
+        lengths.append(edges.diff(dim=-1).double())  # (B, 2N − 1)
+    rows, columns = (one.double() for one in inside)  # (B, N, 2N − 1)
+    covered = ((rows * counted.unsqueeze(-1)).transpose(1, 2) @ columns > 0).double()
+    union = (lengths[0].unsqueeze(1) @ covered @ lengths[1].unsqueeze(-1)).flatten()
+    return union / (counted.sum(-1) * sample.patch_size[0] * sample.patch_size[1])
+
+
+def class_spread(logits: Tensor, labels: Tensor) -> dict[int, float]:
+    """For each class the share of the live cells that attention lies on in effect, exp(entropy) / cells: 1 is uniform.
+
+    Args:
+        logits: (B, gh, gw) or (B, 1, gh, gw).
+        labels: (B,) int64, the images' classes.
+    """
+    check_tensor("labels", labels)
+    if labels.shape != logits.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"labels must be the classes (B,) of {logits.shape[0]} images, got {tuple(labels.shape)} of {labels.dtype}"
+        )
+    attention = _attention(logits).flatten(1)
+    live = (~logits.detach().flatten(1).isneginf()).sum(-1)
+    share = torch.special.entr(attention).sum(-1).exp() / live
+    return {int(name): float(share[labels == name].mean()) for name in labels.unique()}
+
+
+def warning_signs(
+    logits: Tensor,
+    *,
+    loss: float | None = None,
+    chance: float | None = None,
+    sample: BoxSample | None = None,
+    labels: Tensor | None = None,
+) -> dict[str, str]:
+    """What looks wrong with the attention on a batch: of `CAUSES` those found, and what to do.
 
     One batch proves little: warn of what lasts, a plateau for some hundred steps.
 
@@ -164,6 +233,8 @@ def warning_signs(logits: Tensor, *, loss: float | None = None, chance: float | 
         loss: of the batch in nats, or a mean over the last steps, without the entropy bonus.
         chance: the loss of giving each class its share of the training images, log(classes) if these are equal.
             Without both, a plateau is not told, nor collapse from what the task may need.
+        sample: what was drawn from these logits; without it, overlap is not told.
+        labels: (B,) classes; without them, attention that explains one class only is not told.
     """
     if chance is not None and not chance > 0:
         raise ValueError(f"chance is a loss in nats, e.g. math.log(classes), and must be positive, got {chance}")
@@ -172,12 +243,20 @@ def warning_signs(logits: Tensor, *, loss: float | None = None, chance: float | 
     share, mass = border_share(grid), float(border_mass(logits).mean())
     cells = float(torch.special.entr(attention).sum((1, 2)).mean().exp())
     loss, chance = (float("nan") if value is None else value for value in (loss, chance))
+    distinct = 1.0 if sample is None else float(distinct_area(sample).mean())
+    spread = {} if labels is None else class_spread(logits, labels)
+    flat, sharp = (pick(spread, key=spread.__getitem__, default=-1) for pick in (max, min))
+    many, few = spread.get(flat, 0.0), spread.get(sharp, 0.0)
     found = {
         "collapse": cells < _FEW_CELLS and not loss < _LEARNED * chance,  # as it is where one of them is not known
         "edge": share < 1 and mass > (1 + share) / 2,  # half way from its share to all
+        "overlap": distinct < _DISTINCT,
+        "one class": many > _EVERYWHERE and few < _SOMEWHERE,
         "plateau": loss > _AT_CHANCE * chance,
     }
-    details = {"cells": cells, "mass": mass, "share": share, "loss": loss, "chance": chance}
+    details = {"cells": cells, "mass": mass, "share": share, "loss": loss, "chance": chance, "distinct": distinct}
+    details |= {"patches": 0 if sample is None else sample.indices.shape[1]}
+    details |= {"flat": flat, "sharp": sharp, "many": many, "few": few}
     return {cause: CAUSES[cause].format(**details) for cause, there in found.items() if there}
 
 

@@ -124,6 +124,13 @@ def check_generator(generator: object, device: torch.device) -> None:
             f"generator is on {generator.device} but the logits are on {device}; "
             f"make it there with torch.Generator({device.type!r})"
         )
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise ValueError(
+            "a draw with a generator of its own was run again in the backward pass, as activation checkpointing does: "
+            "the generator has moved on, so that other cells would be drawn than in the forward pass, and the gradient "
+            "would be wrong. Leave the generator out there, for torch's own is wound back; or draw outside of the "
+            "checkpointed part"
+        )
 
 
 def check_count(name: str, value: object, *, least: int = 1) -> int:

@@ -147,3 +147,60 @@ def test_warning_signs():
     assert "2.300, chance 2.300" in diagnostics.warning_signs(flat, loss=2.3, chance=2.3)["plateau"]
     with pytest.raises(ValueError, match="must be positive, got -1"):
         diagnostics.warning_signs(flat, chance=-1)
+
+
+def test_overlapping_draws_are_told() -> None:
+    """Sixteen neighbouring cells whose patches are four cells wide cover a fifth of sixteen patches."""
+    logits = torch.full((2, 32, 32), -9.0)
+    logits[:, 14:18, 14:18] = 0.0
+    image = torch.zeros(2, 1, 128, 128)
+    overlapping = ats.sample_patches(image, logits, 16, 16, selection="topk")
+    union = (3 * 4 + 16) ** 2  # cells 4 pixels apart, patches of 16
+    assert diagnostics.distinct_area(overlapping).tolist() == pytest.approx(2 * [union / (16 * 256)])
+    assert "19% of their area, so that 16" in diagnostics.warning_signs(logits, sample=overlapping)["overlap"]
+    apart = ats.sample_patches(image, logits, 16, 4, selection="topk")
+    assert diagnostics.distinct_area(apart).tolist() == [1, 1]
+    assert "overlap" not in diagnostics.warning_signs(logits, sample=apart)
+    assert "overlap" not in diagnostics.warning_signs(logits)
+
+
+def test_distinct_area_is_that_of_pixels_painted_one_by_one() -> None:
+    """Random draws, with and without replacement, masked and not, near the border; a cell drawn again counts once."""
+    logits = 3 * torch.randn(6, 8, 10, generator=seeded(1))
+    mask = torch.rand(6, 8, 10, generator=seeded(2)) < 0.1
+    mask[:, 0, 0] = True
+    for options in ({}, {"replace": True}, {"mask": mask}):
+        sample = ats.sample_patches(torch.zeros(6, 1, 40, 50), logits, 9, (11, 7), generator=seeded(), **options)
+        for number, one in enumerate(sample):
+            drawn = {
+                (y, x) for y, x, i in zip(*one.offsets[0].T.tolist(), one.indices[0].tolist(), strict=True) if i >= 0
+            }
+            painted = torch.zeros(80, 80)
+            for y, x in drawn:
+                painted[y + 20 : y + 31, x + 20 : x + 27] = 1
+            assert float(diagnostics.distinct_area(sample)[number]) == pytest.approx(
+                float(painted.sum()) / len(drawn) / 77
+            )
+
+
+def test_attention_that_explains_one_class_only_is_told() -> None:
+    """A model that looks at something in images of class 1, and at everything alike in those of class 0."""
+    logits = torch.zeros(6, 10, 10)
+    labels = torch.tensor([0, 1, 0, 1, 1, 0])
+    logits[labels == 1, 3:5, 4:6] = 8.0
+    spread = diagnostics.class_spread(logits, labels)
+    assert spread[0] == pytest.approx(1)
+    assert spread[1] == pytest.approx(0.05, abs=0.02)
+    text = diagnostics.warning_signs(logits, labels=labels)["one class"]
+    assert "on images of class 1 it lies on 4% of the cells" in text
+    assert "those of class 0 on 100%" in text
+    both = logits.clone()
+    both[labels == 0, 7:9, 1:3] = 8.0
+    for fine in (both, torch.zeros(6, 10, 10)):
+        assert "one class" not in diagnostics.warning_signs(fine, labels=labels)
+    assert "one class" not in diagnostics.warning_signs(logits, labels=torch.ones(6, dtype=torch.int64))
+    assert "one class" not in diagnostics.warning_signs(logits)
+    masked = logits.masked_fill(torch.arange(100).view(10, 10) % 2 == 0, -torch.inf)
+    assert "one class" in diagnostics.warning_signs(masked, labels=labels), "it is live cells that count"
+    with pytest.raises(ValueError, match=r"classes \(B,\) of 6 images, got \(5,\)"):
+        diagnostics.class_spread(logits, labels[:5])

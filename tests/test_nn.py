@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ats
 from ats.models.classifier import PlacedFeatures
@@ -536,3 +537,34 @@ def test_layers_that_are_the_same_in_training_may_be(images) -> None:
     model.feature = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(25, track_running_stats=False)).eval()
     with pytest.raises(ValueError, match=r"keeps no running statistics.*track_running_stats=True"):
         model.full(*images)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant, images) -> None:
+    """torch's own generator is wound back for the second pass; one that is passed is not, and is refused there."""
+    view, image = images
+    model = make_model()
+
+    def gradient(step) -> list[Tensor]:
+        torch.manual_seed(3)
+        torch.rand(())  # a state that no fresh process begins with
+        start = view.clone().requires_grad_()
+        model.zero_grad()
+        pooled = step(start)
+        torch.rand(5)  # and that has moved on before the backward pass
+        pooled.square().sum().backward()
+        return [start.grad, *(value.grad.clone() for value in model.parameters())]
+
+    def recomputed(start: Tensor) -> Tensor:
+        return checkpoint(lambda v: model(v, image)[0], start, use_reentrant=reentrant)
+
+    for got, want in zip(gradient(recomputed), gradient(lambda start: model(start, image)[0]), strict=True):
+        assert_close(got, want)
+
+    generator = seeded()
+    start = view.clone().requires_grad_()
+    pooled = checkpoint(lambda v: model(v, image, generator=generator)[0], start, use_reentrant=reentrant)
+    with pytest.raises(
+        ValueError, match=r"a draw with a generator of its own was run again in the backward pass.*checkpointing"
+    ):
+        pooled.sum().backward()

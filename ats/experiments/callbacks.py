@@ -17,7 +17,6 @@ from ats import diagnostics
 from ats.functional import PatchSample
 from ats.nn import AttentionSampling
 from ats_kernels.checks import check_count
-from ats_kernels.pooling.variance import estimate
 
 Output = tuple[Tensor, Tensor, PatchSample]  # pooled features, logits and sample, of an `AttentionSampling`
 
@@ -119,8 +118,8 @@ class AttentionDiagnostics(Callback):
             logger.log_metrics({f"attention/{name}": value for name, value in metrics.items()}, step=self._step)
         loss = float(torch.stack(self._losses).mean()) if self._losses else math.nan
         self._losses = []
-        _, logits, _ = look.output
-        self._judge(logits, loss)
+        _, logits, sample = look.output
+        self._judge(logits, sample, loss)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         while self._handles:
@@ -151,8 +150,10 @@ class AttentionDiagnostics(Callback):
             metrics["repeated_error"] = float(diagnostics.repeated_error(torch.stack(pooled)).mean())
         return metrics
 
-    def _judge(self, logits: Tensor, loss: float) -> None:
-        found = diagnostics.warning_signs(logits, loss=None if math.isnan(loss) else loss, chance=self.chance)
+    def _judge(self, logits: Tensor, sample: PatchSample, loss: float) -> None:
+        found = diagnostics.warning_signs(
+            logits, loss=None if math.isnan(loss) else loss, chance=self.chance, sample=sample
+        )
         for cause in self._streaks:
             self._streaks[cause] = self._streaks[cause] + 1 if cause in found else 0
             patience = math.ceil(self.plateau_steps / self.every) if cause == "plateau" else self.patience
@@ -190,7 +191,7 @@ def measure_attention(sampling: AttentionSampling, output: Output, features: Ten
         features: (B·N, …) what its feature network returned.
     """
     _, logits, sample = output
-    replace, log_attention = sampling.sampler.replace, sample.log_attention.detach()
+    log_attention = sample.log_attention.detach()
     random = sampling.selection == "sample"  # the most probable cells are no draw, whose error could be told
     metrics = {
         "effective_patches": diagnostics.effective_sample_size(sample.weights(sampling.estimator)),
@@ -201,7 +202,7 @@ def measure_attention(sampling: AttentionSampling, output: Output, features: Ten
     }
     if random and log_attention.shape[1] > 1:
         features = features.unflatten(0, tuple(log_attention.shape)).flatten(2)  # (B, N, D)
-        value, variance = estimate(features, log_attention, replace=replace, estimator=sampling.estimator)
+        value, variance = estimate_pooled(features, sample, estimator=sampling.estimator)
         metrics["relative_error"] = variance.sum(-1).sqrt() / value.norm(dim=-1)
     return {name: float(values.mean()) for name, values in metrics.items()}
 
