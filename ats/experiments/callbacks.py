@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ats import diagnostics
-from ats.functional import PatchSample
+from ats.functional import PatchSample, estimate_pooled
 from ats.nn import AttentionSampling
 from ats_kernels.checks import check_count
 
