@@ -138,7 +138,7 @@ def test_a_resumed_run_does_not_warn_again(tmp_path: Path) -> None:
     second = AttentionDiagnostics(2)
     second.load_state_dict(torch.load(path, weights_only=True))
     assert warned(tmp_path, second, "border") == []
-    assert set(CAUSES) == {"collapse", "edge", "plateau"}
+    assert set(CAUSES) == {"collapse", "edge", "overlap", "one class", "plateau"}
 
 
 def test_training_is_not_touched(tmp_path: Path) -> None:
