@@ -5,17 +5,24 @@
 - ``ATS_BACKEND=reference`` and ``ATS_BACKEND=triton`` override that. Triton runs on CPU tensors in its
   interpreter only, with ``TRITON_INTERPRET=1`` set before the first import.
 
+On the CPU path sampling and pooling run as loops that numba compiles, where that is installed (the extra ``cpu``) and
+imports; else, and with ``ATS_BACKEND=cpu``, as operations of NumPy and PyTorch. ``ATS_BACKEND=numba`` makes it an error
+if the loops cannot run. Neither has a say about other devices.
+
 A function compiled by ``torch.compile`` or captured in a CUDA graph keeps the choice it was made with.
 """
 
 import contextlib
+import functools
+import importlib
 import importlib.util
 import os
 
 import torch
 from torch import Tensor
 
-_CHOICES = ("reference", "triton")
+_CHOICES = ("reference", "triton", "cpu", "numba")
+_OF_THE_CPU = ("", "cpu", "numba")  # which leave the choice of the backend to the device
 
 
 def _is_installed(module: str) -> bool:
@@ -36,12 +43,16 @@ def backend_for(tensor: Tensor) -> str:
     """
     chosen = os.environ.get("ATS_BACKEND", "")
     kind = tensor.device.type
-    if not chosen:
+    if chosen == "numba" and not torch.compiler.is_compiling() and not _imports_numba():
+        raise ValueError("ATS_BACKEND=numba, but numba does not import; pip install 'torch-ats[cpu]', or unset it")
+    if chosen in _OF_THE_CPU:
         if kind == "cpu":
             return "cpu"
         return "triton" if kind == "cuda" and _HAS_TRITON else "reference"
     if chosen not in _CHOICES:
-        raise ValueError(f"ATS_BACKEND={chosen!r}, expected 'reference' or 'triton', or unset it to choose by device")
+        raise ValueError(
+            f"ATS_BACKEND={chosen!r}, expected one of {', '.join(map(repr, _CHOICES))}, or unset it to choose by device"
+        )
     if chosen == "triton":
         if not _HAS_TRITON:
             raise ValueError("ATS_BACKEND=triton, but triton is not installed; pip install triton, or unset it")
@@ -69,6 +80,22 @@ def wants_graph() -> bool:
     A compiled backward is traced once and is not.
     """
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def loops_run() -> bool:
+    """Whether the CPU path runs compiled loops. The first call imports numba."""
+    return os.environ.get("ATS_BACKEND", "") != "cpu" and _imports_numba()
+
+
+@functools.cache
+def _imports_numba() -> bool:
+    if not _is_installed("numba"):
+        return False
+    try:
+        importlib.import_module("ats_kernels.loops")
+    except Exception:  # one that does not go with NumPy's version, or whose compiler does not load: all else works
+        return False
+    return True
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -35,3 +35,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where Triton's kernels run in this process: the GPU, or the CPU under the interpreter."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(params=["cpu", "numba"])
+def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two ways of the CPU path: operations of NumPy and PyTorch, and compiled loops."""
+    if request.param == "numba":
+        pytest.importorskip("numba", reason="NOT RUN, needs numba: pip install 'torch-ats[cpu]'")
+    monkeypatch.setenv("ATS_BACKEND", request.param)

@@ -8,6 +8,8 @@ from ats_kernels import estimator_weights, expectation, sample
 from tests.enumeration import attention_logits, enumerate_draws
 from tests.helpers import assert_close, seeded
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 WAYS = [(True, "ordered"), (False, "ordered"), (False, "unordered")]  # (replace, estimator)
 
 

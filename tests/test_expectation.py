@@ -13,6 +13,8 @@ from ats_kernels.pooling.op import ESTIMATORS
 from tests.enumeration import attention_logits, enumerate_draws, mass_left, step_probabilities
 from tests.helpers import assert_close, seeded
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 SIZES = [(2, 1), (2, 2), (3, 3), (4, 2), (5, 3), (6, 2), (6, 4)]  # (K, N)
 KINDS = ["flat", "peaked", "random"]
 WAYS = [(True, "ordered"), *((False, estimator) for estimator in ESTIMATORS)]  # (replace, estimator)

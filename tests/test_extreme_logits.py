@@ -10,6 +10,8 @@ from ats_kernels.sampling import cpu as sample_cpu
 from ats_kernels.sampling import op as sample_op
 from tests.helpers import assert_close, seeded
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 OPTIONS = pytest.mark.parametrize(
     "options", [{}, {"replace": True}, {"method": "topk"}], ids=["without", "with", "topk"]
 )

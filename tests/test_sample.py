@@ -1,5 +1,6 @@
 """`ats_kernels.sample`: the precision of what comes with the draws, gradients, odd inputs, errors."""
 
+import os
 from decimal import Decimal, localcontext
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from ats_kernels import estimator_weights, expectation, sample
 from ats_kernels.sampling import cpu as sample_cpu
 from tests.helpers import assert_close, randn, seeded
+
+pytestmark = pytest.mark.usefixtures("cpu_path")
 
 INF = float("inf")
 
@@ -104,6 +107,7 @@ def test_gradients(options):
 def test_gradient_in_chunks(monkeypatch):
     """Float32, chunk by chunk, against the reference in float64."""
     monkeypatch.setattr(sample_cpu, "_CHUNK", 1_000)
+    monkeypatch.setattr(sample_cpu, "_SMALL_GRAD", 0)
     grads = []
     for backend in ("", "reference"):
         monkeypatch.setenv("ATS_BACKEND", backend)
@@ -111,6 +115,23 @@ def test_gradient_in_chunks(monkeypatch):
         draw = sample(logits, 6, generator=seeded(1))
         (draw.log_attention * torch.arange(6)).sum().add(draw.entropy.sum() - draw.logsumexp.sum()).backward()
         grads.append(logits.grad)
+    assert_close(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_of_few_logits(dtype, monkeypatch):
+    """Masked cells, a poisoned row, expanded gradients and all three at once, against the reference."""
+    grads = []
+    for backend in (os.environ["ATS_BACKEND"], "reference"):
+        monkeypatch.setenv("ATS_BACKEND", backend)
+        logits = randn(4, 700, dtype=dtype) * 3
+        logits[1, 5:] = -INF
+        logits[2, 3] = INF
+        logits.requires_grad_()
+        draw = sample(logits, 6, generator=seeded(1), validate=False)
+        (2 * draw.log_attention[[0, 1, 3]].sum() + draw.entropy[0] - draw.logsumexp.sum()).backward()
+        grads.append(logits.grad[[0, 1, 3]])
+        assert logits.grad[2].isnan().all()
     assert_close(*grads)
 
 

@@ -12,6 +12,8 @@ from ats_kernels.sampling import cpu as sample_cpu
 from tests.enumeration import attention_logits, enumerate_draws
 from tests.helpers import assert_close, randn, seeded
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 INF = float("inf")
 
 

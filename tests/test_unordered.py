@@ -14,6 +14,8 @@ from ats_kernels.pooling.unordered import unordered_weights
 from tests.enumeration import attention_logits, enumerate_draws
 from tests.helpers import assert_close, seeded
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 KINDS = ["flat", "peaked", "random"]
 ACCURACY = {torch.float32: 1e-6, torch.float64: 1e-12}  # relative
 DIGITS = 80

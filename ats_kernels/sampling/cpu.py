@@ -12,9 +12,12 @@ chunks are raised to base 2, for which PyTorch has a vectorised loop of its own:
 takes twice the time on some processors.
 """
 
+import functools
+import importlib
 import math
 import threading
 from collections.abc import Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ats_kernels import philox
+from ats_kernels.backend import loops_run
 from ats_kernels.checks import compute_dtype
 from ats_kernels.sampling.draws import Draw, Statistics, block_size, repeats, ring_times
 from ats_kernels.sampling.small import small_draw, small_grad
@@ -73,12 +77,38 @@ class _Candidates(NamedTuple):
 def sample_cpu(logits: Tensor, n: int, replace: bool, method: str, seed: Tensor | None) -> tuple[Draw, Statistics]:
     """Draw from logits (B, K) on the CPU; like `_sample_ref`, `method` being what `seed` is None for."""
     if torch.compiler.is_compiling():
-        *draw, peak, log_total = _opaque_sample(logits, n, replace, seed)
-        return Draw(*draw), Statistics(peak, log_total, draw[3])
+        values = _opaque_sample(logits, n, replace, seed)
+        return Draw(*values[:4]), Statistics(*values[4:])
     return _sample(logits.detach(), n, replace, seed)
 
 
 def _sample(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Draw, Statistics]:
+    """The draw, its values in the dtype that comes out, and statistics in float64."""
+    if loops_run():
+        return _sample_in_loops(logits, n, replace, seed)
+    draw, statistics = _sample_in_operations(logits, n, replace, seed)
+    dtype = compute_dtype(logits.dtype)
+    return Draw(draw.indices, *(value.to(dtype) for value in draw[1:])), statistics
+
+
+def _sample_in_loops(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Draw, Statistics]:
+    rows, cells = logits.shape
+    values = logits.to(compute_dtype(logits.dtype)).contiguous().numpy()
+    indices, log_attention = np.empty((rows, n), np.int64), np.empty((rows, n), values.dtype)
+    logsumexp, entropy, statistics = np.empty(rows, values.dtype), np.empty(rows, values.dtype), np.empty((3, rows))
+    key, by_time = (0, False) if seed is None else (int(seed), True)
+    drawn = indices, log_attention, logsumexp, entropy
+    _loops().draw(values, block_size(cells), key, by_time, replace, *drawn, statistics)
+    draw = Draw(*(torch.from_numpy(value) for value in drawn))
+    return draw, Statistics(*torch.from_numpy(statistics).unbind())
+
+
+@functools.cache
+def _loops() -> ModuleType:
+    return importlib.import_module("ats_kernels.sampling.loops")
+
+
+def _sample_in_operations(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Draw, Statistics]:
     if seed is None or replace or logits.numel() > _SMALL:
         return _sample_in_blocks(logits, n, replace, seed)
     values = (logits if logits.dtype in _NUMPY_DTYPES else logits.float()).numpy()
@@ -135,19 +165,21 @@ def _sample_in_blocks(logits: Tensor, n: int, replace: bool, seed: Tensor | None
 @torch.library.custom_op(
     "ats_kernels::sample_cpu",
     mutates_args=(),
-    schema="(Tensor logits, int n, bool replace, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor logits, int n, bool replace, Tensor? seed)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _opaque_sample(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Tensor, ...]:
     """`_sample` as one operator to a compiler, which cannot look into NumPy."""
     draw, statistics = _sample(logits.detach(), n, replace, seed)
-    return *draw, statistics.peak, statistics.log_total
+    return *draw, *(value.clone() for value in statistics)
 
 
 @_opaque_sample.register_fake
 def _(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Tensor, ...]:
     rows = logits.shape[0]
-    drawn = logits.new_empty((rows, n), dtype=torch.float64)
-    return (torch.empty_like(drawn, dtype=torch.int64), drawn, *(drawn.new_empty(rows) for _ in range(4)))
+    drawn = logits.new_empty((rows, n), dtype=compute_dtype(logits.dtype))
+    wide = (logits.new_empty(rows, dtype=torch.float64) for _ in range(3))
+    return (torch.empty_like(drawn, dtype=torch.int64), drawn, drawn.new_empty(rows), drawn.new_empty(rows), *wide)
 
 
 def _every_block(logits: Tensor, block: int, key: int | None, row: np.ndarray) -> _Candidates:
@@ -344,6 +376,14 @@ def _gather_blocks(logits: Tensor, chosen: np.ndarray, block: int) -> np.ndarray
     return values
 
 
+def _grad_in_loops(logits: Tensor, indices: Tensor, statistics: Statistics, grads: tuple[Tensor, ...]) -> Tensor:
+    values = logits.contiguous().numpy()
+    out = np.empty_like(values)
+    given = (value.contiguous().numpy() for value in (indices, *statistics, *grads))
+    _loops().grad(values, *given, out)
+    return torch.from_numpy(out)
+
+
 def grad_cpu(logits: Tensor, indices: Tensor, statistics: Statistics, grads: tuple[Tensor, ...]) -> Tensor:
     """The gradient (B, K) of the logits in one read and one write, chunk by chunk in cache.
 
@@ -354,6 +394,8 @@ def grad_cpu(logits: Tensor, indices: Tensor, statistics: Statistics, grads: tup
     rows, cells = logits.shape
     dtype = compute_dtype(logits.dtype)
     if rows * cells <= _SMALL_GRAD and logits.dtype == dtype and not torch.compiler.is_compiling():
+        if loops_run():
+            return _grad_in_loops(logits, indices, statistics, grads)
         return small_grad(logits, indices, statistics, grads)
     floor = -150.0 if dtype == torch.float32 else -1080.0  # 2 to this is 0, and so is 0 · floor
     grad_log_attention, grad_logsumexp, grad_entropy = grads

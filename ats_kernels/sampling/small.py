@@ -125,7 +125,8 @@ def small_grad(logits: Tensor, indices: Tensor, statistics: Statistics, grads: t
     constant -= grad_entropy * (entropy - log_total)
     constant *= scale
     scale *= grad_entropy
-    grad = values - peak.astype(values.dtype)[:, None]
+    with np.errstate(invalid="ignore"):  # of a row that could not be drawn from
+        grad = values - peak.astype(values.dtype)[:, None]
     np.maximum(grad, _NO_MASS[values.dtype.itemsize], grad)
     mass = np.exp(grad)
     grad *= -scale.astype(values.dtype)[:, None]
