@@ -23,7 +23,7 @@ SUMS = {"contract", "reassoc", "nsz"}  # sums may be taken in any order
 
 def compiled(*, fastmath: set[str] = EXACT) -> Callable[[Callable[..., Any]], Any]:
     """`numba.njit` for what loops are made of."""
-    return numba.njit(nogil=True, fastmath=fastmath, error_model="numpy")
+    return numba.njit(nogil=True, fastmath=fastmath, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
 
 
 def kept() -> Callable[[Callable[..., Any]], Any]:

@@ -168,6 +168,7 @@ def test_traced_in_one_graph(cells, options):
         draw = sample(logits, 4, **options)
         return draw.indices, draw.log_attention.sum() + draw.logsumexp.sum() + draw.entropy.sum()
 
+    torch.compiler.reset()  # or each choice of a backend would count as a recompilation
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     results = []
     for call in (function, compiled):

@@ -249,6 +249,7 @@ def test_compiles_whole(dynamic):
     def whole(features: Tensor, log_attention: Tensor) -> Tensor:
         return expectation(features, log_attention, estimator="unordered", control_variate=True)
 
+    torch.compiler.reset()  # or each choice of a backend would count as a recompilation
     compiled = torch.compile(whole, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for n in (4, 7):
         features = torch.randn(2, n, 3, dtype=torch.float64, generator=seeded()).requires_grad_()
