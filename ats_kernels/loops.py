@@ -23,7 +23,8 @@ SUMS = {"contract", "reassoc", "nsz"}  # sums may be taken in any order
 
 def compiled(*, fastmath: set[str] = EXACT) -> Callable[[Callable[..., Any]], Any]:
     """`numba.njit` for what loops are made of."""
-    return numba.njit(nogil=True, fastmath=fastmath, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
+    wrappers = {"no_cfunc_wrapper": True, "no_cpython_wrapper": True}  # only loops call it: there is less to compile
+    return numba.njit(nogil=True, fastmath=fastmath, error_model="numpy", **wrappers)
 
 
 def kept() -> Callable[[Callable[..., Any]], Any]:

@@ -8,6 +8,7 @@ import torch
 
 from ats_kernels import estimator_weights, expectation, sample
 from ats_kernels.sampling import cpu as sample_cpu
+from ats_kernels.sampling import grad_cpu
 from tests.helpers import assert_close, randn, seeded
 
 pytestmark = pytest.mark.usefixtures("cpu_path")
@@ -106,8 +107,9 @@ def test_gradients(options):
 
 def test_gradient_in_chunks(monkeypatch):
     """Float32, chunk by chunk, against the reference in float64."""
-    monkeypatch.setattr(sample_cpu, "_CHUNK", 1_000)
-    monkeypatch.setattr(sample_cpu, "_SMALL_GRAD", 0)
+    monkeypatch.setattr(sample_cpu, "CHUNK", 1_000)
+    monkeypatch.setattr(grad_cpu, "CHUNK", 1_000)
+    monkeypatch.setattr(grad_cpu, "_SMALL", 0)
     grads = []
     for backend in ("", "reference"):
         monkeypatch.setenv("ATS_BACKEND", backend)

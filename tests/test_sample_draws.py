@@ -114,7 +114,7 @@ SIZES = [
 def sums(request, monkeypatch):
     """How sums over blocks are taken: in chunks of an odd number of blocks, or of up to 2²⁰ logits at once."""
     if request.param == "in chunks":
-        monkeypatch.setattr(sample_cpu, "_CHUNK", 3_000)
+        monkeypatch.setattr(sample_cpu, "CHUNK", 3_000)
 
 
 @pytest.mark.usefixtures("sums")

@@ -91,13 +91,8 @@ class _Expectation(torch.autograd.Function):
         if ctx.in_loops:
             way = {"replace": ctx.replace, "estimator": ctx.estimator, "centred": ctx.control_variate}
             needs = needs_features, needs_log_attention
-            return (
-                *pool_grad_cpu(grad_out, features, log_attention, weights, needs=needs, **way),
-                None,
-                None,
-                None,
-                None,
-            )
+            both = pool_grad_cpu(grad_out, features, log_attention, weights, needs=needs, **way)
+            return *both, None, None, None, None
         grad = _flat(grad_out.unsqueeze(1)).squeeze(1)  # (B, D)
         gradients = _gradients_triton if ctx.backend == "triton" else _gradients
         centred = ctx.control_variate and needs_log_attention

@@ -1,4 +1,4 @@
-"""The CPU path of `sample`: one read of the logits, few and coarse operations, no compiler needed.
+"""The CPU path of `sample` without compiled loops: one read of the logits, few and coarse operations.
 
 Same algorithm, random numbers and draws as the reference in `sample`. It reads the logits in chunks that stay in cache
 for each block's sum of exponentials and for the entropy, in the logits' precision (float32 at least; float64 with
@@ -7,17 +7,13 @@ Where that loses what could decide a draw, and for the most probable cells, rela
 decides the draw and the precision of log a is computed again in float64: the blocks that may hold drawn cells, and the
 block of most mass.
 
-All but the chunks is small and NumPy's: an operation costs it half of what it costs PyTorch, and wakes no threads. The
-chunks are raised to base 2, for which PyTorch has a vectorised loop of its own: the exponential to base e is MKL's, and
-takes twice the time on some processors.
+All but the chunks, raised to base 2 (PyTorch's own loop, faster than MKL's e^x), is small and NumPy's, which starts an
+operation in half of PyTorch's time and wakes no threads. Few logits are for `ats_kernels.sampling.small`.
 """
 
-import functools
-import importlib
 import math
 import threading
 from collections.abc import Iterator
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -28,14 +24,14 @@ from ats_kernels import philox
 from ats_kernels.backend import loops_run
 from ats_kernels.checks import compute_dtype
 from ats_kernels.sampling.draws import Draw, Statistics, block_size, repeats, ring_times
-from ats_kernels.sampling.small import small_draw, small_grad
+from ats_kernels.sampling.in_loops import sample_in_loops
+from ats_kernels.sampling.small import small_draw
 
 # Logits a chunk: its arrays stay in cache, and the work outweighs what starting an operation and its threads costs.
-_CHUNK = 2**20
+CHUNK = 2**20
 
 # Up to so many logits in all, operations cost more than what they work on: every block is a candidate.
 _SMALL = 2**12
-_SMALL_GRAD = 2**15  # the same of the backward, which works on less
 
 # Ring times of blocks from float32 sums are off by about 1e-6. Where the n-th and the next are no farther apart than
 # NEAR, blocks beyond the n first are taken: one missing then would need that many others as near.
@@ -51,7 +47,6 @@ _FARTHEST_PEAK = 1e38  # from 0, that is still finite to base 2
 _scratch = threading.local()
 
 _LOG2_E = 1 / math.log(2)
-_NUMPY_DTYPES = (torch.float32, torch.float64)
 _NO_LOG = -1e300  # in place of log 0 where it is multiplied by 0
 
 
@@ -85,40 +80,21 @@ def sample_cpu(logits: Tensor, n: int, replace: bool, method: str, seed: Tensor 
 def _sample(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Draw, Statistics]:
     """The draw, its values in the dtype that comes out, and statistics in float64."""
     if loops_run():
-        return _sample_in_loops(logits, n, replace, seed)
+        return sample_in_loops(logits, n, replace, seed)
     draw, statistics = _sample_in_operations(logits, n, replace, seed)
-    dtype = compute_dtype(logits.dtype)
-    return Draw(draw.indices, *(value.to(dtype) for value in draw[1:])), statistics
-
-
-def _sample_in_loops(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Draw, Statistics]:
-    rows, cells = logits.shape
-    values = logits.to(compute_dtype(logits.dtype)).contiguous().numpy()
-    indices, log_attention = np.empty((rows, n), np.int64), np.empty((rows, n), values.dtype)
-    logsumexp, entropy, statistics = np.empty(rows, values.dtype), np.empty(rows, values.dtype), np.empty((3, rows))
-    key, by_time = (0, False) if seed is None else (int(seed), True)
-    drawn = indices, log_attention, logsumexp, entropy
-    _loops().draw(values, block_size(cells), key, by_time, replace, *drawn, statistics)
-    draw = Draw(*(torch.from_numpy(value) for value in drawn))
-    return draw, Statistics(*torch.from_numpy(statistics).unbind())
-
-
-@functools.cache
-def _loops() -> ModuleType:
-    return importlib.import_module("ats_kernels.sampling.loops")
+    return Draw(draw.indices, *(value.to(compute_dtype(logits.dtype)) for value in draw[1:])), statistics
 
 
 def _sample_in_operations(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Draw, Statistics]:
     if seed is None or replace or logits.numel() > _SMALL:
         return _sample_in_blocks(logits, n, replace, seed)
-    values = (logits if logits.dtype in _NUMPY_DTYPES else logits.float()).numpy()
+    values = logits.to(compute_dtype(logits.dtype)).numpy()
     with np.errstate(all="ignore"):
         drawn = small_draw(*values.shape).draw(values, n, int(seed))
     indices, log_attention, peak, log_total, entropy = (torch.from_numpy(value) for value in drawn)
     found = Draw(indices, log_attention, peak + log_total, entropy), Statistics(peak, log_total, entropy)
-    others = np.isnan(drawn[3])
-    if others.any():
-        rows = torch.from_numpy(others)
+    rows = torch.from_numpy(np.isnan(drawn[3]))  # that take other means
+    if rows.any():
         for ours, instead in zip(found, _sample_in_blocks(logits, n, replace, seed), strict=True):
             for value, other in zip(ours, instead, strict=True):
                 value[rows] = other[rows]
@@ -128,8 +104,7 @@ def _sample_in_operations(logits: Tensor, n: int, replace: bool, seed: Tensor | 
 def _sample_in_blocks(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Draw, Statistics]:
     rows, cells = logits.shape
     block = block_size(cells)
-    distinct = min(n, cells)
-    key = None if seed is None else int(seed)
+    distinct, key = min(n, cells), None if seed is None else int(seed)
     row = np.arange(rows)[:, None]  # (B, 1)
     with np.errstate(all="ignore"):  # −inf − −inf and the like make NaN, as they should
         if logits.numel() <= _SMALL:
@@ -282,10 +257,10 @@ def _smallest(keys: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
     return values.numpy(), places.numpy()
 
 
-def _chunks(rows: int, columns: int, width: int = 1) -> Iterator[tuple[slice, slice]]:
-    """Slices of rows and of columns, `width` logits each, with about _CHUNK logits together."""
-    step = max(1, min(columns, _CHUNK // width))
-    height = max(1, _CHUNK // (step * width))
+def chunks(rows: int, columns: int, width: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Slices of rows and of columns, `width` logits each, with about CHUNK logits together."""
+    step = max(1, min(columns, CHUNK // width))
+    height = max(1, CHUNK // (step * width))
     for first in range(0, rows, height):
         for left in range(0, columns, step):
             yield slice(first, min(first + height, rows)), slice(left, min(left + step, columns))
@@ -295,8 +270,8 @@ def _parts(logits: Tensor, block: int, dtype: torch.dtype) -> Iterator[tuple[Ten
     """Logits (R, S, block) chunk by chunk, two buffers of their shape and of `dtype`, their rows and their blocks."""
     rows, cells = logits.shape
     whole = cells // block
-    buffers = _kept_buffers(min(rows * cells, max(_CHUNK, block)), dtype)
-    for r, b in _chunks(rows, whole, block):
+    buffers = _kept_buffers(min(rows * cells, max(CHUNK, block)), dtype)
+    for r, b in chunks(rows, whole, block):
         x = logits[r, b.start * block : b.stop * block].unflatten(-1, (-1, block))
         below, mass = (buffer[: x.numel()].view(x.shape) for buffer in buffers)
         yield x, below, mass, r, b
@@ -310,7 +285,7 @@ def _block_sums(logits: Tensor, block: int, *, wide: bool, each: bool) -> _Sums:
     """Sums over blocks, relative to the largest logit of `each` block or to one of the largest of the row."""
     n_blocks = -(-logits.shape[1] // block)
     dtype = torch.float64 if wide else compute_dtype(logits.dtype)
-    if not each and logits.shape[0] * n_blocks * block <= _CHUNK:
+    if not each and logits.shape[0] * n_blocks * block <= CHUNK:
         return _sums_at_once(logits, block, dtype)
     mass = torch.empty(logits.shape[0], n_blocks, dtype=dtype, device="cpu")
     if each:
@@ -374,46 +349,3 @@ def _gather_blocks(logits: Tensor, chosen: np.ndarray, block: int) -> np.ndarray
     if inside is not index:
         values[index >= cells] = -np.inf
     return values
-
-
-def _grad_in_loops(logits: Tensor, indices: Tensor, statistics: Statistics, grads: tuple[Tensor, ...]) -> Tensor:
-    values = logits.contiguous().numpy()
-    out = np.empty_like(values)
-    given = (value.contiguous().numpy() for value in (indices, *statistics, *grads))
-    _loops().grad(values, *given, out)
-    return torch.from_numpy(out)
-
-
-def grad_cpu(logits: Tensor, indices: Tensor, statistics: Statistics, grads: tuple[Tensor, ...]) -> Tensor:
-    """The gradient (B, K) of the logits in one read and one write, chunk by chunk in cache.
-
-    With w = z − peak and T = logsumexp − peak it is ``e^w (A − g_H e^-T w)``, A = (g_lse − Σ g − g_H (H − T)) e^-T, and
-    at drawn cells g more. z − peak is exact where it matters; z − logsumexp would lose what a large logsumexp has no
-    digits for.
-    """
-    rows, cells = logits.shape
-    dtype = compute_dtype(logits.dtype)
-    if rows * cells <= _SMALL_GRAD and logits.dtype == dtype and not torch.compiler.is_compiling():
-        if loops_run():
-            return _grad_in_loops(logits, indices, statistics, grads)
-        return small_grad(logits, indices, statistics, grads)
-    floor = -150.0 if dtype == torch.float32 else -1080.0  # 2 to this is 0, and so is 0 · floor
-    grad_log_attention, grad_logsumexp, grad_entropy = grads
-    peak, log_total, entropy = statistics  # (B,) float64
-    constant = grad_logsumexp - grad_log_attention.sum(-1, dtype=torch.float64)
-    constant = constant - grad_entropy * (entropy - log_total)
-    scale = log_total.neg().exp()
-    constant, slope, peak = (
-        value.to(dtype).unsqueeze(-1) for value in (constant * scale, grad_entropy * scale * -math.log(2), peak)
-    )  # (B, 1)
-    grad = logits.new_empty(logits.shape)
-    buffers = logits.new_empty(2, min(rows * cells, _CHUNK), dtype=dtype)
-    for r, c in _chunks(rows, cells):
-        x, out = logits[r, c], grad[r, c]
-        below, mass = (buffer[: x.numel()].view(x.shape) for buffer in buffers)
-        torch.sub(x, peak[r], out=below).mul_(_LOG2_E).clamp_(min=floor)
-        torch.exp2(below, out=mass)
-        below.mul_(slope[r]).add_(constant[r])
-        torch.mul(below, mass, out=out)
-    # Few cells: not worth rounding to half precision twice.
-    return grad.scatter_add_(-1, indices.clamp(min=0), grad_log_attention.to(grad.dtype))

@@ -29,8 +29,9 @@ from torch import Tensor
 from ats_kernels.backend import backend_for, device_guard, is_transformed, may_look, wants_graph
 from ats_kernels.checks import check_choice, check_count, check_floating, check_generator, compute_dtype
 from ats_kernels.plausible import check_no_attention
-from ats_kernels.sampling.cpu import grad_cpu, sample_cpu
+from ats_kernels.sampling.cpu import sample_cpu
 from ats_kernels.sampling.draws import METHODS, Draw, Statistics, draw_seed
+from ats_kernels.sampling.grad_cpu import grad_cpu
 from ats_kernels.sampling.reference import draw_cells_ref, drawn_values, grad_again, grad_ref
 
 

@@ -14,15 +14,13 @@ from collections import OrderedDict
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ats_kernels import philox
-from ats_kernels.sampling.draws import Statistics, block_size
+from ats_kernels.sampling.draws import block_size
 
 _LOWEST = -690.0  # least logit relative to the row's largest: a mass of 2e-300, which adds nothing to any sum
 _LATEST = 1e280  # no time of a cell whose mass is exact is later; those of the lowest are all later
 _LEAST_TOTAL = 1.01  # 1 less than this total is not exact enough: the cells beside the largest are summed by themselves
-_NO_MASS = {4: -110.0, 8: -750.0}  # by bytes: e to this is 0, and finite where it multiplies that
 _KEPT_SIZES = 4  # that a thread keeps arrays for
 
 _kept = threading.local()
@@ -113,23 +111,3 @@ def small_draw(rows: int, cells: int) -> SmallDraw:
     else:
         kept.move_to_end(size)
     return found
-
-
-def small_grad(logits: Tensor, indices: Tensor, statistics: Statistics, grads: tuple[Tensor, ...]) -> Tensor:
-    """The gradient (B, K) of few float32 or float64 logits, by the formula of `grad_cpu`."""
-    values = logits.numpy()
-    grad_log_attention, grad_logsumexp, grad_entropy = (grad.numpy() for grad in grads)
-    peak, log_total, entropy = (value.numpy() for value in statistics)  # (B,) float64
-    scale = np.exp(-log_total)
-    constant = grad_logsumexp - np.add.reduce(grad_log_attention, -1, np.float64)
-    constant -= grad_entropy * (entropy - log_total)
-    constant *= scale
-    scale *= grad_entropy
-    with np.errstate(invalid="ignore"):  # of a row that could not be drawn from
-        grad = values - peak.astype(values.dtype)[:, None]
-    np.maximum(grad, _NO_MASS[values.dtype.itemsize], grad)
-    mass = np.exp(grad)
-    grad *= -scale.astype(values.dtype)[:, None]
-    grad += constant.astype(values.dtype)[:, None]
-    grad *= mass
-    return torch.from_numpy(grad).scatter_add_(-1, indices.clamp(min=0), grads[0])
