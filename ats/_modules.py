@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class SealedModule(nn.Module):
@@ -78,3 +78,17 @@ def _differs(layer: nn.Module) -> bool:
         return layer.dropout > 0
     code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
     return isinstance(layer, nn.modules.batchnorm._BatchNorm) or "training" in getattr(code, "co_names", ())
+
+
+def features_of_one(feature: nn.Module, arguments: list[Tensor]) -> Tensor:
+    """The features of a single patch in training, of which batch normalisation has no statistics."""
+    try:
+        return feature(*arguments)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "the feature network normalises over the batch, but in training one image with n_patches=1 gives it a "
+            "single patch, which has no variance; draw at least 2 patches, give more images, or call .eval() on its "
+            f"normalisation layers (torch says: {error})"
+        ) from error

@@ -7,6 +7,7 @@ import ats_kernels
 from ats.samples import CellSample, Selection
 from ats_kernels.backend import may_look
 from ats_kernels.checks import check_choice, check_count, check_floating, check_tensor, compute_dtype
+from ats_kernels.pixels import NonFiniteError
 from ats_kernels.plausible import check_no_attention
 from ats_kernels.sampling.draws import METHODS
 
@@ -129,7 +130,7 @@ def _raise_for_few(flat: Tensor, n: int, selection: str, *, fewest: int) -> None
         return
     live, row = (int(value) for value in (~flat.isneginf()).sum(-1).min(0))
     if live == 0:
-        raise ValueError(
+        raise NonFiniteError(
             f"logits of row {row} are all −inf: every cell is masked, nothing can be drawn; leave that image out, or "
             "let one of its cells be drawn"
         )

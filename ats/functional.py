@@ -11,6 +11,7 @@ from ats.pooling import estimate_pooled, pool
 from ats.samples import BoxSample, CellSample, PatchSample, Selection
 from ats_kernels import area_downsample, estimator_weights, expectation
 from ats_kernels.checks import Normalisation, check_count, check_image, check_pair, check_tensor
+from ats_kernels.pixels import blames_pixels
 from ats_kernels.plausible import check_strip
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
 
 
 @renamed_option("method", "selection")
+@blames_pixels
 def sample_patches(
     image: Tensor,
     logits: Tensor,

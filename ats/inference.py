@@ -20,6 +20,7 @@ from ats.nn import AttentionSampling
 from ats.prediction import Prediction
 from ats.samples import BoxSample, CellSample, Estimator, Selection
 from ats_kernels.checks import check_choice, check_count
+from ats_kernels.pixels import NonFiniteError, blames_pixels
 from ats_kernels.pooling.op import check_estimator
 from ats_kernels.sampling.draws import METHODS
 
@@ -27,6 +28,7 @@ Head = Callable[[Tensor], Tensor]
 
 
 @renamed_option("method", "selection")
+@blames_pixels
 @torch.no_grad()
 def predict(
     sampling: AttentionSampling,
@@ -99,6 +101,7 @@ def predict(
     )
 
 
+@blames_pixels
 @torch.no_grad()
 def anytime(
     sampling: AttentionSampling,
@@ -268,7 +271,7 @@ def _class_logits(head: Head, features: Tensor) -> Tensor:
 def _check_linear(head: Head, features: Tensor, scores: Tensor) -> None:
     """Raise where the head of the mean is not the mean of the heads, or that of −8 times it what a line makes of it."""
     if not scores.isfinite().all():
-        raise ValueError(
+        raise NonFiniteError(
             f"head gives NaN or infinite class logits for {int((~scores.isfinite()).any(-1).sum())} of "
             f"{scores.shape[0] * scores.shape[1]} patches; look for a diverged feature network"
         )

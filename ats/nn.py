@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from ats import functional
-from ats._modules import SealedModule, check_evaluating
+from ats._modules import SealedModule, check_evaluating, features_of_one
 from ats._renamed import renamed_option
 from ats.grid import Placement, patch_positions
 from ats.layers import Expectation, SamplePatches
 from ats.probe import measure_placement, shifting_layer
 from ats.samples import CellSample, Estimator, PatchSample, Selection
 from ats_kernels.checks import Normalisation, check_count
+from ats_kernels.pixels import blames_pixels
 from ats_kernels.pooling.op import check_estimator
 
 __all__ = ["AttentionSampling", "Expectation", "SamplePatches"]
@@ -134,6 +135,7 @@ class AttentionSampling(SealedModule):
         check_estimator(value, replace=self.replace)
         self._estimator = value
 
+    @blames_pixels
     def forward(
         self, view: Tensor, image: Tensor, *, mask: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, PatchSample]:
@@ -178,11 +180,14 @@ class AttentionSampling(SealedModule):
     def patch_features(self, patches: Tensor, offsets: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Patches (B, M, C, ph, pw) at offsets (B, M, 2) of images of a size (H, W) -> features (B, M, …)."""
         flat = patches.flatten(0, 1)
+        arguments = [flat]
         if self.positions:
             positions = patch_positions(offsets, self.sampler.patch_size, image_size).flatten(0, 1)
-            features = self.feature(flat, positions.to(patches.dtype))
+            arguments.append(positions.to(patches.dtype))
+        if len(flat) == 1 and self.feature.training:
+            features = features_of_one(self.feature, arguments)
         else:
-            features = self.feature(flat)
+            features = self.feature(*arguments)
         return features.unflatten(0, tuple(patches.shape[:2]))
 
     def read_cells(

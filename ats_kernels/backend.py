@@ -20,6 +20,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _CHOICES = ("reference", "triton", "cpu", "numba")
 _OF_THE_CPU = ("", "cpu", "numba")  # which leave the choice of the backend to the device
@@ -65,8 +66,13 @@ def backend_for(tensor: Tensor) -> str:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` (grad, vmap, …) is at work, which takes PyTorch's own operators only."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether a transform of ``torch.func`` (grad, vmap, …) is at work, which takes PyTorch's own operators only.
+
+    Forward-mode differentiation is one, too.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def may_look(value: Tensor) -> bool:

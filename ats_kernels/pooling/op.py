@@ -43,8 +43,9 @@ def _flat(features: Tensor) -> Tensor:
 
 def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     """A batched product under autocast would round the weights to half precision."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    kind = tensor.device.type  # "meta" has no autocast
+    active = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if active else contextlib.nullcontext()
 
 
 class _Expectation(torch.autograd.Function):

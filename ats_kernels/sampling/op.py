@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ats_kernels.backend import backend_for, device_guard, is_transformed, may_look, wants_graph
 from ats_kernels.checks import check_choice, check_count, check_floating, check_generator, compute_dtype
+from ats_kernels.pixels import NonFiniteError
 from ats_kernels.plausible import check_no_attention
 from ats_kernels.sampling.cpu import sample_cpu
 from ats_kernels.sampling.draws import METHODS, Draw, Statistics, draw_seed
@@ -168,13 +169,13 @@ def sample(
 def _raise_for_bad_rows(logits: Tensor, n: int, replace: bool, rows: Tensor) -> NoReturn:
     """Raise the error that says why some rows (B,) bool cannot be drawn from."""
     if torch.isnan(logits).any():
-        raise ValueError(_first_row("NaN", torch.isnan(logits)) + "; look for a diverged attention network")
+        raise NonFiniteError(_first_row("NaN", torch.isnan(logits)) + "; look for a diverged attention network")
     if torch.isposinf(logits).any():
-        raise ValueError(_first_row("+inf", torch.isposinf(logits)) + "; only −inf, for a masked cell, is allowed")
+        raise NonFiniteError(_first_row("+inf", torch.isposinf(logits)) + "; only −inf, for a masked cell, is allowed")
     available = (~torch.isneginf(logits)).sum(-1)
     fewest, row = (int(value) for value in available.min(0))
     if fewest == 0:
-        raise ValueError(f"logits of row {row} are all −inf: every cell is masked, nothing can be drawn")
+        raise NonFiniteError(f"logits of row {row} are all −inf: every cell is masked, nothing can be drawn")
     if not replace and fewest < n:
         raise ValueError(
             f"cannot draw n={n} cells without replacement from row {row}: only {fewest} of its "
