@@ -68,11 +68,11 @@ def backend_for(tensor: Tensor) -> str:
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` (grad, vmap, …) is at work, which takes PyTorch's own operators only.
 
-    Forward-mode differentiation is one, too.
+    Forward-mode differentiation is one, too, and so is a trace, which would keep what NumPy works out as constants.
     """
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 def may_look(value: Tensor) -> bool:

@@ -146,11 +146,20 @@ def sample(
         raise ValueError(
             f"cannot draw n={n} cells without replacement from K={logits.shape[1]}; draw fewer or use replace=True"
         )
-    seed = draw_seed(logits, method, generator)
     if is_transformed():  # nor can it look at values
+        try:
+            seed = draw_seed(logits, method, generator)
+        except RuntimeError as error:
+            if "randomness" not in str(error):
+                raise
+            raise ValueError(
+                "torch.func.vmap must be told how to draw: vmap(…, randomness='different') draws for each entry by "
+                "itself, 'same' from the same random numbers"
+            ) from error
         indices = draw_cells_ref(logits.detach(), n, replace, method, seed)[0].indices
         dtype = compute_dtype(logits.dtype)
         return Draw(indices, *(value.to(dtype) for value in drawn_values(logits, indices)))
+    seed = draw_seed(logits, method, generator)
     backend = "reference" if logits.dtype == torch.float64 and logits.device.type != "cpu" else backend_for(logits)
     if logits.requires_grad and torch.is_grad_enabled():
         draw = Draw(*_Sample.apply(logits, n, replace, method, seed, backend))
