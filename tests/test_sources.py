@@ -263,6 +263,30 @@ def test_slides_leave_out_levels_that_only_resampling_gives(tmp_path, monkeypatc
     assert_exact(boxes, [source.read(*box[1:]) for box in boxes], [levels[0], levels[2]])
 
 
+def test_threads_and_slides_share_one_cache(tmp_path, monkeypatch):
+    """OpenSlide keeps 32 MB a handle by itself: 16 slides in 4 threads would keep 2 GB."""
+    given = []
+    real = openslide.OpenSlide.set_cache
+    monkeypatch.setattr(openslide.OpenSlide, "set_cache", lambda self, cache: given.append(cache) or real(self, cache))
+    levels = [pixels(300, 300)]
+    for name in ("a.tif", "b.tif"):
+        write_tiff(tmp_path / name, levels, tile=(64, 64), photometric="rgb")
+        boxes = list(boxes_of(ats.open_image(tmp_path / name)))
+        assert_exact(boxes, read_boxes(boxes, threads=3), levels)
+    assert len(given) >= 4
+    assert len({id(cache) for cache in given}) == 1
+
+
+def test_large_boxes_of_slides_are_read_in_parts(files, monkeypatch):
+    from ats.sources import slides
+
+    monkeypatch.setattr(slides, "_PIXELS_AT_ONCE", 1000)
+    for path, backend, levels, _ in files:
+        if backend == "openslide":
+            boxes = list(boxes_of(ats.open_image(path)))
+            assert_exact(boxes, read_boxes(boxes, threads=0), levels)
+
+
 def test_background_of_a_slide(tmp_path):
     """Where no pixels were scanned a slide is transparent: white, or what is asked for, and never black."""
     from ats.sources import slides

@@ -1,5 +1,7 @@
 """Whole slide images through OpenSlide (extra `slides`): Aperio, Hamamatsu, Leica, Mirax, Philips, DICOM and others."""
 
+import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,14 @@ from ats.sources.tiff_header import read_tiff_header
 
 _AT_ONCE = 4096
 """Pixels a side that OpenSlide reads in one piece; larger reads it places piece by piece, at whole level-0 pixels."""
+
+
+_PIXELS_AT_ONCE = 1 << 22
+_CACHE_BYTES = 32 << 20
+"""Of decoded tiles that a process keeps."""
+
+_lock = threading.Lock()
+_caches: dict[int, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -37,12 +47,18 @@ class SlideSource(FileSource):
 
     def _read(self, opened: Any, level: int, top: int, left: int, height: int, width: int) -> Tensor:
         step, number = self.steps[level], self.numbers[level]
-        if step is not None:
-            image = opened.read_region((left * step, top * step), number, (width, height))
-            pixels = np.asarray(image)
-        else:  # OpenSlide takes level-0 pixels, which would be resampled at fractions of this level's
+        if step is None:  # OpenSlide takes level-0 pixels, which would be resampled at fractions of this level's
             image = opened.read_region((0, 0), number, (left + width, top + height))
-            pixels = np.asarray(image)[top:, left:]
+            return self._tensor(np.asarray(image)[top:, left:])
+        box = torch.empty(self.channels, height, width, dtype=torch.uint8)
+        rows = max(1, _PIXELS_AT_ONCE // width)  # what Pillow and NumPy make of a part is gone before the next
+        for first in range(0, height, rows):
+            last = min(first + rows, height)
+            image = opened.read_region((left * step, (top + first) * step), number, (width, last - first))
+            box[:, first:last] = self._tensor(np.asarray(image))
+        return box
+
+    def _tensor(self, pixels: np.ndarray[Any, np.dtype[Any]]) -> Tensor:
         if self.background is not None:
             pixels = composite(pixels, background_colour(self.background, 3, self.name))
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
@@ -115,10 +131,21 @@ def _openslide() -> Any:
     return needed("openslide", "openslide-python", "slides", "slides")
 
 
+def _cache(openslide: Any) -> Any:
+    """One cache for all slides and threads of a process; by itself OpenSlide has one of 32 MB for each handle."""
+    process = os.getpid()
+    with _lock:
+        if process not in _caches:  # a parent's is kept, and left alone
+            _caches[process] = openslide.OpenSlideCache(_CACHE_BYTES)
+        return _caches[process]
+
+
 def _opened(path: Path) -> Any:
     openslide = _openslide()
     try:
-        return openslide.OpenSlide(str(path))
+        slide = openslide.OpenSlide(str(path))
+        slide.set_cache(_cache(openslide))
+        return slide
     except Exception as error:
         text = str(error) or "no slide that OpenSlide knows"
         raise ImageFileError(
@@ -166,3 +193,12 @@ def _named_bounds(properties: dict[str, str]) -> tuple[int, int, int, int] | Non
     except (KeyError, ValueError):
         return None
     return top, left, height, width
+
+
+def _in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

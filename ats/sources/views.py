@@ -15,6 +15,9 @@ from ats_kernels.checks import check_pair
 STRIP_BYTES = 32 << 20
 """Of what is read at once, and of the means of a strip's rows."""
 
+_TILE_ROWS = 1024
+"""Rows of a strip of a wide image, which is read in blocks: some tiles high, so that few are decoded twice."""
+
 
 def read_view(
     source: ImageSource,
@@ -129,11 +132,12 @@ def _bin(row: int, rows: int, height: int) -> tuple[int, int]:
 
 
 def _strips(source: ImageSource, rows: int, columns: int, height: int) -> Iterator[tuple[int, int]]:
-    """Output rows [first, last) of each strip: as many as what is read and its means stay below `STRIP_BYTES` for."""
+    """Output rows [first, last) of each strip: as many as can be read at once, or some tiles' if these are fewer."""
     row_bytes = source.channels * source.dtype.itemsize * columns
     by_reading = STRIP_BYTES * height // (row_bytes * rows)
+    by_tiles = _TILE_ROWS * height // rows
     by_means = STRIP_BYTES // (4 * source.channels * columns)
-    step = max(1, min(max(by_reading, 1), by_means))
+    step = max(1, min(max(by_reading, by_tiles), by_means))
     period = height // math.gcd(rows, height)  # output rows after which bins begin with whole pixels again
     step -= step % period if step > period else 0
     for first in range(0, height, step):
