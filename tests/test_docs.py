@@ -56,3 +56,13 @@ def test_no_line_is_longer_than_a_reader_likes() -> None:
         if len(line) > 100 and not line.lstrip().startswith(kept)
     ]
     assert not long
+
+
+def test_a_source_distribution_has_all_that_its_tests_need() -> None:
+    """Every top-level folder of the project that git knows is in it, and the readme shows without a clone."""
+    listed = set(re.findall(r"^graft (\w+)$", (ROOT / "MANIFEST.in").read_text(), flags=re.MULTILINE))
+    folders = {path.name for path in ROOT.iterdir() if any(path.glob("*.py")) or path.name == "docs"}
+    assert folders - listed == {"ats", "ats_kernels"}
+    readme = (ROOT / "docs" / "package.md").read_text()
+    assert "![" not in readme
+    assert not re.findall(r"\]\((?!https?:)", readme)
