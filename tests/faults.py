@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 import json
 import os
+import resource
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 
 import ats._files
@@ -49,7 +52,7 @@ def evaluated(devices: int) -> dict[str, float]:
     config = dataclasses.replace(config, data=data, optim=dataclasses.replace(config.optim, batch_size=1))
     L.seed_everything(0, verbose=False)
     task = ClassificationTask(config)
-    task.model.sampling.sampler.method = "topk"
+    task.model.sampling.sampler.selection = "topk"
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
         use_distributed_sampler=False, enable_progress_bar=False, enable_checkpointing=False,
@@ -102,6 +105,20 @@ def kill_at(replacement: int) -> None:
     ats._files.os.replace = replace  # type: ignore[attr-defined]
 
 
+def fill_disk(config: ExperimentConfig) -> None:
+    """Train where no file may have more than 50 kB, as near as a test comes to a full disk; the first checkpoint has.
+
+    Raises:
+        AssertionError: the error does not name the file, or something of it is left.
+    """
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    with pytest.raises(OSError, match="File too large") as caught:
+        training.train(config)
+    assert caught.value.filename == str(config.run_folder / "checkpoints" / "step-0000002.ckpt")
+    assert not any(map(ats._files.is_part, config.run_folder.rglob("*")))
+
+
 def forked(work: Callable[[], Any]) -> int:
     """Do `work` in a process of its own; its exit status."""
     process = os.fork()
@@ -123,6 +140,10 @@ def main(place: Path) -> None:
         data.labels(name)  # made once, for all processes
     training.experiment_data = lambda _: data
     assert forked(lambda: training.train(config)) == 0
+    full = dataclasses.replace(config, output=place / "full")
+    print(
+        json.dumps({"full": forked(lambda: fill_disk(full)), "after": forked(lambda: training.train(full))}), flush=True
+    )
     for number in itertools.count(1):
         again = dataclasses.replace(config, output=place / str(number))
 

@@ -5,8 +5,10 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ import lightning as L
 import pytest
 
 from ats import _files
-from ats._files import is_part, remove_parts, write_whole
+from ats._files import remove_parts, write_whole
 from ats.experiments.checkpoints import read_checkpoint, write_checkpoint
 from ats.experiments.commands.command_line import run
-from ats.experiments.config import DiagnosticsConfig, ExperimentConfig, to_dict
+from ats.experiments.config import DiagnosticsConfig, ExperimentConfig
 from ats.experiments.run_folder import RunFolder
 from ats.experiments.schedule import learning_rate_factor
 from ats.experiments.training import InterruptedRunError, LostRankError, train
@@ -40,19 +42,27 @@ def copy(whole: Path, tmp_path: Path) -> ExperimentConfig:
     return tiny(tmp_path / "run")
 
 
-def test_a_kill_at_any_file_ends_bit_equal_with_complete_records(tmp_path: Path) -> None:
-    """Weights, optimiser, snapshots, rows and summary; nothing is left over, and nothing in the way."""
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A folder of runs that `tests.faults` broke, and what it tells of them."""
+    place = tmp_path_factory.mktemp("killed")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", str(tmp_path)],
+        [sys.executable, "-m", "tests.faults", str(place)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    expected = records(tmp_path / "whole")
+    return place, [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_a_kill_at_any_file_ends_bit_equal_with_complete_records(faulty: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Weights, optimiser, snapshots, rows and summary; nothing is left over, and nothing in the way."""
+    place, told = faulty
+    expected = records(place / "whole")
     assert {name for name in expected if name.endswith((".ckpt", ".csv", "training.json"))} == {
         "checkpoints/last.ckpt", "checkpoints/step-0000002.ckpt", "checkpoints/step-0000004.ckpt",
         "csv/version_0/metrics.csv", "training.json",
     }  # fmt: skip
-    kills = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    kills = [each for each in told if "killed" in each]
     assert len(kills) >= 9, "nine files and more are written"
     for kill in kills:
         assert (kill["killed"], kill["resumed"]) == (KILLED, 0), kill
@@ -60,6 +70,12 @@ def test_a_kill_at_any_file_ends_bit_equal_with_complete_records(tmp_path: Path)
         assert found.keys() == expected.keys(), kill
         for name, value in expected.items():
             assert equal(found[name], value), (kill, name)
+
+
+def test_a_run_on_a_disk_that_fills_goes_on_once_there_is_room(faulty: tuple[Path, list[dict[str, Any]]]) -> None:
+    place, told = faulty
+    assert [each for each in told if "full" in each] == [{"full": 0, "after": 0}]
+    assert equal(records(place / "full"), records(place / "whole"))
 
 
 def test_every_epoch_has_its_row_and_the_summary_its_metrics(whole: Path) -> None:
@@ -90,33 +106,6 @@ def test_a_full_disk_leaves_the_file_before(tmp_path: Path, monkeypatch: pytest.
     assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_a_run_on_a_disk_that_fills_goes_on_once_there_is_room(tmp_path: Path, whole: Path) -> None:
-    """A limit on a file's size is as near as a test comes to a full disk; the checkpoint is the largest file."""
-    config = tiny(tmp_path / "run")
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, json.dumps(to_dict(config))],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    last = config.run_folder / "checkpoints" / "step-0000002.ckpt"
-    assert done.stderr.splitlines()[-1] == f"OSError {last}: File too large", done.stderr
-    assert not any(is_part(each) for each in config.run_folder.rglob("*"))
-    train(config)
-    assert equal(records(config.run_folder), records(whole))
-
-
-FULL_DISK = """
-import json, resource, signal, sys
-from ats.experiments.registry import from_dict
-from ats.experiments.training import train
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-try:
-    train(from_dict(json.loads(sys.argv[1])))
-except OSError as error:
-    sys.exit(f"{type(error).__name__} {error.filename}: {error.strerror}")
-"""
-
-
 def test_left_overs_are_nobodys_work(tmp_path: Path) -> None:
     """Those of a dead process go, those of a living one stay; neither keeps a run from its folder."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
@@ -144,19 +133,20 @@ def test_long_names_are_written_too(tmp_path: Path) -> None:
 def test_a_second_command_in_the_same_folder_gets_a_line(copy: ExperimentConfig) -> None:
     """From another process: it sees who is there, and once that is gone, killed, the run goes on."""
     folder = RunFolder(copy.run_folder)
-    script = (
-        "import sys, time\nfrom pathlib import Path\nfrom ats.experiments.run_folder import RunFolder\n"
-        "with RunFolder(Path(sys.argv[1])).held():\n    print('held', flush=True)\n    time.sleep(600)\n"
-    )
-    other = subprocess.Popen([sys.executable, "-c", script, str(folder.path)], stdout=subprocess.PIPE, text=True)
+    told, tell = os.pipe()
+    other = os.fork()
+    if not other:
+        with folder.held():
+            os.write(tell, b"held")
+            time.sleep(600)
+        os._exit(1)
     try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=rf"run is in use by process {other.pid} on .*, since 20.*--output"):
+        assert os.read(told, 4) == b"held"
+        with pytest.raises(ValueError, match=rf"run is in use by process {other} on .*, since 20.*--output"):
             train(copy)
     finally:
-        other.kill()
-        other.wait()
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
     train(copy)
     assert not {".lock", ".holder.json"} & {path.name for path in folder.path.iterdir()}
 
