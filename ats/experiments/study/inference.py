@@ -126,6 +126,9 @@ def measure(
     for indices in torch.arange(images, device="cpu").split(_BATCH):
         view, image, label = data.load("test", indices)
         full = _full(model, view, image)
+        cells = int(full.patches_used[0])
+        if max(options.n_patches, default=0) > cells:  # which would read them all, in a row of another name
+            raise ValueError(f"n_patches must be at most the attention's {cells} cells, got {max(options.n_patches)}")
         for way, draws in counts.items():
             for count in draws:
                 prediction = full if way[0] == "full" else _predict(model, way, view, image, options, generator)
