@@ -48,7 +48,7 @@ $(OLDEST_TRITON)/.ready: $(READY)
 	@touch $@
 
 kernels-oldest: $(OLDEST_TRITON)/.ready
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m tools.offline.compile --ignore-budgets $(KERNELS_ARGS)
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m tools.offline.compile $(KERNELS_ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench $(BENCH_ARGS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ats
+import ats_kernels
 from tests.conftest import HAS_GPU, INTERPRETED
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing can be launched")
@@ -22,10 +23,21 @@ def test_nothing_waits(rows: dict[str, launches.Row]) -> None:
     assert {name: row.waits for name, row in rows.items() if row.waits} == {}
 
 
-def test_drawing_and_reading(rows: dict[str, launches.Row]) -> None:
-    row = rows["sample_patches, N = 10"]
+@pytest.mark.parametrize("how", ["", ", with replacement", ", topk"])
+@pytest.mark.parametrize("n", [10, 64])
+def test_drawing_and_reading(n: int, how: str, rows: dict[str, launches.Row]) -> None:
+    row = rows[f"sample_patches, N = {n}{how}"]
     assert row.kernels == ("statistics_kernel", "draw_kernel", "extract_patches_fwd_kernel")
-    assert row.operators == ("randint",)
+    assert row.operators == (() if how == ", topk" else ("randint",))
+
+
+def test_one_draw_kernel_for_all_batch_sizes_maps_of_a_kind_and_draws() -> None:
+    with launches.taking_notes() as notes:
+        for rows, cells, n in ((1, 32_400, 10), (128, 32_400, 10), (16, 32_000, 16), (7, 20_011, 3)):
+            ats_kernels.sample(torch.empty(rows, cells), n, validate=False)
+    drawn = {variant for variant in notes.variants if variant.startswith("draw_kernel")}
+    assert notes.kernels.count("draw_kernel") == 4
+    assert len(drawn) == 1
 
 
 @pytest.mark.parametrize(("n", "kernels"), [(10, 1), (64, 1), (256, 2)])

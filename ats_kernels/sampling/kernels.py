@@ -18,6 +18,12 @@ BLOCKS_STREAM = tl.constexpr(philox.BLOCKS)
 CELLS_STREAM = tl.constexpr(philox.CELLS)
 REPEATS_STREAM = tl.constexpr(philox.REPEATS)
 
+# One variant of a kernel for all sizes: what is worth knowing of them UNIT and powers of two say.
+SIZES = (
+    "cells", "cell_units", "n_blocks", "n_chunks", "n_tiles", "n_candidates", "n_draws", "n_repeats", "needed", "rows",
+    "stride_logits_b", "stride_stats", "stride_chunk_stats",
+)  # fmt: skip
+
 FLOOR = tl.constexpr(-104.0)  # exp is 0 in float32 from here down
 
 
@@ -71,7 +77,7 @@ def ring_times(z, top, seed, block, cell, row):
     return tl.where(late == float("inf"), float("inf"), both)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def statistics_kernel(
     logits_ptr,  # (B, K)
     stats_ptr,  # (3, B, blocks), written
@@ -161,6 +167,14 @@ def row_totals(logits_row, peak, total, slope, entry, top, cells, SPAN: tl.const
 
 
 @triton.jit
+def descending_key(z, index):
+    """int64 keys whose ascending order is that of z descending, then of the index."""
+    bits = (z.to(tl.float32) + 0.0).to(tl.int32, bitcast=True)  # + 0.0: −0 and 0 are one value
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return ((~ascending).to(tl.int64) << 32) | index.to(tl.int64)
+
+
+@triton.jit
 def store_draw(
     logits_row,
     indices_ptr,
@@ -173,20 +187,22 @@ def store_draw(
     cells,
     row,
     rows,
+    rank,
+    n_draws,
+    needed,
     DRAWS: tl.constexpr,
-    N: tl.constexpr,
-    NEEDED: tl.constexpr,
 ):
-    """Store the draw of one row from its N picked cells, and poison in place of it unless NEEDED of them have mass."""
+    """Store the draw of one row from its picked cells, each at its rank, and poison in place of it unless those needed
+    have mass."""
     draw = tl.arange(0, DRAWS)
-    z = tl.load(logits_row + picked, mask=(draw < N) & (picked < cells), other=-float("inf")).to(tl.float64)
-    missing = tl.sum(((draw < NEEDED) & (z == -float("inf"))).to(tl.int32), 0)
+    z = tl.load(logits_row + picked, mask=(draw < n_draws) & (picked < cells), other=-float("inf")).to(tl.float64)
+    missing = tl.sum(((rank < needed) & (draw < n_draws) & (z == -float("inf"))).to(tl.int32), 0)
     bad = (missing > 0) | (log_total != log_total)
-    at = row * N + draw
-    tl.store(indices_ptr + at, tl.where(bad, -1, picked).to(tl.int64), mask=draw < N)
+    at = row * n_draws + rank
+    tl.store(indices_ptr + at, tl.where(bad, -1, picked).to(tl.int64), mask=draw < n_draws)
     # Only a masked cell has no logarithm that float32 holds.
     log_attention = tl.maximum((z - top) - log_total, -3.4028234663852886e38)
-    tl.store(log_attention_ptr + at, tl.where(bad, float("nan"), log_attention), mask=draw < N)
+    tl.store(log_attention_ptr + at, tl.where(bad, float("nan"), log_attention), mask=draw < n_draws)
     tl.store(row_stats_ptr + row, top)
     tl.store(row_stats_ptr + rows + row, tl.where(bad, float("nan"), log_total))
     tl.store(row_stats_ptr + 2 * rows + row, tl.where(bad, float("nan"), entropy))
@@ -194,29 +210,64 @@ def store_draw(
 
 
 @triton.jit
+def _repeat(
+    seed, distinct_ptr, distinct_log_attention_ptr, indices_ptr, log_attention_ptr, row, n_distinct, n_draws,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """Turn one row's distinct cells in the order they first come into n_draws with replacement; see repeats in
+    draws.py."""
+    cell = tl.arange(0, PADDED)
+    distinct_row = row.to(tl.int64) * n_distinct
+    log_attention = distinct_log_attention_ptr + distinct_row + cell
+    attention = tl.exp(tl.load(log_attention, mask=cell < n_distinct, other=-float("inf")))
+    following = tl.exp(tl.load(log_attention + 1, mask=cell + 1 < n_distinct, other=-float("inf")))
+    until = tl.where(following > 0.0, tl.cumsum(attention, 0), 2.0)
+    came = 0
+    for k in range(n_draws):
+        target = _uniform(seed, k, row, REPEATS_STREAM)
+        pick = tl.minimum(tl.sum((until <= target).to(tl.int32), 0), came)
+        came = tl.maximum(came, pick + 1)
+        at = row.to(tl.int64) * n_draws + k
+        tl.store(indices_ptr + at, tl.load(distinct_ptr + distinct_row + pick))
+        tl.store(log_attention_ptr + at, tl.load(distinct_log_attention_ptr + distinct_row + pick))
+
+
+@triton.jit
+def _rank(keys, draw, n_draws):
+    """The places of the first n_draws of some keys in ascending order; those of equal ones in the order they are in."""
+    other = keys[None, :]
+    earlier = (other < keys[:, None]) | ((other == keys[:, None]) & (draw[None, :] < draw[:, None]))
+    return tl.sum((earlier & (draw[None, :] < n_draws)).to(tl.int32), 1)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def draw_kernel(
     logits_ptr,  # (B, K)
     seed_ptr,  # (); None with TOPK
     stats_ptr,  # (3, B, blocks)
-    indices_ptr,  # (B, N), written
+    indices_ptr,  # (B, N) distinct cells in draw order, written
     log_attention_ptr,  # (B, N), written
     row_stats_ptr,  # (4, B), written: largest logit, log total, entropy, logsumexp
+    repeats_ptr,  # (B, n) a draw with replacement made of the distinct cells, written; None: not wanted
+    repeats_log_attention_ptr,  # (B, n), written
     cells,
     n_blocks,
+    n_candidates,
+    n_draws,
+    n_repeats,
+    needed,
     rows,
     stride_logits_b,
     stride_stats,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
-    CANDIDATES: tl.constexpr,
     SLOTS: tl.constexpr,
-    N: tl.constexpr,
     DRAWS: tl.constexpr,
-    NEEDED: tl.constexpr,
     TOPK: tl.constexpr,
 ):
-    """One program: the draw of one row of a small map. BLOCKS, SLOTS and DRAWS are the powers of two that hold its
-    blocks, the CANDIDATES among them and the N draws."""
+    """One program: the draw of one row of a small map. BLOCKS and DRAWS are powers of two that hold its blocks and its
+    N draws. The candidate blocks come SLOTS at a time, in the order in which they ring, and their cells take the place
+    of what rang latest of those that came before."""
     row = tl.program_id(0)
     logits_row = logits_ptr + row.to(tl.int64) * stride_logits_b
     block = tl.arange(0, BLOCKS)
@@ -226,61 +277,66 @@ def draw_kernel(
 
     seed = 0
     if TOPK:
-        time = -peak
+        never = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
+        key = tl.where(peak > -float("inf"), descending_key(peak, block), never)
     else:
         seed = tl.load(seed_ptr)
-        time = block_times(seed, block, row, peak, top, total)
-    # The first to ring; past the last with mass, blocks past the end, which hold none.
-    slot = tl.arange(0, SLOTS)
-    chosen = n_blocks + slot * 0
-    for k in range(CANDIDATES):
-        first = tl.min(time, 0)
-        ringing = tl.min(tl.where(time == first, block, BLOCKS), 0)
-        chosen = tl.where(slot == k, tl.where(first < float("inf"), ringing, n_blocks), chosen)
-        time = tl.where(block == ringing, float("inf"), time)
+        never = tl.full((), float("inf"), tl.float64)
+        key = block_times(seed, block, row, peak, top, total)
 
-    cell = chosen[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    z = tl.load(logits_row + cell, mask=cell < cells, other=-float("inf")).to(tl.float64)
-    cell_time = -z if TOPK else ring_times(z, top, seed, chosen, cell, row)
     draw = tl.arange(0, DRAWS)
+    slot = tl.arange(0, SLOTS)
+    index = tl.arange(0, SLOTS * BLOCK)
+    best = tl.where(draw < n_draws, never, -never)  # keys, in any order
     picked = cells + draw * 0
-    for k in range(N):
-        first = tl.min(tl.min(cell_time, 1), 0)
-        ringing = tl.min(tl.min(tl.where(cell_time == first, cell, 2147483647), 1), 0)
-        picked = tl.where(draw == k, tl.where(first < float("inf"), ringing, cells), picked)
-        cell_time = tl.where(cell == ringing, float("inf"), cell_time)
+    for start in range(0, n_candidates, SLOTS):
+        # The next to ring; past the last with mass, blocks past the end, which hold none.
+        chosen = n_blocks + slot * 0
+        for k in range(tl.minimum(n_candidates - start, SLOTS)):
+            first, place = tl.min(key, 0, return_indices=True)
+            chosen = tl.where(slot == k, tl.where(first < never, place, n_blocks), chosen)
+            key = tl.where(block == place, never, key)
+        cell = chosen[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        z = tl.load(logits_row + cell, mask=cell < cells, other=-float("inf")).to(tl.float64)
+        if TOPK:
+            cell_key = tl.where(z > -float("inf"), descending_key(z, cell), never)
+        else:
+            cell_key = ring_times(z, top, seed, chosen, cell, row)
+        cell_key = tl.reshape(cell_key, (SLOTS * BLOCK,))
+        first, place = tl.min(cell_key, 0, return_indices=True)
+        latest, at = tl.max(best, 0, return_indices=True)
+        while first < latest:
+            its_block = tl.sum(tl.where(slot == place // BLOCK, chosen, 0), 0)
+            picked = tl.where(draw == at, its_block * BLOCK + place % BLOCK, picked)
+            best = tl.where(draw == at, first, best)
+            cell_key = tl.where(index == place, never, cell_key)
+            first, place = tl.min(cell_key, 0, return_indices=True)
+            latest, at = tl.max(best, 0, return_indices=True)
+
     store_draw(
         logits_row, indices_ptr, log_attention_ptr, row_stats_ptr, picked, top, log_total, entropy, cells,
-        row.to(tl.int64), rows, DRAWS, N, NEEDED,
+        row.to(tl.int64), rows, _rank(best, draw, n_draws), n_draws, needed, DRAWS,
     )  # fmt: skip
+    if repeats_ptr is not None:
+        tl.debug_barrier()  # the stores above come first
+        _repeat(
+            seed, indices_ptr, log_attention_ptr, repeats_ptr, repeats_log_attention_ptr, row, n_draws, n_repeats, DRAWS
+        )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def repeats_kernel(
     seed_ptr,  # ()
-    distinct_ptr,  # (B, DISTINCT)
-    distinct_log_attention_ptr,  # (B, DISTINCT)
+    distinct_ptr,  # (B, N)
+    distinct_log_attention_ptr,  # (B, N)
     indices_ptr,  # (B, n), written
     log_attention_ptr,  # (B, n), written
-    n,
-    DISTINCT: tl.constexpr,
+    n_draws,
+    n_repeats,
     PADDED: tl.constexpr,
 ):
-    """One program: turns one row's DISTINCT cells in the order they first come into n draws with replacement; see
-    repeats in draws.py."""
-    row = tl.program_id(0)
-    cell = tl.arange(0, PADDED)
-    distinct_row = row.to(tl.int64) * DISTINCT
-    log_attention = distinct_log_attention_ptr + distinct_row + cell
-    attention = tl.exp(tl.load(log_attention, mask=cell < DISTINCT, other=-float("inf")))
-    following = tl.exp(tl.load(log_attention + 1, mask=cell + 1 < DISTINCT, other=-float("inf")))
-    until = tl.where(following > 0.0, tl.cumsum(attention, 0), 2.0)
-    seed = tl.load(seed_ptr)
-    came = 0
-    for k in range(n):
-        target = _uniform(seed, k, row, REPEATS_STREAM)
-        pick = tl.minimum(tl.sum((until <= target).to(tl.int32), 0), came)
-        came = tl.maximum(came, pick + 1)
-        at = row.to(tl.int64) * n + k
-        tl.store(indices_ptr + at, tl.load(distinct_ptr + distinct_row + pick))
-        tl.store(log_attention_ptr + at, tl.load(distinct_log_attention_ptr + distinct_row + pick))
+    """One program: `_repeat` of one row."""
+    _repeat(
+        tl.load(seed_ptr), distinct_ptr, distinct_log_attention_ptr, indices_ptr, log_attention_ptr, tl.program_id(0),
+        n_draws, n_repeats, PADDED,
+    )  # fmt: skip

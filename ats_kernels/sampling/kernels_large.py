@@ -7,18 +7,18 @@ of the candidate blocks, and `finish_kernel`.
 import triton
 import triton.language as tl
 
-from ats_kernels.sampling.kernels import block_times, load_entries, ring_times, row_totals, store_draw
+from ats_kernels.sampling.kernels import (
+    SIZES,
+    block_times,
+    descending_key,
+    load_entries,
+    ring_times,
+    row_totals,
+    store_draw,
+)
 
 
-@triton.jit
-def _descending_key(z, index):
-    """int64 keys whose ascending order is that of z descending, then of the index."""
-    bits = (z.to(tl.float32) + 0.0).to(tl.int32, bitcast=True)  # + 0.0: −0 and 0 are one value
-    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return ((~ascending).to(tl.int64) << 32) | index.to(tl.int64)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def block_times_kernel(
     seed_ptr,  # (); None with TOPK
     stats_ptr,  # (3, B, blocks)
@@ -46,14 +46,14 @@ def block_times_kernel(
     block = (program % n_tiles) * TILE + tl.arange(0, TILE)
     peak, total, _ = load_entries(stats_ptr, stride_stats, row.to(tl.int64), block, n_blocks)
     if TOPK:
-        key = _descending_key(peak, block)
+        key = descending_key(peak, block)
     else:
         seed = tl.load(seed_ptr)
         key = block_times(seed, block, row, peak, top, total)
     tl.store(keys_ptr + row.to(tl.int64) * n_blocks + block, key, mask=block < n_blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def cell_times_kernel(
     logits_ptr,  # (B, K)
     seed_ptr,  # (); None with TOPK
@@ -75,13 +75,13 @@ def cell_times_kernel(
     logits_row = logits_ptr + row.to(tl.int64) * stride_logits_b
     z = tl.load(logits_row + cell, mask=cell < cells, other=-float("inf")).to(tl.float64)
     if TOPK:
-        key = _descending_key(z, cell)
+        key = descending_key(z, cell)
     else:
         key = ring_times(z, tl.load(tops_ptr + row), tl.load(seed_ptr), block, cell, row)
     tl.store(keys_ptr + program.to(tl.int64) * BLOCK + offset[None, :], key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def finish_kernel(
     logits_ptr,  # (B, K)
     chunk_stats_ptr,  # (3, B, chunks)
@@ -93,6 +93,8 @@ def finish_kernel(
     cells,
     n_chunks,
     n_candidates,
+    n_draws,
+    needed,
     rows,
     stride_logits_b,
     stride_chunk_stats,
@@ -100,9 +102,7 @@ def finish_kernel(
     SPAN: tl.constexpr,
     TILE: tl.constexpr,
     CHUNKS: tl.constexpr,
-    N: tl.constexpr,
     DRAWS: tl.constexpr,
-    NEEDED: tl.constexpr,
 ):
     """One program: the draw of one row of a large map, from the places of its cells among those of the candidate
     blocks."""
@@ -113,9 +113,9 @@ def finish_kernel(
     top = tl.max(peak, 0)
     log_total, entropy = row_totals(logits_row, peak, total, slope, chunk, top, cells, SPAN, TILE)
     draw = tl.arange(0, DRAWS)
-    place = tl.load(order_ptr + row * N + draw, mask=draw < N, other=0).to(tl.int32)
+    place = tl.load(order_ptr + row * n_draws + draw, mask=draw < n_draws, other=0).to(tl.int32)
     block = tl.load(chosen_ptr + row * n_candidates + place // BLOCK).to(tl.int32)
     store_draw(
         logits_row, indices_ptr, log_attention_ptr, row_stats_ptr, block * BLOCK + place % BLOCK, top, log_total,
-        entropy, cells, row, rows, DRAWS, N, NEEDED,
+        entropy, cells, row, rows, draw, n_draws, needed, DRAWS,
     )  # fmt: skip

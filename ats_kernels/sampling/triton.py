@@ -1,9 +1,9 @@
 """The GPU path of `sample`: it launches the Triton kernels, which draw by the reference's algorithm and random numbers.
 
-Pass 1 (`statistics_kernel`) reads the logits once. Then, for maps of up to 2,048 blocks and up to 28 draws, one
+Pass 1 (`statistics_kernel`) reads the logits once. Then, for maps of up to 2,048 blocks and up to 64 draws, one
 program a row does all the rest (`draw_kernel`): two launches. Larger problems rank with torch.topk, on block times and
 on the times of the cells in the candidate blocks: `block_times_kernel`, topk, `cell_times_kernel`, topk,
-`finish_kernel`. Drawing with replacement adds `repeats_kernel`. Nothing makes the host wait.
+`finish_kernel`, and `repeats_kernel` for a draw with replacement. Nothing makes the host wait.
 """
 
 import math
@@ -19,7 +19,10 @@ from ats_kernels.sampling.kernels_bwd import bwd_drawn_kernel, bwd_kernel
 from ats_kernels.sampling.kernels_large import block_times_kernel, cell_times_kernel, finish_kernel
 
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-_SMALL_DRAWS = 28
+_SMALL_DRAWS = 64
+MAX_REGISTERS = 128  # of a thread of draw_kernel: fewer, for more programs at once than there are rows, would spill
+_REGISTERS = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
+SLOTS = 4  # candidate blocks that a program treats at a time
 _SMALL_BLOCKS = 2048
 _TIMES_TILE = 1024  # blocks a program of block_times_kernel
 _BARRIER_DRAWS = 64  # up to so many, the backward's own programs add what belongs to the drawn cells
@@ -67,8 +70,12 @@ def sample_triton(logits: Tensor, n: int, replace: bool, method: str, seed: Tens
     indices = torch.empty(rows, distinct, dtype=torch.int64, device=device)
     log_attention = torch.empty(rows, distinct, dtype=wide, device=device)
     row_stats = torch.empty(4, rows, dtype=torch.float32, device=device)
+    repeats = repeats_log_attention = None
+    if replace:
+        repeats = torch.empty(rows, n, dtype=torch.int64, device=device)
+        repeats_log_attention = torch.empty(rows, n, dtype=torch.float32, device=device)
     if small:
-        slots, padded_blocks = _padded(candidates), _padded(n_blocks)
+        padded_blocks = max(64, _padded(n_blocks))
         draw_kernel[(rows,)](
             logits,
             seed,
@@ -76,20 +83,24 @@ def sample_triton(logits: Tensor, n: int, replace: bool, method: str, seed: Tens
             indices,
             log_attention,
             row_stats,
+            repeats,
+            repeats_log_attention,
             cells,
             n_blocks,
+            candidates,
+            distinct,
+            n,
+            needed,
             rows,
             stride,
             stats.stride(0),
             BLOCK=block,
             BLOCKS=padded_blocks,
-            CANDIDATES=candidates,
-            SLOTS=slots,
-            N=distinct,
-            DRAWS=_padded(distinct),
-            NEEDED=needed,
+            SLOTS=SLOTS,
+            DRAWS=16 if distinct <= 16 else _SMALL_DRAWS,
             TOPK=topk,
-            num_warps=warps(max(slots * block, 2 * padded_blocks), 256),
+            num_warps=warps(max(SLOTS * block, 2 * padded_blocks), 256),
+            **_REGISTERS,
         )
     else:
         chosen, order = _rank(logits, seed, stats, chunk_stats, candidates, distinct)
@@ -105,6 +116,8 @@ def sample_triton(logits: Tensor, n: int, replace: bool, method: str, seed: Tens
             cells,
             n_chunks,
             candidates,
+            distinct,
+            needed,
             rows,
             stride,
             chunk_stats.stride(0),
@@ -112,14 +125,23 @@ def sample_triton(logits: Tensor, n: int, replace: bool, method: str, seed: Tens
             SPAN=span,
             TILE=min(span, 1024),
             CHUNKS=_padded(n_chunks),
-            N=distinct,
             DRAWS=_padded(distinct),
-            NEEDED=needed,
             num_warps=8,
         )
-    if replace:
-        assert seed is not None  # topk is without replacement
-        indices, log_attention = _repeat(indices, log_attention, n, seed)
+        if replace:
+            repeats_kernel[(rows,)](
+                seed,
+                indices,
+                log_attention,
+                repeats,
+                repeats_log_attention,
+                distinct,
+                n,
+                PADDED=_padded(distinct),
+                num_warps=4,
+            )
+    if repeats is not None and repeats_log_attention is not None:
+        indices, log_attention = repeats, repeats_log_attention
     peak, log_total, entropy, logsumexp = row_stats.unbind(0)
     return Draw(indices, log_attention, logsumexp, entropy), Statistics(peak, log_total, entropy)
 
@@ -172,25 +194,6 @@ def _rank(
         num_warps=warps(block, 128),
     )
     return chosen, cell_keys.topk(distinct, largest=False).indices
-
-
-def _repeat(indices: Tensor, log_attention: Tensor, n: int, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """The draw with replacement (B, n) that the distinct cells (B, N), in the order they first come, belong to."""
-    rows, distinct = indices.shape
-    repeated = torch.empty(rows, n, dtype=torch.int64, device=indices.device)
-    repeated_log_attention = torch.empty(rows, n, dtype=torch.float32, device=indices.device)
-    repeats_kernel[(rows,)](
-        seed,
-        indices,
-        log_attention,
-        repeated,
-        repeated_log_attention,
-        n,
-        DISTINCT=distinct,
-        PADDED=_padded(distinct),
-        num_warps=4,
-    )
-    return repeated, repeated_log_attention
 
 
 def grad_triton(

@@ -49,6 +49,7 @@ class OfflineCase:
         needs: regular expressions that must be found in the PTX, e.g. r"ld\\.global\\S*\\.v4".
         workload: a workload's name and its number of elements, for the floor.
         amd_budget: the budget on AMD's targets, where the same design takes more there.
+        max_registers: of a thread, as launched on NVIDIA's.
     """
 
     name: str
@@ -63,6 +64,7 @@ class OfflineCase:
     needs: tuple[str, ...] = ()
     workload: tuple[str, int] = ("2^24 elements", 2**24)
     amd_budget: float | None = None
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,10 @@ def compile_case(case: OfflineCase, target: str, op: str = "") -> Compiled:
         constexprs=case.constexprs,
         attrs={(arguments.index(name),): [["tt.divisibility", 16]] for name in case.divisible_by_16},
     )
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": case.num_warps})
+    options = {"num_warps": case.num_warps}
+    if backend == "cuda" and case.max_registers is not None:
+        options["maxnreg"] = case.max_registers
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     if backend == "cuda":
         registers, spills, instructions = _inspect_cubin(compiled.asm["cubin"])
         missing = tuple(pattern for pattern in case.needs if not re.search(pattern, compiled.asm["ptx"]))

@@ -4,21 +4,22 @@ from collections.abc import Mapping
 
 import triton
 
-from ats_kernels.sampling.kernels import draw_kernel, repeats_kernel, statistics_kernel
+from ats_kernels.sampling.kernels import SIZES, draw_kernel, repeats_kernel, statistics_kernel
 from ats_kernels.sampling.kernels_bwd import bwd_drawn_kernel, bwd_kernel
 from ats_kernels.sampling.kernels_large import block_times_kernel, cell_times_kernel, finish_kernel
-from ats_kernels.sampling.triton import slice_size, warps
+from ats_kernels.sampling.triton import MAX_REGISTERS, SLOTS, slice_size, warps
 from tools.offline.compile import OfflineCase
 
 _WIDE_LOAD, _WIDE_STORE = r"ld\.global\S*\.v4", r"st\.global\S*\.v4"
 
-_SIZES = {"cells", "n_blocks", "n_chunks", "n_tiles", "n_candidates", "rows", "n", "n_draws", "cell_units"}
+_SIZES = set(SIZES)
 _TYPES = {
     "indices_ptr": "*i64",
     "seed_ptr": "*i64",
     "chosen_ptr": "*i64",
     "order_ptr": "*i64",
     "distinct_ptr": "*i64",
+    "repeats_ptr": "*i64",
     "keys_ptr": "*fp64",
     "tops_ptr": "*fp64",
     "distinct_log_attention_ptr": "*fp64",
@@ -77,16 +78,32 @@ def offline_cases() -> list[OfflineCase]:
         )
     )
     ways: dict[str, dict[str, object]] = {"sample": {"TOPK": False}, "topk": {"TOPK": True, "seed_ptr": None}}
+    unrepeated = {"repeats_ptr": None, "repeats_log_attention_ptr": None}
+    cases.append(
+        _case(
+            "draw with replacement, 507 blocks, N up to 16",
+            draw_kernel,
+            {"BLOCK": 64, "BLOCKS": 512, "SLOTS": SLOTS, "DRAWS": 16, "TOPK": False},
+            wide=True,
+            num_warps=4,
+            elements=512 * 64,
+            bytes_per_element=24 / 64,
+            budget=30,
+        )
+    )
     for way, topk in ways.items():
         cases += [
-            _case(
-                f"draw {way}, 507 blocks",
-                draw_kernel,
-                {"BLOCK": 64, "BLOCKS": 512, "CANDIDATES": 14, "SLOTS": 16, "N": 10, "DRAWS": 16, "NEEDED": 10, **topk},
-                num_warps=4,
-                elements=512 * 64,
-                bytes_per_element=12 / 64,
-                budget=45,
+            *(
+                _case(
+                    f"draw {way}, 507 blocks, N up to {draws}",
+                    draw_kernel,
+                    {"BLOCK": 64, "BLOCKS": 512, "SLOTS": SLOTS, "DRAWS": draws, **unrepeated, **topk},
+                    num_warps=4,
+                    elements=512 * 64,
+                    bytes_per_element=12 / 64,
+                    budget=25,
+                )
+                for draws in (16, 64)
             ),
             _case(
                 f"block times {way}",
@@ -111,7 +128,7 @@ def offline_cases() -> list[OfflineCase]:
         _case(
             "finish",
             finish_kernel,
-            {"BLOCK": 512, "SPAN": 8192, "TILE": 1024, "CHUNKS": 2048, "N": 256, "DRAWS": 256, "NEEDED": 256},
+            {"BLOCK": 512, "SPAN": 8192, "TILE": 1024, "CHUNKS": 2048, "DRAWS": 256},
             num_warps=8,
             elements=2048 * 8192,
             bytes_per_element=12 / 8192,
@@ -120,7 +137,7 @@ def offline_cases() -> list[OfflineCase]:
         _case(
             "repeats",
             repeats_kernel,
-            {"DISTINCT": 10, "PADDED": 16},
+            {"PADDED": 16},
             num_warps=4,
             elements=10,
             bytes_per_element=40,
@@ -154,7 +171,7 @@ def _case(
 ) -> OfflineCase:
     types = _TYPES | {"logits_ptr": f"*{dtype}", "grad_logits_ptr": f"*{dtype}"}
     if wide:
-        types |= {"stats_ptr": "*fp64", "chunk_stats_ptr": "*fp64"}
+        types |= dict.fromkeys(("stats_ptr", "chunk_stats_ptr", "log_attention_ptr"), "*fp64")
     if constexprs.get("TOPK"):
         types["keys_ptr"] = "*i64"  # in place of times
     signature = {
@@ -174,4 +191,5 @@ def _case(
         bytes_per_element=bytes_per_element,
         budget=budget,
         needs=needs,
+        max_registers=MAX_REGISTERS if kernel is draw_kernel else None,
     )
