@@ -44,10 +44,9 @@ _SAMPLED_BLOCKS = 32
 _LEAST_SUM = 2.0**-90
 _FARTHEST_PEAK = 1e38  # from 0, that is still finite to base 2
 
-_scratch = threading.local()
-
 _LOG2_E = 1 / math.log(2)
 _NO_LOG = -1e300  # in place of log 0 where it is multiplied by 0
+_scratch = threading.local()
 
 
 class _Sums(NamedTuple):
