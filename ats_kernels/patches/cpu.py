@@ -1,8 +1,8 @@
 """The CPU path of `extract_patches`: one `index_select` from an overlapping view of all windows of the images.
 
-Nothing is allocated but the windows' places: bytes that become floats are first gathered into the end of the result
-itself. Patches that cross the border are read from the nearest place inside and then shifted. Places are worked out by
-NumPy, whose small operations cost half of PyTorch's.
+Little is allocated but the windows' places: many bytes that become floats are first gathered into the end of the result
+itself. Patches that cross the border are read from the nearest place inside and then shifted. Places are worked out and
+patches shifted by NumPy, whose small operations cost half of PyTorch's or less.
 """
 
 from functools import lru_cache
@@ -42,7 +42,12 @@ def extract_patches_cpu(
         windows.read(0, patches)
         affine.apply(patches)
     elif direct and image.dtype.itemsize < out.dtype.itemsize:
-        _read_narrower(windows, patches, image.dtype)
+        if patches.numel() * image.dtype.itemsize <= _SCRATCH:
+            raw = torch.empty(patches.shape, dtype=image.dtype, device="cpu")
+            windows.read(0, raw)
+            patches.copy_(raw)
+        else:
+            _read_narrower(windows, patches, image.dtype)
         affine.apply(patches)
     else:
         few = max(1, _SCRATCH // (patches[0].numel() * work.itemsize))
@@ -156,22 +161,23 @@ def _shift_crossing(out: Tensor, offsets: np.ndarray, inside: np.ndarray, image:
     """Move the pixels of patches that cross the border to their place, and pad around them."""
     height, width = image.shape[2:]
     size = out.shape[3], out.shape[4]
+    pixels = (out.view(torch.int16) if out.dtype == torch.bfloat16 else out).numpy()  # moved about, whatever they mean
     for b, n in np.argwhere((offsets != inside).any(-1)).tolist():
-        (y, x), (read_y, read_x), patch = offsets[b, n].tolist(), inside[b, n].tolist(), out[b, n]
+        (y, x), (read_y, read_x), patch = offsets[b, n].tolist(), inside[b, n].tolist(), pixels[b, n]
         if padding == "edge":
             rows, columns = _nearest(y, size[0], height) - read_y, _nearest(x, size[1], width) - read_x
-            patch.copy_(patch.index_select(1, rows).index_select(2, columns))
+            patch[...] = patch[:, rows[:, None], columns]
             continue
         rows, columns = _overlap(y, size[0], height), _overlap(x, size[1], width)
-        pixels = patch[:, _moved(rows, y - read_y), _moved(columns, x - read_x)].clone()
-        patch.zero_()
-        patch[:, rows, columns] = pixels
+        kept = patch[:, _moved(rows, y - read_y), _moved(columns, x - read_x)].copy()
+        patch.fill(0)
+        patch[:, rows, columns] = kept
 
 
-def _nearest(start: int, length: int, limit: int) -> Tensor:
+def _nearest(start: int, length: int, limit: int) -> np.ndarray:
     """Pixel numbers start, …, start + length − 1, those outside the image replaced by the nearest inside."""
     start = min(max(start, -length), limit)  # farther out reads the same, and does not overflow
-    return torch.arange(start, start + length, device="cpu").clamp(0, limit - 1)
+    return np.arange(start, start + length).clip(0, limit - 1)
 
 
 def _overlap(start: int, length: int, limit: int) -> slice:
@@ -221,4 +227,4 @@ def _fold(grad: Tensor, dim: int, start: int, limit: int) -> tuple[Tensor, int]:
     first, last = int(nearest[0]), int(nearest[-1])
     shape = list(grad.shape)
     shape[dim] = last - first + 1
-    return grad.new_zeros(shape).index_add_(dim, nearest - first, grad), first
+    return grad.new_zeros(shape).index_add_(dim, torch.from_numpy(nearest - first), grad), first

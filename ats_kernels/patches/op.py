@@ -26,7 +26,7 @@ from ats_kernels.checks import (
     normalise,
     output_dtype,
 )
-from ats_kernels.patches.cells import CellMap, cell_offsets_ref
+from ats_kernels.patches.cells import CellMap, cell_offsets_cpu, cell_offsets_ref
 from ats_kernels.patches.cpu import extract_patches_cpu, scatter_patches_cpu
 from ats_kernels.plausible import warn_of_bytes
 
@@ -103,7 +103,7 @@ def _extract(image: Tensor, places: Tensor, how: Reading, backend: str) -> tuple
             image, offsets, patches, indices=indices, cells=cells, padding=how.padding, means=how.means, stds=how.stds
         )
     else:
-        offsets = places.long() if cells is None else cell_offsets_ref(places, cells)
+        offsets = places.long() if cells is None else cell_offsets_cpu(places, cells)
         patches = empty_patches(image, offsets, how.size, how.dtype)
         extract_patches_cpu(image, offsets, patches, padding=how.padding, means=how.means, stds=how.stds)
     return patches, offsets
