@@ -1,4 +1,5 @@
-"""The CPU path of `expectation` where compiled loops run; else PyTorch's operators do all."""
+"""The CPU path of `expectation`: compiled loops where they run, NumPy for few numbers; else PyTorch's operators do all.
+"""
 
 import functools
 import importlib
@@ -10,9 +11,13 @@ import torch
 from torch import Tensor
 
 from ats_kernels.backend import loops_run
+from ats_kernels.pooling import small
 from ats_kernels.pooling.unordered import ACCURACY, node_steps
 
-_FEW = 2**20  # numbers in the features: of more, PyTorch's products use all cores
+# Up to so many numbers in the features, and draws: of more, PyTorch's products use all cores, and its operators' start
+# costs less than what they work on.
+_FEW = {"loops": (2**20, 2**20), "small": (2**15, 2**10)}
+_PLAIN = (Tensor, torch.nn.Parameter)  # others may be fake, or have ways of their own
 
 
 @functools.cache
@@ -20,35 +25,46 @@ def _loops() -> ModuleType:
     return importlib.import_module("ats_kernels.pooling.loops")
 
 
-def fit_loops(features: Tensor, log_attention: Tensor) -> bool:
-    """Whether the loops pool these."""
-    return (
-        features.dtype == log_attention.dtype
-        and features.dtype in (torch.float32, torch.float64)
-        and features.numel() <= _FEW
-        and weighs_in_loops()
-    )
+def pools_on_cpu(features: Tensor, log_attention: Tensor) -> str:
+    """What pools these: "loops", "small", or "" for PyTorch's operators."""
+    if (
+        features.dtype != log_attention.dtype
+        or features.dtype not in (torch.float32, torch.float64)
+        or type(features) not in _PLAIN
+    ):
+        return ""
+    way = weighs_on_cpu(log_attention)
+    return way if way and features.numel() <= _FEW[way][0] else ""
 
 
-def weighs_in_loops() -> bool:
-    """Whether the loops weigh draws."""
-    return not torch.compiler.is_compiling() and loops_run()
+def weighs_on_cpu(log_attention: Tensor) -> str:
+    """What weighs draws with these log a, likewise."""
+    if torch.compiler.is_compiling() or type(log_attention) not in _PLAIN:
+        return ""
+    way = "loops" if loops_run() else "small"
+    return way if log_attention.numel() <= _FEW[way][1] else ""
 
 
-def weigh_cpu(log_attention: Tensor, dtype: torch.dtype, *, replace: bool, estimator: str) -> Tensor:
-    """The weights (B, N) of `dtype`, from log a (B, N)."""
+def _functions(way: str) -> ModuleType:
+    return _loops() if way == "loops" else small
+
+
+def weigh_cpu(log_attention: Tensor, dtype: torch.dtype, by: str, *, replace: bool, estimator: str) -> Tensor:
+    """The weights (B, N) of `dtype`, from log a (B, N), as `weighs_on_cpu` said."""
     log_a = log_attention.detach().to(torch.promote_types(log_attention.dtype, dtype)).contiguous()
     weights = torch.empty(log_a.shape, dtype=dtype, device="cpu")
-    _loops().weigh(log_a.numpy(), *_way(log_a.shape[1], dtype, replace, estimator), weights.numpy())
+    _functions(by).weigh(log_a.numpy(), *_way(log_a.shape[1], dtype, replace, estimator), weights.numpy())
     return weights
 
 
-def pool_cpu(features: Tensor, log_attention: Tensor, *, replace: bool, estimator: str) -> tuple[Tensor, Tensor]:
-    """Pooled features (B, …) and weights (B, N)."""
+def pool_cpu(
+    features: Tensor, log_attention: Tensor, by: str, *, replace: bool, estimator: str
+) -> tuple[Tensor, Tensor]:
+    """Pooled features (B, …) and weights (B, N), as `pools_on_cpu` said."""
     shape = features.shape
     flat, log_a = _flat(features), _numpy(log_attention)
     weights, out = np.empty_like(log_a), np.empty((shape[0], flat.shape[2]), flat.dtype)
-    _loops().pool(flat, log_a, *_way(shape[1], features.dtype, replace, estimator), weights, out)
+    _functions(by).pool(flat, log_a, *_way(shape[1], features.dtype, replace, estimator), weights, out)
     pooled = torch.from_numpy(out)
     return pooled if len(shape) == 3 else pooled.view(shape[:1] + shape[2:]), torch.from_numpy(weights)
 
@@ -58,6 +74,7 @@ def pool_grad_cpu(
     features: Tensor,  # (B, N, …)
     log_attention: Tensor,
     weights: Tensor,
+    by: str,
     *,
     replace: bool,
     estimator: str,
@@ -72,7 +89,7 @@ def pool_grad_cpu(
     grad_log_attention = np.empty(log_a.shape if needs[1] else (0, 0), log_a.dtype)
     way = _way(shape[1], features.dtype, replace, estimator)
     arguments = flat_grad, flat, log_a, weights.numpy(), *way, centred, grad_features, grad_log_attention
-    _loops().pool_grad(*arguments)
+    _functions(by).pool_grad(*arguments)
     return (
         torch.from_numpy(grad_features).view(shape) if needs[0] else None,
         torch.from_numpy(grad_log_attention) if needs[1] else None,
@@ -93,9 +110,8 @@ def _numpy(values: Tensor) -> np.ndarray:
 @functools.lru_cache
 def _way(n: int, dtype: torch.dtype, replace: bool, estimator: str) -> tuple[int, np.ndarray, np.ndarray]:
     """The number of the estimator, and the nodes of its quadrature with their exponentials."""
-    loops = _loops()
     if replace or estimator != "unordered":
-        return loops.REPLACE if replace else loops.ORDERED, np.empty(0), np.empty(0)
+        return small.REPLACE if replace else small.ORDERED, np.empty(0), np.empty(0)
     step, count = node_steps(n, dtype)
     nodes = np.arange(count) * step - ACCURACY[dtype]
-    return loops.UNORDERED, nodes, np.exp(nodes)
+    return small.UNORDERED, nodes, np.exp(nodes)

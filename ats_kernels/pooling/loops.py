@@ -8,8 +8,8 @@ import math
 import numpy as np
 
 from ats_kernels.loops import SUMS, compiled, exp, kept, log, one_minus_exp
+from ats_kernels.pooling.small import ORDERED, REPLACE, UNORDERED
 
-REPLACE, ORDERED, UNORDERED = 0, 1, 2
 _LEAST_MASS = 1e-250
 
 

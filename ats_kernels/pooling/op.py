@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ats_kernels.backend import backend_for, is_transformed, wants_graph
 from ats_kernels.checks import check_choice, check_floating, check_log_probabilities, compute_dtype
-from ats_kernels.pooling.cpu import fit_loops, pool_cpu, pool_grad_cpu, weigh_cpu, weighs_in_loops
+from ats_kernels.pooling.cpu import pool_cpu, pool_grad_cpu, pools_on_cpu, weigh_cpu, weighs_on_cpu
 from ats_kernels.pooling.weights import centred_coefficients, estimator_weights_lean, estimator_weights_ref
 
 ESTIMATORS = ("ordered", "unordered")
@@ -60,8 +60,7 @@ class _Expectation(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         ctx.replace, ctx.estimator, ctx.control_variate, ctx.backend = replace, estimator, control_variate, backend
-        ctx.in_loops = backend == "cpu" and fit_loops(features, log_attention)
-        dtype = compute_dtype(features.dtype, log_attention.dtype)
+        ctx.by = pools_on_cpu(features, log_attention) if backend == "cpu" else ""
         if backend == "triton":
             if torch.compiler.is_compiling():
                 from ats_kernels.pooling.opaque import pool
@@ -74,9 +73,10 @@ class _Expectation(torch.autograd.Function):
                     _flat(features), log_attention, replace=replace, unordered=estimator == "unordered"
                 )
             pooled = pooled.view(features.shape[:1] + features.shape[2:])
-        elif ctx.in_loops:
-            pooled, weights = pool_cpu(features, log_attention, replace=replace, estimator=estimator)
+        elif ctx.by:
+            pooled, weights = pool_cpu(features, log_attention, ctx.by, replace=replace, estimator=estimator)
         else:
+            dtype = compute_dtype(features.dtype, log_attention.dtype)
             weights = _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend=backend)
             with _without_autocast(features):
                 pooled = expectation_ref(features, weights)
@@ -89,10 +89,10 @@ class _Expectation(torch.autograd.Function):
         if wants_graph():
             return *_gradients_again(grad_out, features, log_attention, weights), None, None, None, None
         needs_features, needs_log_attention = ctx.needs_input_grad[:2]
-        if ctx.in_loops:
+        if ctx.by:
             way = {"replace": ctx.replace, "estimator": ctx.estimator, "centred": ctx.control_variate}
             needs = needs_features, needs_log_attention
-            both = pool_grad_cpu(grad_out, features, log_attention, weights, needs=needs, **way)
+            both = pool_grad_cpu(grad_out, features, log_attention, weights, ctx.by, needs=needs, **way)
             return *both, None, None, None, None
         grad = _flat(grad_out.unsqueeze(1)).squeeze(1)  # (B, D)
         gradients = _gradients_triton if ctx.backend == "triton" else _gradients
@@ -152,8 +152,8 @@ def _weigh(log_attention: Tensor, dtype: torch.dtype, *, replace: bool, estimato
         return unordered_weights_triton(log_attention.detach(), dtype)
     if backend == "reference":
         weights = estimator_weights_ref(log_attention, replace=replace, estimator=estimator)
-    elif backend == "cpu" and weighs_in_loops():
-        return weigh_cpu(log_attention, dtype, replace=replace, estimator=estimator)
+    elif backend == "cpu" and (by := weighs_on_cpu(log_attention)):
+        return weigh_cpu(log_attention, dtype, by, replace=replace, estimator=estimator)
     else:
         weights = estimator_weights_lean(log_attention, dtype, replace=replace, estimator=estimator)
     return weights.to(dtype)
