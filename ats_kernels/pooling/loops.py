@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from ats_kernels.loops import SUMS, compiled, exp, kept, log, one_minus_exp
-from ats_kernels.pooling.small import ORDERED, REPLACE, UNORDERED
+from ats_kernels.pooling.small import ORDERED, REPLACE
 
 _LEAST_MASS = 1e-250
 
