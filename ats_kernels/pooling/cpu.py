@@ -1,5 +1,4 @@
-"""The CPU path of `expectation`: compiled loops where they run, NumPy for few numbers; else PyTorch's operators do all.
-"""
+"""The CPU path of `expectation`: compiled loops where they run, NumPy for few numbers; else PyTorch's operators."""
 
 import functools
 import importlib
