@@ -1,9 +1,12 @@
 """Draw cells of an attention map, some of which may be masked, for images that may have fewer cells than draws."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 import ats_kernels
+from ats.batches import GridSizes, Maps, check_grid_sizes, is_sequence, pad_logits, pad_maps
 from ats.samples import CellSample, Selection
 from ats_kernels.backend import may_look
 from ats_kernels.checks import check_choice, check_count, check_floating, check_tensor, compute_dtype
@@ -13,26 +16,31 @@ from ats_kernels.sampling.draws import METHODS
 
 
 def sample_cells(
-    logits: Tensor,
+    logits: Maps,
     n: int,
     *,
     replace: bool = False,
     selection: Selection = "sample",
-    mask: Tensor | None = None,
+    mask: Maps | None = None,
     allow_fewer: bool | None = None,
+    grid_sizes: Sequence[tuple[int, int]] | None = None,
     generator: torch.Generator | None = None,
     validate: bool | None = None,
 ) -> CellSample:
     """Draw cells where the attention is, without reading anything.
 
     Args:
-        logits: (B, gh, gw) or (B, 1, gh, gw), unnormalised log attention; −inf masks a cell.
+        logits: (B, gh, gw) or (B, 1, gh, gw), unnormalised log attention; −inf masks a cell. Of images whose grids
+            differ, a list of maps (gh, gw).
         n: cells an image.
         replace: draw with replacement.
         selection: "sample", or "topk": the most probable cells, no randomness.
-        mask: bool, True where a cell may be drawn; (gh, gw) for all images or the logits' shape.
+        mask: bool, True where a cell may be drawn; (gh, gw) for all images, the logits' shape, or a list of (gh, gw).
         allow_fewer: draw all live cells of an image that has fewer than n, and mark the rest of its n draws as surplus
-            (index −1, weight 0): what is pooled is exact for that image. False: an error. None: True with a `mask`.
+            (index −1, weight 0): what is pooled is exact for that image. False: an error. None: True with a `mask`,
+            and where grids differ.
+        grid_sizes: of logits that are one tensor though grids differ, as a forward pass gives them, −inf below and to
+            the right: cells (gh, gw) of each image's own, e.g. `grid_sizes` of the sample.
         generator: random numbers on the logits' device. Seed data-parallel ranks differently. Within activation
             checkpointing leave it out: only torch's own generators are wound back for the second pass.
         validate: look at the logits' values, which makes the host wait for a GPU. None: on the CPU only.
@@ -46,15 +54,17 @@ def sample_cells(
         ValueError: wrong shapes, more draws than live cells (without `allow_fewer`), NaN or +inf logits, an image with
             every cell masked, an unknown selection.
     """
+    logits, own = pad_logits(logits)
     check_logits(logits)
+    own = check_grid_sizes(own if grid_sizes is None else grid_sizes, logits)
     n = check_count("n", n)
     check_choice("selection", selection, METHODS)
     check_flag("replace", replace)
     check_goes_together(selection, replace=replace)
-    logits = mask_logits(logits, mask)
+    logits = mask_logits(logits, mask, own)
     flat = logits.flatten(1)  # (B, K)
     cells = flat.shape[1]
-    fewer = (mask is not None if allow_fewer is None else allow_fewer) and not replace
+    fewer = (mask is not None or own is not None if allow_fewer is None else allow_fewer) and not replace
     if n > cells and not (replace or fewer):
         raise ValueError(f"cannot draw n={n} cells from K={cells}; {_advice(selection)}")
     looks = may_look(logits)
@@ -79,20 +89,22 @@ def sample_cells(
         selection=selection,
         grid_size=(logits.shape[-2], logits.shape[-1]),
         padded=padded,
+        grid_sizes=own,
     )
 
 
-def mask_logits(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """The logits with −inf where `mask` is False. It is bool, (gh, gw) for all images or of the logits' shape."""
+def mask_logits(logits: Tensor, mask: Maps | None, grid_sizes: GridSizes = None) -> Tensor:
+    """The logits with −inf where `mask` is False. It is bool, (gh, gw) for all images or of the logits' shape.
+
+    It may be a list of (gh, gw), of each image's own grid.
+    """
     if mask is None:
         return logits
+    if is_sequence(mask) and mask and isinstance(mask[0], Tensor):
+        mask = _stack_masks(mask, logits, grid_sizes)
     check_tensor("mask", mask)
-    if mask.dtype != torch.bool:
-        raise TypeError(
-            f"mask must be bool, True where a cell may be drawn, got {mask.dtype}; compare it, e.g. mask > 0.5"
-        )
-    if mask.device != logits.device:
-        raise ValueError(f"mask is on {mask.device} but logits are on {logits.device}; move the mask there")
+    assert isinstance(mask, Tensor)
+    _check_mask("mask", mask, logits)
     grid, batch = logits.shape[-2:], logits.shape[0]
     fits = mask.shape[-2:] == grid and (
         mask.ndim == 2 or (mask.shape[0] in (1, batch) and (mask.ndim == 3 or (mask.ndim == 4 and mask.shape[1] == 1)))
@@ -105,6 +117,57 @@ def mask_logits(logits: Tensor, mask: Tensor | None) -> Tensor:
     if mask.ndim > 2:  # (B or 1, gh, gw), then with a channel where the logits have one
         mask = mask.view(mask.shape[0], *([1] if logits.ndim == 4 else []), *grid)
     return logits.masked_fill(~mask, -torch.inf)
+
+
+def _check_mask(name: str, mask: Tensor, logits: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"{name} must be bool, True where a cell may be drawn, got {mask.dtype}; compare it, e.g. {name} > 0.5"
+        )
+    if mask.device != logits.device:
+        raise ValueError(f"{name} is on {mask.device} but logits are on {logits.device}; move the mask there")
+
+
+def _stack_masks(masks: Sequence[Tensor], logits: Tensor, grid_sizes: GridSizes) -> Tensor:
+    """Masks (gh, gw) of each image's own grid as one (B, gh, gw)."""
+    grid = (logits.shape[-2], logits.shape[-1])
+    if len(masks) != len(logits):
+        raise ValueError(f"there are {len(masks)} masks but {len(logits)} images; give one mask an image")
+    for number, (mask, own) in enumerate(zip(masks, grid_sizes or [grid] * len(masks), strict=True)):
+        check_tensor(f"mask[{number}]", mask)
+        _check_mask(f"mask[{number}]", mask, logits)
+        if mask.shape != own:
+            raise ValueError(
+                f"mask[{number}] must be {own}, one entry a cell of that image, got {tuple(mask.shape)}; "
+                "ats.mask_cells(mask, grid_size, image) makes it"
+            )
+    return pad_maps(masks, grid, False)
+
+
+def live_cells(logits: Tensor) -> Tensor:
+    """How many cells (B,) int64 of logits (B, gh, gw) or (B, 1, gh, gw) can be drawn: all that are not −inf."""
+    check_logits(logits)
+    return (~logits.detach().flatten(1).isneginf()).sum(-1)
+
+
+def relative_entropy(entropy: Tensor, cells: int | Sequence[int] | Tensor) -> Tensor:
+    """The attention's entropy (B,) in nats over the largest that K cells allow, log K: 0 on one cell, 1 when uniform.
+
+    Entropy of images of different sizes compares only so. Differentiable: an entropy bonus for batches of them is its
+    mean.
+
+    Args:
+        entropy: (B,), e.g. `entropy` of a sample.
+        cells: K, for all or one an image, (B,); of masked and of padded logits, `live_cells(logits)`.
+    """
+    if (isinstance(cells, Tensor) and cells.ndim) or is_sequence(cells):
+        most = torch.as_tensor(cells, device=entropy.device).to(entropy.dtype).log()
+        if most.shape != entropy.shape:
+            raise ValueError(f"cells must be K, or one an image {tuple(entropy.shape)}, got {tuple(most.shape)}")
+        return torch.where(most > 0, entropy / most.clamp(min=torch.finfo(most.dtype).tiny), 1.0)
+    if check_count("cells", cells) == 1:
+        return torch.ones_like(entropy)
+    return entropy / torch.tensor(float(cells), device="cpu").log().to(entropy)  # type: ignore[arg-type]  # a number
 
 
 def _with_spare_cells(flat: Tensor, n: int, *, looks: bool) -> Tensor:

@@ -1,16 +1,34 @@
 """Attention sampling as functions: draw cells of an attention map, read their patches, pool their features."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 import ats_kernels
 from ats._renamed import renamed_option
-from ats.cells import check_logits, mask_logits, sample_cells
+from ats.batches import (
+    GridSizes,
+    Images,
+    Maps,
+    Sizes,
+    check_grid_sizes,
+    check_images,
+    check_not_padded,
+    check_view,
+    check_view_size,
+    each_size,
+    is_many,
+    pad_logits,
+    sizes_of,
+)
+from ats.cells import check_logits, live_cells, mask_logits, relative_entropy, sample_cells
 from ats.grid import Placement, make_grid
 from ats.pooling import estimate_pooled, pool
+from ats.reading import read_cells
 from ats.samples import BoxSample, CellSample, PatchSample, Selection
 from ats_kernels import area_downsample, estimator_weights, expectation
-from ats_kernels.checks import Normalisation, check_count, check_image, check_pair, check_tensor
+from ats_kernels.checks import Normalisation, check_count, check_pair, check_tensor
 from ats_kernels.pixels import blames_pixels
 from ats_kernels.plausible import check_strip
 
@@ -19,13 +37,17 @@ __all__ = [
     "CellSample",
     "PatchSample",
     "area_downsample",
+    "check_view",
     "estimate_pooled",
     "estimator_weights",
     "expectation",
     "extract_cells",
+    "live_cells",
     "mask_logits",
+    "pad_logits",
     "pool",
     "read_patches",
+    "relative_entropy",
     "sample_cells",
     "sample_patches",
 ]
@@ -34,17 +56,18 @@ __all__ = [
 @renamed_option("method", "selection")
 @blames_pixels
 def sample_patches(
-    image: Tensor,
-    logits: Tensor,
+    image: Images,
+    logits: Maps,
     n_patches: int,
     patch_size: int | tuple[int, int],
     *,
     replace: bool = False,
     selection: Selection = "sample",
-    mask: Tensor | None = None,
+    mask: Maps | None = None,
     allow_fewer: bool | None = None,
+    grid_sizes: Sequence[tuple[int, int]] | None = None,
     receptive_field: int | Placement = 0,
-    view_size: tuple[int, int] | None = None,
+    view_size: Sizes | None = None,
     padding: str = "zeros",
     mean: Normalisation = None,
     std: Normalisation = None,
@@ -58,11 +81,13 @@ def sample_patches(
 
     Args:
         image: (B, C, H, W) uint8, uint16, int16 or floating point (16 to 64 bits), any strides; on the logits' device,
-            or on the CPU (pinned for speed) while the logits are on a GPU.
-        logits: (B, gh, gw) or (B, 1, gh, gw), unnormalised log attention; −inf masks a cell.
+            or on the CPU (pinned for speed) while the logits are on a GPU. Or a sequence of tensors (C, H, W) and
+            `ats.ImageSource`s of any sizes, alike in channels and dtype; patches of sources are read by threads.
+        logits: (B, gh, gw) or (B, 1, gh, gw), unnormalised log attention; −inf masks a cell. Of images whose grids
+            differ, a list of maps (gh, gw).
         n_patches: patches an image.
         patch_size: pixels, an int or (ph, pw).
-        replace, selection, mask, allow_fewer, generator, validate: as in `sample_cells`.
+        replace, selection, mask, allow_fewer, grid_sizes, generator, validate: as in `sample_cells`.
         receptive_field, view_size, padding, mean, std, dtype: as in `read_patches`.
 
     Returns:
@@ -76,17 +101,18 @@ def sample_patches(
 
     Source: paper, section 3; the cell-to-pixel map is described in `ats.grid`.
     """
-    check_inputs(image, logits)
+    padded, own = own_grids(image, logits, grid_sizes, view_size)
     n_patches = check_count("n_patches", n_patches)
     patch = check_pair("patch_size", patch_size)
-    view = check_view_size(view_size, receptive_field, (image.shape[2], image.shape[3]))
+    view = check_view_size(view_size, receptive_field, sizes_of(image))
     cells = sample_cells(
-        logits,
+        padded,
         n_patches,
         replace=replace,
         selection=selection,
         mask=mask,
         allow_fewer=allow_fewer,
+        grid_sizes=own,
         generator=generator,
         validate=validate,
     )
@@ -104,12 +130,12 @@ def sample_patches(
 
 
 def read_patches(
-    image: Tensor,
+    image: Images,
     cells: CellSample,
     patch_size: int | tuple[int, int],
     *,
     receptive_field: int | Placement = 0,
-    view_size: tuple[int, int] | None = None,
+    view_size: Sizes | None = None,
     padding: str = "zeros",
     mean: Normalisation = None,
     std: Normalisation = None,
@@ -118,12 +144,13 @@ def read_patches(
     """Read the patches of drawn cells from the full-resolution images.
 
     Args:
-        image: (B, C, H, W), as in `sample_patches`.
+        image: (B, C, H, W) or a sequence, as in `sample_patches`.
         cells: what `sample_cells` drew.
         patch_size: pixels, an int or (ph, pw).
         receptive_field: where cells lie in the view: a `Placement` (`ats.measure_placement` finds it for any
             network), or the view pixels that an unpadded attention network loses along an axis.
-        view_size: pixels (h, w) of the view the logits came from; needed only with a receptive_field.
+        view_size: pixels (h, w) of the view the logits came from, or a list of one an image; needed only with a
+            receptive_field.
         padding: what is read outside an image: "zeros" or "edge", the nearest pixel.
         mean, std: a float, or one a channel: patches are (x − mean) / std. A uint8 image is scaled by 1/255 before,
             so that its mean and std are those of values in [0, 1]; no other is scaled.
@@ -134,14 +161,15 @@ def read_patches(
     """
     if not isinstance(cells, CellSample):
         raise TypeError(f"cells must be a CellSample, as ats.sample_cells gives it, got {type(cells).__name__}")
-    check_image(image)
+    check_images(image)
     _check_together(image, cells.indices, "cells")
     patches, offsets = extract_cells(
         image,
         cells.readable(),
         cells.grid_size,
         check_pair("patch_size", patch_size),
-        view_size=check_view_size(view_size, receptive_field, (image.shape[2], image.shape[3])),
+        grid_sizes=cells.grid_sizes,
+        view_size=check_view_size(view_size, receptive_field, sizes_of(image)),
         receptive_field=receptive_field,
         padding=padding,
         mean=mean,
@@ -152,12 +180,13 @@ def read_patches(
 
 
 def extract_cells(
-    image: Tensor,
+    image: Images,
     indices: Tensor,
     grid_size: tuple[int, int],
     patch_size: tuple[int, int],
     *,
-    view_size: tuple[int, int] | None = None,
+    grid_sizes: GridSizes = None,
+    view_size: Sizes | None = None,
     receptive_field: int | Placement = 0,
     padding: str = "zeros",
     mean: Normalisation = None,
@@ -166,8 +195,23 @@ def extract_cells(
 ) -> tuple[Tensor, Tensor]:
     """Read the patches of given cells, indices (B, N): patches (B, N, C, ph, pw) and their offsets (B, N, 2).
 
-    The arguments are those of `read_patches`. Patches come out on the indices' device.
+    The arguments are those of `read_patches`; `grid_sizes` are each image's own cells, the top left part of the grid.
+    Patches come out on the indices' device.
     """
+    if not isinstance(image, Tensor) or grid_sizes is not None or is_many(view_size):
+        return read_cells(  # something differs from image to image, so that one launch does not read them all
+            image.unbind(0) if isinstance(image, Tensor) else image,
+            indices,
+            grid_size,
+            patch_size,
+            grid_sizes=grid_sizes,
+            view_size=view_size,
+            receptive_field=receptive_field,
+            padding=padding,
+            mean=mean,
+            std=std,
+            dtype=dtype,
+        )
     image_size = (image.shape[2], image.shape[3])
     rows, columns = make_grid(grid_size, image_size, view_size, receptive_field).affine(patch_size)
     return ats_kernels.extract_cells(
@@ -175,13 +219,39 @@ def extract_cells(
     )
 
 
-def check_inputs(image: Tensor, logits: Tensor) -> None:
-    """Raise unless `image` (B, C, H, W) and `logits` (B, gh, gw) or (B, 1, gh, gw) go together."""
-    check_image(image)
-    _check_swapped(image, logits)
+def own_grids(
+    image: Images, logits: Maps, grid_sizes: Sequence[tuple[int, int]] | None, view_size: Sizes | None
+) -> tuple[Tensor, GridSizes]:
+    """Logits of a batch as one tensor, and each image's own grid where they differ; raise unless all go together."""
+    check_images(image)
+    if isinstance(image, Tensor) and isinstance(logits, Tensor):
+        _check_swapped(image, logits)
+    padded, own = pad_logits(logits)
+    if own is None and grid_sizes is None:
+        check_inputs(image, padded)
+        check_not_padded(padded, image, view_size)
+        return padded, None
+    own = check_grid_sizes(own if grid_sizes is None else grid_sizes, padded)
+    check_inputs(image, padded, own)
+    return padded, own
+
+
+def check_inputs(image: Images, logits: Tensor, grid_sizes: GridSizes = None) -> None:
+    """Raise unless `image` and logits (B, gh, gw) or (B, 1, gh, gw) of its attention go together.
+
+    `image` is (B, C, H, W) or a sequence.
+    """
+    check_images(image)
+    if isinstance(image, Tensor):
+        _check_swapped(image, logits)
     check_logits(logits)
     _check_together(image, logits, "logits")
-    check_strip((logits.shape[-2], logits.shape[-1]), (image.shape[2], image.shape[3]))
+    if isinstance(image, Tensor) and grid_sizes is None:
+        check_strip((logits.shape[-2], logits.shape[-1]), (image.shape[2], image.shape[3]))
+        return
+    sizes = each_size("image_size", sizes_of(image), len(logits))
+    for own, size in zip(grid_sizes or [(logits.shape[-2], logits.shape[-1])] * len(sizes), sizes, strict=True):
+        check_strip(own, size)
 
 
 def _check_swapped(image: Tensor, logits: Tensor) -> None:
@@ -194,45 +264,12 @@ def _check_swapped(image: Tensor, logits: Tensor) -> None:
         )
 
 
-def _check_together(image: Tensor, drawn: Tensor, name: str) -> None:
-    if drawn.shape[0] != image.shape[0]:
-        raise ValueError(f"image has batch size {image.shape[0]} but {name} have {drawn.shape[0]}; they must agree")
-    if image.device != drawn.device and image.device.type != "cpu":
-        raise ValueError(
-            f"image is on {image.device} but {name} are on {drawn.device}; move the image there, or leave it on "
-            "the CPU, from where only the patches are copied"
-        )
-
-
-def check_view(view: Tensor, image: Tensor, receptive_field: int | Placement) -> None:
-    """Raise unless `view` (B, C, h, w) can be the view of `image` (B, C, H, W), e.g. where the two are swapped."""
-    check_image(image)
-    check_tensor("view", view)
-    check_view_size((view.shape[-2], view.shape[-1]), receptive_field, (image.shape[2], image.shape[3]))
-
-
-def check_view_size(
-    view_size: tuple[int, int] | None, receptive_field: int | Placement, image_size: tuple[int, int]
-) -> tuple[int, int] | None:
-    """Return the view's size as a pair, or raise where it is missing or fits neither image nor receptive field."""
-    placed = isinstance(receptive_field, Placement)
-    if not placed:
-        receptive_field = check_count("receptive_field", receptive_field, least=0)
-    if view_size is None:
-        if receptive_field:
+def _check_together(image: Images, drawn: Tensor, name: str) -> None:
+    if drawn.shape[0] != len(image):
+        raise ValueError(f"image has batch size {len(image)} but {name} have {drawn.shape[0]}; they must agree")
+    for one in [image] if isinstance(image, Tensor) else image:
+        if isinstance(one, Tensor) and one.device != drawn.device and one.device.type != "cpu":
             raise ValueError(
-                f"receptive_field={receptive_field} is in pixels of the view: pass view_size=(h, w) as well"
+                f"image is on {one.device} but {name} are on {drawn.device}; move the image there, or leave it on "
+                "the CPU, from where only the patches are copied"
             )
-        return None
-    height, width = check_pair("view_size", view_size)
-    if height > image_size[0] or width > image_size[1]:
-        raise ValueError(
-            f"view_size {(height, width)} is larger than the image, {image_size}; the view is the image shrunk: "
-            "are the two swapped?"
-        )
-    if isinstance(receptive_field, int) and receptive_field >= min(height, width):
-        raise ValueError(
-            f"receptive_field={receptive_field} leaves nothing of a view of {(height, width)}; "
-            "it is the view pixels lost along an axis"
-        )
-    return height, width

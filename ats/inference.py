@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ats._modules import check_evaluating
 from ats._renamed import renamed_option
-from ats.functional import check_inputs, estimate_pooled, mask_logits, pool, sample_cells
+from ats.batches import Images, Maps, Views, each_size, is_many, sizes_of
+from ats.functional import estimate_pooled, pool, sample_cells
 from ats.nn import AttentionSampling
 from ats.prediction import Prediction
 from ats.samples import BoxSample, CellSample, Estimator, Selection
@@ -33,11 +34,11 @@ Head = Callable[[Tensor], Tensor]
 def predict(
     sampling: AttentionSampling,
     head: Head,
-    view: Tensor,
-    image: Tensor,
+    view: Views,
+    image: Images,
     *,
     selection: Selection = "sample",
-    mask: Tensor | None = None,
+    mask: Maps | None = None,
     n_patches: int | None = None,
     replace: bool | None = None,
     estimator: Estimator | None = None,
@@ -50,8 +51,8 @@ def predict(
         sampling: the attention and feature networks, in evaluation mode. Networks of a loop of your own are wrapped by
             ``ats.nn.AttentionSampling(attention, feature, n_patches, patch_size)``.
         head: pooled features (M, …) -> class logits (M, C), linear (with a bias, where it has one).
-        view: (B, C, h, w).
-        image: (B, C, H, W).
+        view: (B, C, h, w), or a sequence of views (C, h, w) of any sizes.
+        image: (B, C, H, W), or a sequence of tensors (C, H, W) and `ats.ImageSource`s of any sizes.
         selection: "sample", or "topk": the most probable cells, weighted by their attention, no randomness.
         mask: bool, True where a cell may be drawn, as in `ats.sample_cells`.
         n_patches: patches a draw; what `sampling` has where None. An image with fewer live cells has all of them read,
@@ -76,13 +77,20 @@ def predict(
     if estimator is None:
         estimator = "ordered" if replace else "unordered"
     check_estimator(estimator, replace=replace)
-    logits = mask_logits(sampling.attention_logits(view, image), mask)
-    check_inputs(image, logits)
+    logits, grids = sampling.attend(view, image, mask=mask)
     values, variances, draws = [], [], []
     for _ in range(repeats):
-        cells = sample_cells(logits, count, replace=replace, selection=selection, allow_fewer=True, generator=generator)
-        drawn = sampling.read_sample(image, cells, (view.shape[-2], view.shape[-1]))
-        features = sampling.patch_features(drawn.patches, drawn.offsets, (image.shape[2], image.shape[3]))
+        cells = sample_cells(
+            logits,
+            count,
+            replace=replace,
+            selection=selection,
+            allow_fewer=True,
+            grid_sizes=grids,
+            generator=generator,
+        )
+        drawn = sampling.read_sample(image, cells, sizes_of(view))
+        features = sampling.patch_features(drawn.patches, drawn.offsets, sizes_of(image))
         scores = _class_logits(head, features)  # (B, N, C)
         draws.append(drawn.boxes())
         if selection == "topk" or count == 1:
@@ -106,11 +114,11 @@ def predict(
 def anytime(
     sampling: AttentionSampling,
     head: Head,
-    view: Tensor,
-    image: Tensor,
+    view: Views,
+    image: Images,
     *,
     budget: int,
-    mask: Tensor | None = None,
+    mask: Maps | None = None,
     tolerance: float | None = None,
     lead: float | None = None,
     min_patches: int = 8,
@@ -147,12 +155,11 @@ def anytime(
         if limit is not None and not 0 <= limit < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, got {limit}")
     _check_evaluating(sampling, head)
-    logits = mask_logits(sampling.attention_logits(view, image), mask)
-    check_inputs(image, logits)
+    logits, grids = sampling.attend(view, image, mask=mask)
     budget = min(budget, logits[0].numel())
     if budget < 2:
         raise ValueError(f"a budget of {budget} patch says nothing of the error; allow at least 2")
-    draw = sample_cells(logits, budget, allow_fewer=True, generator=generator)
+    draw = sample_cells(logits, budget, allow_fewer=True, grid_sizes=grids, generator=generator)
     live = draw.counts  # (B,) patches that an image can have read
 
     going = torch.arange(len(logits), device=logits.device)  # images still read on
@@ -197,6 +204,7 @@ def _of(draw: CellSample, images: Tensor, begin: int, end: int) -> CellSample:
         log_attention=draw.log_attention[images, cut],
         logsumexp=draw.logsumexp[images],
         entropy=draw.entropy[images],
+        grid_sizes=None if draw.grid_sizes is None else tuple(draw.grid_sizes[image] for image in images.tolist()),
     )
 
 
@@ -210,6 +218,7 @@ def _first(cells: CellSample, n: int, offsets: Tensor, patch_size: tuple[int, in
         replace=cells.replace,
         selection=cells.selection,
         grid_size=cells.grid_size,
+        grid_sizes=cells.grid_sizes,
         offsets=offsets[None, :n],
         patch_size=patch_size,
     )
@@ -231,8 +240,8 @@ def _decided(value: Tensor, scores: Tensor, cells: CellSample, lead: float) -> T
 def _scores(
     sampling: AttentionSampling,
     head: Head,
-    view: Tensor,
-    image: Tensor,
+    view: Views,
+    image: Images,
     cells: CellSample,  # (G, M)
     images: Tensor,  # (G,) which they are of
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
@@ -240,18 +249,31 @@ def _scores(
 
     Of an image's surplus nothing is read.
     """
-    view_size, size = (view.shape[-2], view.shape[-1]), (image.shape[2], image.shape[3])
+    chosen = images.tolist()
+    views, sizes = (
+        each_size("view_size", sizes_of(view), len(image)),
+        each_size("image_size", sizes_of(image), len(image)),
+    )
+    views, sizes = [views[number] for number in chosen], [sizes[number] for number in chosen]
     surplus = cells.surplus
-    if len(images) == len(image) and not (cells.padded and surplus.any()):
-        patches, offsets = sampling.read_cells(image, cells.indices, cells.grid_size, view_size)
-        scores = _class_logits(head, sampling.patch_features(patches, offsets, size))
-        return scores, offsets, (patches.shape[-2], patches.shape[-1])
-    read = [  # slices, for choosing images by their numbers would copy them whole
-        sampling.read_cells(image[number : number + 1], row[~left_over].unsqueeze(0), cells.grid_size, view_size)
-        for number, row, left_over in zip(images.tolist(), cells.indices, surplus, strict=True)
-    ]
+    if not isinstance(image, Tensor):
+        image = [image[number] for number in chosen]
+    whole = len(images) == len(image)  # of a tensor some images would be copied whole
+    if whole and not (cells.padded and surplus.any()):
+        patches, offsets = sampling.read_drawn(
+            image, cells.indices, cells, views if is_many(sizes_of(view)) else views[0]
+        )
+        features = sampling.patch_features(patches, offsets, sizes_of(image))
+        return _class_logits(head, features), offsets, (patches.shape[-2], patches.shape[-1])
+    read = []
+    for row, number in enumerate(range(len(chosen)) if whole else chosen):
+        wanted = cells.indices[row : row + 1, ~surplus[row]]
+        one = sampling.read_drawn(image[number : number + 1], wanted, cells[row], views[row])  # a slice is no copy
+        read.append(one)
     patches, found = (torch.cat(parts, dim=1) for parts in zip(*read, strict=True))  # (1, all of them, …)
-    flat = _class_logits(head, sampling.patch_features(patches, found, size)).squeeze(0)
+    own = [size for size, count in zip(sizes, cells.counts.tolist(), strict=True) for _ in range(count)]
+    features = sampling.patch_features(patches.transpose(0, 1), found.transpose(0, 1), own)  # (all of them, 1, …)
+    flat = _class_logits(head, features.transpose(0, 1)).squeeze(0)
     scores, offsets = flat.new_zeros(*surplus.shape, flat.shape[-1]), found.new_zeros(*surplus.shape, 2)
     scores[~surplus], offsets[~surplus] = flat, found.squeeze(0)
     return scores, offsets, (patches.shape[-2], patches.shape[-1])

@@ -1,6 +1,7 @@
 """The functions of `ats.functional` as modules; `ats.nn` has them."""
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from ats import functional
 from ats._modules import SealedModule
 from ats._renamed import renamed_attribute, renamed_option
+from ats.batches import GridSizes, Images, Maps, Sizes
 from ats.cells import check_flag, check_goes_together
 from ats.grid import Placement
 from ats.samples import CellSample, Estimator, PatchSample, Selection
@@ -104,19 +106,28 @@ class SamplePatches(SealedModule):
 
     def forward(
         self,
-        image: Tensor,
-        logits: Tensor,
+        image: Images,
+        logits: Maps,
         *,
-        view_size: tuple[int, int] | None = None,
-        mask: Tensor | None = None,
+        view_size: Sizes | None = None,
+        mask: Maps | None = None,
+        grid_sizes: Sequence[tuple[int, int]] | None = None,
         generator: torch.Generator | None = None,
     ) -> PatchSample:
-        """Image (B, C, H, W) and logits (B, gh, gw) -> PatchSample. `view_size` is needed with a receptive_field."""
-        functional.check_inputs(image, logits)
-        return self.read(image, self.draw(logits, mask=mask, generator=generator), view_size)
+        """Image (B, C, H, W) and logits (B, gh, gw) -> PatchSample. `view_size` is needed with a receptive_field.
+
+        Both may be sequences, as in `ats.sample_patches`.
+        """
+        padded, own = functional.own_grids(image, logits, grid_sizes, view_size)
+        return self.read(image, self.draw(padded, mask=mask, grid_sizes=own, generator=generator), view_size)
 
     def draw(
-        self, logits: Tensor, *, mask: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        logits: Maps,
+        *,
+        mask: Maps | None = None,
+        grid_sizes: Sequence[tuple[int, int]] | None = None,
+        generator: torch.Generator | None = None,
     ) -> CellSample:
         """Cells drawn from logits (B, gh, gw), of which nothing is read."""
         return functional.sample_cells(
@@ -126,23 +137,33 @@ class SamplePatches(SealedModule):
             selection=self.selection,
             mask=mask,
             allow_fewer=self.allow_fewer,
+            grid_sizes=grid_sizes,
             generator=generator,
         )
 
-    def read(self, image: Tensor, cells: CellSample, view_size: tuple[int, int] | None = None) -> PatchSample:
-        """The patches of drawn cells, read from images (B, C, H, W)."""
-        patches, offsets = self.read_cells(image, cells.readable(), cells.grid_size, view_size)
+    def read(self, image: Images, cells: CellSample, view_size: Sizes | None = None) -> PatchSample:
+        """The patches of drawn cells, read from images (B, C, H, W) or a sequence of them."""
+        patches, offsets = self.read_cells(image, cells.readable(), cells.grid_size, view_size, cells.grid_sizes)
         return PatchSample.of(cells, patches, offsets)
 
     def read_cells(
-        self, image: Tensor, indices: Tensor, grid_size: tuple[int, int], view_size: tuple[int, int] | None = None
+        self,
+        image: Images,
+        indices: Tensor,
+        grid_size: tuple[int, int],
+        view_size: Sizes | None = None,
+        grid_sizes: GridSizes = None,
     ) -> tuple[Tensor, Tensor]:
-        """The patches (B, M, C, ph, pw) of cells (B, M) of a grid (gh, gw) on a view (h, w), and their offsets."""
+        """The patches (B, M, C, ph, pw) of cells (B, M) of a grid (gh, gw) on a view (h, w), and their offsets.
+
+        `grid_sizes` are each image's own cells, where they differ: the top left part of the grid.
+        """
         return functional.extract_cells(
             image,
             indices,
             grid_size,
             self.patch_size,
+            grid_sizes=grid_sizes,
             view_size=view_size,
             receptive_field=self.receptive_field,
             padding=self.padding,

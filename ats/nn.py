@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from ats import functional
 from ats._modules import SealedModule, check_evaluating, features_of_one
 from ats._renamed import renamed_option
+from ats.batches import GridSizes, Images, Maps, Sizes, Views, each_size, is_many, pad_logits, sizes_of
 from ats.grid import Placement, patch_positions
 from ats.layers import Expectation, SamplePatches
 from ats.probe import measure_placement, shifting_layer
@@ -38,6 +40,11 @@ class AttentionSampling(SealedModule):
             positions (M, 2) the patches' centres (y, x) in [0, 1], see `ats.patch_positions` (paper, section 3.4).
 
     `n_patches`, `selection`, `replace` and `estimator` may be changed at any time, e.g. for evaluation.
+
+    Images may be a tensor or a sequence of tensors (C, H, W) and `ats.ImageSource`s, views a tensor or a sequence of
+    tensors (C, h, w), of any sizes. Attention runs once for all views of one size. Where grids differ, logits are
+    padded with −inf at the bottom and on the right, and an image with fewer live cells than `n_patches` has all of them
+    read (`allow_fewer`).
 
     Patches are read by `read_cells` alone, whatever they are read for: override it to read them from elsewhere.
     """
@@ -137,52 +144,105 @@ class AttentionSampling(SealedModule):
 
     @blames_pixels
     def forward(
-        self, view: Tensor, image: Tensor, *, mask: Tensor | None = None, generator: torch.Generator | None = None
+        self, view: Views, image: Images, *, mask: Maps | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, PatchSample]:
         """View (B, C, h, w) and image (B, C, H, W) -> pooled features (B, …), logits, PatchSample.
 
-        Features are pooled by `ats.pool`. A `mask` (as in `ats.sample_cells`) is −inf in the logits that come back.
+        Features are pooled by `ats.pool`. A `mask` (as in `ats.sample_cells`) is −inf in the logits that come back, and
+        so is what they are padded with; the sample's `grid_sizes` are the images' own.
         """
-        logits = functional.mask_logits(self.attention_logits(view, image), mask)
-        pooled, sample = self.draw(image, logits, (view.shape[-2], view.shape[-1]), mask=mask, generator=generator)
+        logits, grids = self.attend(view, image, mask=mask)
+        pooled, sample = self._draw(image, logits, grids, sizes_of(view), mask, generator)
         return pooled, logits, sample
 
     def draw(
         self,
-        image: Tensor,
-        logits: Tensor,
-        view_size: tuple[int, int],
+        image: Images,
+        logits: Maps,
+        view_size: Sizes,
         *,
-        mask: Tensor | None = None,
+        mask: Maps | None = None,
+        grid_sizes: Sequence[tuple[int, int]] | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, PatchSample]:
         """Image (B, C, H, W) and logits of its attention, on a view (h, w) -> pooled features (B, …), PatchSample.
 
-        What `forward` does once attention is there; to draw again from attention that is.
+        What `forward` does once attention is there; to draw again from attention that is. Of images whose grids differ,
+        logits that `forward` gave go with ``grid_sizes=sample.grid_sizes``.
         """
-        functional.check_inputs(image, logits)
-        sample = self.read_sample(image, self.sampler.draw(logits, mask=mask, generator=generator), view_size)
-        features = self.patch_features(sample.patches, sample.offsets, (image.shape[2], image.shape[3]))
+        logits, grids = functional.own_grids(image, logits, grid_sizes, view_size)
+        return self._draw(image, logits, grids, view_size, mask, generator)
+
+    def _draw(
+        self,
+        image: Images,
+        logits: Tensor,
+        grids: GridSizes,
+        view_size: Sizes,
+        mask: Maps | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, PatchSample]:
+        cells = self.sampler.draw(logits, mask=mask, grid_sizes=grids, generator=generator)
+        sample = self.read_sample(image, cells, view_size)
+        features = self.patch_features(sample.patches, sample.offsets, sizes_of(image))
         pooled = functional.pool(features, sample, estimator=self.estimator, control_variate=self.control_variate)
         return pooled, sample
 
-    def read_sample(self, image: Tensor, cells: CellSample, view_size: tuple[int, int]) -> PatchSample:
-        """The patches of cells that were drawn on a view (h, w), read by `read_cells`."""
-        patches, offsets = self.read_cells(image, cells.readable(), cells.grid_size, view_size)
+    def read_sample(self, image: Images, cells: CellSample, view_size: Sizes) -> PatchSample:
+        """The patches of cells that were drawn on a view (h, w), or on views of as many sizes, read by `read_cells`."""
+        patches, offsets = self.read_drawn(image, cells.readable(), cells, view_size)
         return PatchSample.of(cells, patches, offsets)
 
-    def attention_logits(self, view: Tensor, image: Tensor) -> Tensor:
-        """View (B, C, h, w) and image (B, C, H, W) -> logits (B, gh, gw) or (B, 1, gh, gw)."""
+    def read_drawn(self, image: Images, indices: Tensor, cells: CellSample, view_size: Sizes) -> tuple[Tensor, Tensor]:
+        """What `read_cells` reads of cells (B, M) on the grids of a draw."""
+        if cells.grid_sizes is None:
+            return self.read_cells(image, indices, cells.grid_size, view_size)
+        return self.read_cells(image, indices, cells.grid_size, view_size, cells.grid_sizes)
+
+    def attend(self, view: Views, image: Images, *, mask: Maps | None = None) -> tuple[Tensor, GridSizes]:
+        """View and image -> logits (B, gh, gw) or (B, 1, gh, gw), masked and padded, and each image's own grid.
+
+        The grids are None where all are the same.
+        """
+        logits, grids = pad_logits(self.attention_logits(view, image))
+        logits = functional.mask_logits(logits, mask, grids)
+        functional.check_inputs(image, logits, grids)
+        return logits, grids
+
+    def attention_logits(self, view: Views, image: Images) -> Maps:
+        """View (B, C, h, w) and image (B, C, H, W) -> logits (B, gh, gw) or (B, 1, gh, gw).
+
+        Of a sequence of views: a list of maps (gh, gw), for which the network runs once for all views of one size.
+        """
         # Before the attention network runs: on an image in the view's place it would take long, or fail obscurely.
         functional.check_view(view, image, self.sampler.receptive_field)
-        return self.attention(view)
+        if isinstance(view, Tensor):
+            return self.attention(view)
+        buckets: dict[torch.Size, list[int]] = {}
+        for number, one in enumerate(view):
+            buckets.setdefault(one.shape, []).append(number)
+        maps: list[Tensor] = [view[0]] * len(view)  # each is put in its place below
+        for numbers in buckets.values():
+            logits = self.attention(torch.stack([view[number] for number in numbers]))
+            functional.check_logits(logits)
+            for number, one in zip(numbers, logits.view(len(numbers), *logits.shape[-2:]), strict=True):
+                maps[number] = one
+        return maps
 
-    def patch_features(self, patches: Tensor, offsets: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Patches (B, M, C, ph, pw) at offsets (B, M, 2) of images of a size (H, W) -> features (B, M, …)."""
+    def patch_features(self, patches: Tensor, offsets: Tensor, image_size: Sizes) -> Tensor:
+        """Patches (B, M, C, ph, pw) at offsets (B, M, 2) of images of a size (H, W) -> features (B, M, …).
+
+        Sizes may be one an image.
+        """
         flat = patches.flatten(0, 1)
         arguments = [flat]
         if self.positions:
-            positions = patch_positions(offsets, self.sampler.patch_size, image_size).flatten(0, 1)
+            size = self.sampler.patch_size
+            if is_many(image_size):
+                each = zip(offsets, each_size("image_size", image_size, len(offsets)), strict=True)
+                positions = torch.cat([patch_positions(some, size, own) for some, own in each])
+            else:
+                positions = patch_positions(offsets, size, image_size).flatten(0, 1)
             arguments.append(positions.to(patches.dtype))
         if len(flat) == 1 and self.feature.training:
             features = features_of_one(self.feature, arguments)
@@ -191,15 +251,21 @@ class AttentionSampling(SealedModule):
         return features.unflatten(0, tuple(patches.shape[:2]))
 
     def read_cells(
-        self, image: Tensor, indices: Tensor, grid_size: tuple[int, int], view_size: tuple[int, int]
+        self,
+        image: Images,
+        indices: Tensor,
+        grid_size: tuple[int, int],
+        view_size: Sizes,
+        grid_sizes: GridSizes = None,
     ) -> tuple[Tensor, Tensor]:
         """The patches (B, M, C, ph, pw) of cells (B, M) of a grid (gh, gw) on a view (h, w), and their offsets.
 
-        All reading goes through here: of `forward`, `draw`, `full`, `ats.predict` and `ats.anytime`.
+        All reading goes through here: of `forward`, `draw`, `full`, `ats.predict` and `ats.anytime`. `grid_sizes`,
+        given only where they differ, are each image's own cells: the top left part of the grid.
         """
-        return self.sampler.read_cells(image, indices, grid_size, view_size)
+        return self.sampler.read_cells(image, indices, grid_size, view_size, grid_sizes)
 
-    def full(self, view: Tensor, image: Tensor, *, mask: Tensor | None = None, chunk_size: int = 1024) -> Tensor:
+    def full(self, view: Views, image: Images, *, mask: Maps | None = None, chunk_size: int = 1024) -> Tensor:
         """Φ = Σ_i a_i f_i (B, …) over all K cells, `chunk_size` patches at a time: the model without sampling.
 
         It reads K patches an image: for checks and small images. It works with gradients too, for which the
@@ -210,8 +276,15 @@ class AttentionSampling(SealedModule):
         """
         chunk_size = check_count("chunk_size", chunk_size)
         check_evaluating(sampling=self)
-        logits = functional.mask_logits(self.attention_logits(view, image), mask)
-        functional.check_inputs(image, logits)
+        logits, grids = self.attend(view, image, mask=mask)
+        if grids is None:
+            return self._full(logits, image, sizes_of(view), chunk_size)
+        sizes = each_size("view_size", sizes_of(view), len(logits))
+        rows = [logits[number : number + 1, :height, :width] for number, (height, width) in enumerate(grids)]
+        parts = zip(rows, sizes, strict=True)
+        return torch.cat([self._full(row, image[b : b + 1], size, chunk_size) for b, (row, size) in enumerate(parts)])
+
+    def _full(self, logits: Tensor, image: Images, view_size: Sizes, chunk_size: int) -> Tensor:
         grid = (logits.shape[-2], logits.shape[-1])
         log_attention = logits.flatten(1).log_softmax(-1)  # (B, K)
         cells = torch.arange(log_attention.shape[1], device=logits.device)
@@ -219,8 +292,8 @@ class AttentionSampling(SealedModule):
         total: Tensor | None = None
         for some in cells.split(max(1, chunk_size // batch)):
             indices = some.expand(batch, -1)  # (B, M)
-            patches, offsets = self.read_cells(image, indices, grid, (view.shape[-2], view.shape[-1]))
-            features = self.patch_features(patches, offsets, (image.shape[2], image.shape[3]))  # (B, M, …)
+            patches, offsets = self.read_cells(image, indices, grid, view_size)
+            features = self.patch_features(patches, offsets, sizes_of(image))  # (B, M, …)
             attention = log_attention[:, some].exp().to(features.dtype)
             part = torch.einsum("bm,bm...->b...", attention, features)
             total = part if total is None else total + part

@@ -66,7 +66,8 @@ class CellSample:
         entropy: (B,) of the attention, nats; differentiable.
         replace: whether cells were drawn with replacement.
         selection: "sample", or "topk": the most probable cells, without randomness.
-        grid_size: cells (gh, gw) of the attention.
+        grid_size: cells (gh, gw) of the attention. Where grids differ, the common one that `indices` are cells of.
+        grid_sizes: where grids differ, each image's own (gh, gw): the top left part of `grid_size`. None: all of it.
         padded: whether an image with fewer than N live cells may be among them. All of its cells were drawn, and the
             draws left over, its surplus, weigh nothing: its estimate is exact.
     """
@@ -79,6 +80,7 @@ class CellSample:
     selection: Selection
     grid_size: tuple[int, int]
     padded: bool = False
+    grid_sizes: tuple[tuple[int, int], ...] | None = None
 
     _tensors: ClassVar[tuple[str, ...]]  # the names of its fields that are tensors, and of the others
     _static: ClassVar[tuple[str, ...]]
@@ -95,18 +97,26 @@ class CellSample:
     def __getitem__(self, key: int | slice) -> "Self":
         """Some of the images, as a sample."""
         if isinstance(key, slice):
-            return self._map(lambda tensor: tensor[key])
+            return self._some(key)
         if isinstance(key, bool) or not hasattr(key, "__index__"):
             raise TypeError(f"a sample is indexed by an image's number or a slice, got {type(key).__name__}")
         number = key.__index__()
         if not -len(self) <= number < len(self):
             raise IndexError(f"image {number} of a sample of {len(self)}")
-        number %= len(self)
-        return self._map(lambda tensor: tensor[number : number + 1])
+        return self._some(slice(number % len(self), number % len(self) + 1))
+
+    def _some(self, key: slice) -> "Self":
+        some = self._map(lambda tensor: tensor[key])
+        return some if self.grid_sizes is None else dataclasses.replace(some, grid_sizes=self.grid_sizes[key])
+
+    def own_grids(self) -> tuple[tuple[int, int], ...]:
+        """Cells (gh, gw) of each image's own grid."""
+        return (self.grid_size,) * len(self) if self.grid_sizes is None else self.grid_sizes
 
     def __repr__(self) -> str:
         sizes = {"images": len(self), "n": self.indices.shape[1]}
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in (sizes | self._how()).items())})"
+        how = (sizes | self._how()).items()
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in how if v is not None)})"
 
     @classmethod
     def cat(cls, samples: "Iterable[Self]") -> "Self":
@@ -120,13 +130,14 @@ class CellSample:
             raise ValueError("cat needs at least one sample")
         first = every[0]
         for other in every[1:]:
-            ours, theirs = ({**s._how(), "padded": None, "n": s.indices.shape[1]} for s in (first, other))
-            if type(other) is not type(first) or ours != theirs:
+            if type(other) is not type(first) or other._alike() != first._alike():
                 raise ValueError(
                     f"samples that are put together must be drawn alike, got {first!r} and {other!r}; keep those that "
                     "differ in a list"
                 )
         changes: dict[str, Any] = {name: torch.cat([getattr(s, name) for s in every]) for name in first._tensors}
+        if any(sample.grid_sizes for sample in every):
+            changes["grid_sizes"] = tuple(grid for sample in every for grid in sample.own_grids())
         return dataclasses.replace(first, **changes, padded=any(sample.padded for sample in every))
 
     def to(
@@ -225,6 +236,9 @@ class CellSample:
     def _how(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._static}
 
+    def _alike(self) -> dict[str, Any]:
+        return {**self._how(), "padded": None, "grid_sizes": None, "n": self.indices.shape[1]}
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Self":
         changes: dict[str, Any] = {name: function(getattr(self, name)) for name in self._tensors}
         return dataclasses.replace(self, **changes)
@@ -293,6 +307,7 @@ class PatchSample(BoxSample):
             selection=cells.selection,
             grid_size=cells.grid_size,
             padded=cells.padded,
+            grid_sizes=cells.grid_sizes,
             offsets=offsets,
             patch_size=(patches.shape[-2], patches.shape[-1]),
             patches=patches,
@@ -316,7 +331,7 @@ def _register(cls: type[CellSample]) -> None:
         return cls(**dict(zip(tensors, values, strict=True)), **dict(zip(static, context, strict=True)))
 
     def from_json(context: Any) -> tuple[Any, ...]:
-        return tuple(tuple(value) if isinstance(value, list) else value for value in context)
+        return tuple(from_json(value) if isinstance(value, list) else value for value in context)
 
     pytree.register_pytree_node(
         cls,

@@ -14,8 +14,8 @@ def to_tensor(name: str, value: object) -> str:
         if len({tuple(item.shape) for item in value}) == 1:
             return f"; join its {len(value)} tensors with torch.stack({name}), or torch.cat({name}) if they are batches"
         return (
-            f" of tensors of different sizes, which make no batch; take them one at a time, e.g. {name}[0][None], or "
-            "pad them to one size"
+            f" of tensors of different sizes, which make no batch; take them one at a time, e.g. {name}[0][None] (what "
+            "draws patches, such as ats.sample_patches and ats.predict, takes a list as it is)"
         )
     source = name
     if not isinstance(value, np.ndarray):

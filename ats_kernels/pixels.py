@@ -33,6 +33,16 @@ def check_pixels(name: str, image: Tensor) -> None:
         )
 
 
+def _check_all(name: str, images: object) -> None:
+    """Of a tensor, or of each tensor in a sequence."""
+    if isinstance(images, Tensor):
+        check_pixels(name, images)
+    elif isinstance(images, list | tuple):
+        for number, one in enumerate(images):
+            if isinstance(one, Tensor):
+                check_pixels(f"{name}[{number}][None]", one[None])
+
+
 def blames_pixels(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Let a function that ends in a `NonFiniteError` say so if its argument `image` or `view` is the cause."""
     signature = inspect.signature(function)
@@ -46,11 +56,10 @@ def blames_pixels(function: Callable[_P, _R]) -> Callable[_P, _R]:
         except NonFiniteError as error:
             given = signature.bind(*args, **kwargs).arguments
             for name in ("image", "view"):
-                if isinstance(given.get(name), Tensor):
-                    try:
-                        check_pixels(name, given[name])
-                    except NonFiniteError as cause:
-                        raise cause from error
+                try:
+                    _check_all(name, given.get(name))
+                except NonFiniteError as cause:
+                    raise cause from error
             raise
 
     return blaming

@@ -21,6 +21,8 @@ LEVELS = (
     ("ats.version", "ats._files", "ats._renamed", "ats._modules", "ats.paths"),
     (
         "ats.grid",
+        "ats.batches",
+        "ats.reading",
         "ats.receptive_field",
         "ats.probe",
         "ats.dependence",

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ats.batches import Images, Maps, Views, sizes_of
 from ats.nn import AttentionSampling
 from ats.samples import PatchSample
 
@@ -122,21 +123,21 @@ class ATSClassifier(nn.Module):
 
     def forward(
         self,
-        view: Tensor,
-        image: Tensor,
+        view: Views,
+        image: Images,
         *,
-        mask: Tensor | None = None,
+        mask: Maps | None = None,
         generator: torch.Generator | None = None,
         draws: int = 1,
     ) -> tuple[Tensor, PatchSample]:
         """View (B, C, h, w) and image (B, C, H, W) -> class logits (draws·B, n_classes), PatchSample of the first draw.
 
         With several draws each image comes once for each, all images of the first draw first. `mask` is as in
-        `ats.sample_cells`.
+        `ats.sample_cells`. Views and images may be sequences, as `ats.nn.AttentionSampling` takes them.
         """
         pooled, logits, sample = self.sampling(view, image, mask=mask, generator=generator)
-        size = (view.shape[-2], view.shape[-1])
-        more = [self.sampling.draw(image, logits, size, mask=mask, generator=generator)[0] for _ in range(draws - 1)]
+        again = {"mask": mask, "generator": generator, "grid_sizes": sample.grid_sizes}
+        more = [self.sampling.draw(image, logits, sizes_of(view), **again)[0] for _ in range(draws - 1)]
         return self.classify(torch.cat([pooled, *more])), sample
 
     def classify(self, pooled: Tensor) -> Tensor:
