@@ -1,5 +1,6 @@
 """What modules of this package have in common: names that mean something, and a mode that can be told."""
 
+import contextlib
 import difflib
 import functools
 import inspect
@@ -53,8 +54,8 @@ def check_evaluating(**parts: object) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    for part, module in parts.items():
-        for name, layer in module.named_modules() if isinstance(module, nn.Module) else ():
+    for part, module in ((part, module) for part, value in parts.items() for module in modules_in(value)):
+        for name, layer in module.named_modules():
             at = f"{part}.{name}" if name else part
             if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
                 raise ValueError(
@@ -76,19 +77,71 @@ def _differs(layer: nn.Module) -> bool:
         return layer.p > 0
     if isinstance(layer, nn.RNNBase | nn.MultiheadAttention):
         return layer.dropout > 0
-    code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
-    return isinstance(layer, nn.modules.batchnorm._BatchNorm) or "training" in getattr(code, "co_names", ())
+    kind: type = type(layer)
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm) or "training" in _names_read(kind)
 
 
-def features_of_one(feature: nn.Module, arguments: list[Tensor]) -> Tensor:
-    """The features of a single patch in training, of which batch normalisation has no statistics."""
+@functools.cache
+def _names_read(kind: type) -> frozenset[str]:
+    """The names that a class's forward reads, and the methods of its own that it calls, as their code has them."""
+    found, todo = set[str](), ["forward"]
+    while todo:
+        code = [getattr(inspect.unwrap(getattr(kind, todo.pop())), "__code__", None)]
+        while code:
+            one = code.pop()
+            code += [inner for inner in getattr(one, "co_consts", ()) if inspect.iscode(inner)]
+            for name in set(getattr(one, "co_names", ())) - found:
+                found.add(name)
+                if inspect.isfunction(getattr(kind, name, None)) and not hasattr(nn.Module, name):
+                    todo.append(name)
+    return frozenset(found)
+
+
+def modules_in(function: object) -> list[nn.Module]:
+    """The modules that a callable is, is a method of, or holds: what a function closes over, names, or is given."""
+    if isinstance(function, nn.Module):
+        return [function]
+    if inspect.ismethod(function):
+        return modules_in(function.__self__)
+    if isinstance(function, functools.partial):
+        parts = function.func, *function.args, *function.keywords.values()
+        return [module for part in parts for module in modules_in(part)]
+    if not inspect.isfunction(function):
+        return []
+    held = [function.__globals__.get(name) for name in function.__code__.co_names]
+    held += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # nothing was put there yet
+            held.append(cell.cell_contents)
+    return [value for value in held if isinstance(value, nn.Module)]
+
+
+def run_network(name: str, network: nn.Module, *arguments: Tensor) -> Tensor:
+    """What a network makes of (M, …), the view or the patches; an error that is of their dtype or number says so."""
     try:
-        return feature(*arguments)
+        return network(*arguments)
     except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
+        if len(arguments[0]) > 1 or "more than 1 value per channel" not in str(error):
             raise
         raise ValueError(
-            "the feature network normalises over the batch, but in training one image with n_patches=1 gives it a "
+            f"the {name} network normalises over the batch, but in training one image with n_patches=1 gives it a "
             "single patch, which has no variance; draw at least 2 patches, give more images, or call .eval() on its "
             f"normalisation layers (torch says: {error})"
+            if name == "feature"
+            else f"the {name} network normalises over the batch, which has one value a channel in training; give more "
+            f"images, or call .eval() on its normalisation layers (torch says: {error})"
+        ) from error
+    except RuntimeError as error:
+        given = arguments[0].dtype
+        weights = {weight.dtype for weight in network.parameters() if weight.is_floating_point()} - {given}
+        if not weights or "type" not in str(error):
+            raise
+        wanted = next(iter(weights))
+        what, mend = {
+            "feature": ("patches", f"pass dtype={wanted} where patches are read, e.g. to AttentionSampling"),
+            "attention": ("the view", f"pass view.to({wanted}), or make it by ats.area_downsample(…, dtype={wanted})"),
+        }[name]
+        raise TypeError(
+            f"the {name} network's weights are {wanted}, but {what} {'are' if name == 'feature' else 'is'} {given}; "
+            f"{mend} (torch says: {error})"
         ) from error

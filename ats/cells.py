@@ -9,7 +9,7 @@ import ats_kernels
 from ats.batches import GridSizes, Maps, check_grid_sizes, is_sequence, pad_logits, pad_maps
 from ats.samples import CellSample, Selection
 from ats_kernels.backend import may_look
-from ats_kernels.checks import check_choice, check_count, check_floating, check_tensor, compute_dtype
+from ats_kernels.checks import check_choice, check_count, check_flag, check_floating, check_tensor, compute_dtype
 from ats_kernels.pixels import NonFiniteError
 from ats_kernels.plausible import check_no_attention
 from ats_kernels.sampling.draws import METHODS
@@ -60,6 +60,9 @@ def sample_cells(
     n = check_count("n", n)
     check_choice("selection", selection, METHODS)
     check_flag("replace", replace)
+    for name, flag in (("allow_fewer", allow_fewer), ("validate", validate)):
+        if flag is not None:
+            check_flag(name, flag)
     check_goes_together(selection, replace=replace)
     logits = mask_logits(logits, mask, own)
     flat = logits.flatten(1)  # (B, K)
@@ -114,6 +117,9 @@ def mask_logits(logits: Tensor, mask: Maps | None, grid_sizes: GridSizes = None)
             f"mask must be (gh, gw) or (B, gh, gw), with one entry a cell of the logits {tuple(logits.shape)}, got "
             f"{tuple(mask.shape)}"
         )
+    if may_look(logits):  # what is masked no longer adds up to 1
+        flat = logits.detach().flatten(1)
+        check_no_attention(flat, flat.logsumexp(-1))
     if mask.ndim > 2:  # (B or 1, gh, gw), then with a channel where the logits have one
         mask = mask.view(mask.shape[0], *([1] if logits.ndim == 4 else []), *grid)
     return logits.masked_fill(~mask, -torch.inf)
@@ -168,6 +174,18 @@ def relative_entropy(entropy: Tensor, cells: int | Sequence[int] | Tensor) -> Te
     if check_count("cells", cells) == 1:
         return torch.ones_like(entropy)
     return entropy / torch.tensor(float(cells), device="cpu").log().to(entropy)  # type: ignore[arg-type]  # a number
+
+
+def check_drawable(logits: Tensor) -> None:
+    """Raise, where the host may look, if logits (B, gh, gw) are attention already or a row of them has no softmax."""
+    if not may_look(logits):
+        return
+    flat = logits.detach().flatten(1)
+    logsumexp = flat.logsumexp(-1)
+    if not logsumexp.isfinite().all():
+        _raise_for_few(flat, 1, "topk", fewest=1)
+        ats_kernels.sample(flat, 1, method="topk", validate=True)  # says what else is wrong
+    check_no_attention(flat, logsumexp)
 
 
 def _with_spare_cells(flat: Tensor, n: int, *, looks: bool) -> Tensor:
@@ -229,9 +247,3 @@ def check_goes_together(selection: str, *, replace: bool) -> None:
         raise ValueError(
             "selection='topk' takes distinct cells and cannot be combined with replace=True; drop one of them"
         )
-
-
-def check_flag(name: str, value: object) -> None:
-    """Raise unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")

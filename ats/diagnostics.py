@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ats.samples import BoxSample
+from ats_kernels.backend import may_look
 from ats_kernels.checks import check_count, check_floating, check_log_probabilities, check_pair, check_tensor
+from ats_kernels.plausible import check_no_attention
 
 _FEW_CELLS = 2.0  # attention on fewer, in effect, has collapsed
 _AT_CHANCE = 0.98  # of the loss at chance: a model has learned nothing until it is below
@@ -264,5 +266,7 @@ def _attention(logits: Tensor) -> Tensor:
     check_floating("logits", logits)
     if logits.ndim not in (3, 4) or (logits.ndim == 4 and logits.shape[1] != 1):
         raise ValueError(f"logits must be (B, gh, gw) or (B, 1, gh, gw), got {tuple(logits.shape)}")
-    grid = logits.shape[-2:]
+    grid, flat = logits.shape[-2:], logits.detach().flatten(1)
+    if may_look(flat) and flat.numel():
+        check_no_attention(flat, flat.logsumexp(-1))
     return logits.detach().flatten(1).double().softmax(-1).view(-1, *grid)  # (B, gh, gw)

@@ -213,6 +213,8 @@ def extract_cells(
             dtype=dtype,
         )
     image_size = (image.shape[2], image.shape[3])
+    grid_size, patch_size = check_pair("grid_size", grid_size), check_pair("patch_size", patch_size)
+    check_strip(grid_size, image_size)
     rows, columns = make_grid(grid_size, image_size, view_size, receptive_field).affine(patch_size)
     return ats_kernels.extract_cells(
         image, indices, grid_size, rows, columns, patch_size, padding=padding, mean=mean, std=std, dtype=dtype

@@ -168,12 +168,7 @@ def cell_offsets(
     Raises:
         ValueError: a placement whose cells leave the view, or that was made for views of another size.
     """
-    grid = make_grid(
-        check_pair("grid_size", grid_size),
-        check_pair("image_size", image_size),
-        None if view_size is None else check_pair("view_size", view_size),
-        receptive_field,
-    )
+    grid = make_grid(grid_size, image_size, view_size, receptive_field)
     return grid.offsets(indices, check_pair("patch_size", patch_size))
 
 
@@ -184,6 +179,8 @@ def make_grid(
     receptive_field: int | Placement,
 ) -> Grid:
     """The grid of (gh, gw) cells that a network with this receptive field gives for a view of an image."""
+    cells, image_size = check_pair("grid_size", cells), check_pair("image_size", image_size)
+    view_size = None if view_size is None else check_pair("view_size", view_size)  # NumPy's integers would overflow
     if isinstance(receptive_field, Placement):
         if view_size is None:
             raise ValueError(f"{receptive_field} is in pixels of the view: pass view_size=(h, w) as well")

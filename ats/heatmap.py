@@ -5,7 +5,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ats.cells import check_logits, mask_logits
+from ats.cells import check_drawable, check_logits, mask_logits
 from ats.grid import Grid, Placement, make_grid
 from ats.samples import BoxSample, CellSample, Estimator
 from ats_kernels.checks import check_pair
@@ -60,6 +60,7 @@ def heatmap(
         mass = mass.scatter_add_(1, sample_or_logits.readable().clamp(min=0), weights).unflatten(1, cells)
     else:
         check_logits(sample_or_logits)
+        check_drawable(sample_or_logits)
         logits = mask_logits(sample_or_logits.detach(), mask)
         cells = (logits.shape[-2], logits.shape[-1])
         mass = logits.flatten(1).double().softmax(-1).unflatten(1, cells)  # (B, gh, gw)

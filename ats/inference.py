@@ -7,7 +7,6 @@ with less variance.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
@@ -20,7 +19,7 @@ from ats.functional import estimate_pooled, pool, sample_cells
 from ats.nn import AttentionSampling
 from ats.prediction import Prediction
 from ats.samples import BoxSample, CellSample, Estimator, Selection
-from ats_kernels.checks import check_choice, check_count
+from ats_kernels.checks import check_choice, check_count, check_number
 from ats_kernels.pixels import NonFiniteError, blames_pixels
 from ats_kernels.pooling.op import check_estimator
 from ats_kernels.sampling.draws import METHODS
@@ -151,19 +150,17 @@ def anytime(
         raise ValueError(
             "anytime needs a tolerance or a lead to stop at; for a fixed number of patches call ats.predict"
         )
-    for name, limit in (("tolerance", tolerance), ("lead", lead)):
-        if limit is not None and not 0 <= limit < math.inf:
-            raise ValueError(f"{name} must be a finite number of at least 0, got {limit}")
+    tolerance, lead = _limit("tolerance", tolerance), _limit("lead", lead)
     _check_evaluating(sampling, head)
     logits, grids = sampling.attend(view, image, mask=mask)
-    budget = min(budget, logits[0].numel())
     if budget < 2:
         raise ValueError(f"a budget of {budget} patch says nothing of the error; allow at least 2")
+    budget = min(budget, max(2, logits[0].numel()))  # of a single cell, which is the full model, one is left over
     draw = sample_cells(logits, budget, allow_fewer=True, grid_sizes=grids, generator=generator)
     live = draw.counts  # (B,) patches that an image can have read
 
     going = torch.arange(len(logits), device=logits.device)  # images still read on
-    scores = torch.empty(0)  # (G, n, C) of their n patches so far
+    scores = torch.empty(0, device=logits.device)  # (G, n, C) of their n patches so far
     result: tuple[Tensor, ...] | None = None
     offsets = torch.zeros(len(logits), budget, 2, dtype=torch.int64, device=logits.device)
     looks = [*range(min(min_patches, budget), budget, chunk_size), budget]
@@ -193,6 +190,15 @@ def anytime(
     value, error, used, stopped = result
     samples = (_first(one, n, where, patch_size) for one, n, where in zip(draw, used.tolist(), offsets, strict=True))
     return Prediction(value, error, used, stopped, tuple(samples))
+
+
+def _limit(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    number = check_number(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {number}")
+    return number
 
 
 def _of(draw: CellSample, images: Tensor, begin: int, end: int) -> CellSample:
@@ -316,4 +322,4 @@ def _check_evaluating(sampling: AttentionSampling, head: Head) -> None:
             f"sampling must be an ats.nn.AttentionSampling, got {type(sampling).__name__}; pass the model's own, e.g. "
             "model.sampling, or wrap its networks in one"
         )
-    check_evaluating(sampling=sampling, head=getattr(head, "__self__", head))  # a method is its module's
+    check_evaluating(sampling=sampling, head=head)

@@ -10,10 +10,10 @@ from ats import functional
 from ats._modules import SealedModule
 from ats._renamed import renamed_attribute, renamed_option
 from ats.batches import GridSizes, Images, Maps, Sizes
-from ats.cells import check_flag, check_goes_together
+from ats.cells import check_goes_together
 from ats.grid import Placement
 from ats.samples import CellSample, Estimator, PatchSample, Selection
-from ats_kernels.checks import Normalisation, check_choice, check_count, check_pair
+from ats_kernels.checks import Normalisation, check_choice, check_count, check_flag, check_pair
 from ats_kernels.patches.op import PADDINGS
 from ats_kernels.pooling.op import check_estimator
 from ats_kernels.sampling.draws import METHODS
@@ -44,6 +44,8 @@ class SamplePatches(SealedModule):
         self.patch_size = patch_size
         self.selection = selection
         self.replace = replace
+        if allow_fewer is not None:
+            check_flag("allow_fewer", allow_fewer)
         self.allow_fewer = allow_fewer
         placed = isinstance(receptive_field, Placement)
         self.receptive_field = receptive_field if placed else check_count("receptive_field", receptive_field, least=0)

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ats import functional
-from ats._modules import SealedModule, check_evaluating, features_of_one
+from ats._modules import SealedModule, check_evaluating, run_network
 from ats._renamed import renamed_option
 from ats.batches import GridSizes, Images, Maps, Sizes, Views, each_size, is_many, pad_logits, sizes_of
+from ats.cells import check_drawable
 from ats.grid import Placement, patch_positions
 from ats.layers import Expectation, SamplePatches
 from ats.probe import measure_placement, shifting_layer
 from ats.samples import CellSample, Estimator, PatchSample, Selection
 from ats_kernels.checks import Normalisation, check_count
-from ats_kernels.pixels import blames_pixels
+from ats_kernels.pixels import blames_pixels, check_cause
 from ats_kernels.pooling.op import check_estimator
 
 __all__ = ["AttentionSampling", "Expectation", "SamplePatches"]
@@ -186,6 +187,7 @@ class AttentionSampling(SealedModule):
         sample = self.read_sample(image, cells, view_size)
         features = self.patch_features(sample.patches, sample.offsets, sizes_of(image))
         pooled = functional.pool(features, sample, estimator=self.estimator, control_variate=self.control_variate)
+        check_cause("image", image, pooled)
         return pooled, sample
 
     def read_sample(self, image: Images, cells: CellSample, view_size: Sizes) -> PatchSample:
@@ -217,13 +219,13 @@ class AttentionSampling(SealedModule):
         # Before the attention network runs: on an image in the view's place it would take long, or fail obscurely.
         functional.check_view(view, image, self.sampler.receptive_field)
         if isinstance(view, Tensor):
-            return self.attention(view)
+            return run_network("attention", self.attention, view)
         buckets: dict[torch.Size, list[int]] = {}
         for number, one in enumerate(view):
             buckets.setdefault(one.shape, []).append(number)
         maps: list[Tensor] = [view[0]] * len(view)  # each is put in its place below
         for numbers in buckets.values():
-            logits = self.attention(torch.stack([view[number] for number in numbers]))
+            logits = run_network("attention", self.attention, torch.stack([view[number] for number in numbers]))
             functional.check_logits(logits)
             for number, one in zip(numbers, logits.view(len(numbers), *logits.shape[-2:]), strict=True):
                 maps[number] = one
@@ -244,10 +246,7 @@ class AttentionSampling(SealedModule):
             else:
                 positions = patch_positions(offsets, size, image_size).flatten(0, 1)
             arguments.append(positions.to(patches.dtype))
-        if len(flat) == 1 and self.feature.training:
-            features = features_of_one(self.feature, arguments)
-        else:
-            features = self.feature(*arguments)
+        features = run_network("feature", self.feature, *arguments)
         return features.unflatten(0, tuple(patches.shape[:2]))
 
     def read_cells(
@@ -265,6 +264,7 @@ class AttentionSampling(SealedModule):
         """
         return self.sampler.read_cells(image, indices, grid_size, view_size, grid_sizes)
 
+    @blames_pixels
     def full(self, view: Views, image: Images, *, mask: Maps | None = None, chunk_size: int = 1024) -> Tensor:
         """Φ = Σ_i a_i f_i (B, …) over all K cells, `chunk_size` patches at a time: the model without sampling.
 
@@ -272,17 +272,22 @@ class AttentionSampling(SealedModule):
         features of all chunks are kept; evaluate under ``torch.no_grad()`` where none are wanted.
 
         Raises:
-            ValueError: a batch norm, a dropout or the like in training mode, for which the chunks would matter.
+            ValueError: a batch norm, a dropout or the like in training mode, for which the chunks would matter; logits
+                that are NaN, an image with every cell masked, NaN or infinite pixels (looked for on the CPU only).
         """
         chunk_size = check_count("chunk_size", chunk_size)
         check_evaluating(sampling=self)
         logits, grids = self.attend(view, image, mask=mask)
+        check_drawable(logits)
         if grids is None:
-            return self._full(logits, image, sizes_of(view), chunk_size)
-        sizes = each_size("view_size", sizes_of(view), len(logits))
-        rows = [logits[number : number + 1, :height, :width] for number, (height, width) in enumerate(grids)]
-        parts = zip(rows, sizes, strict=True)
-        return torch.cat([self._full(row, image[b : b + 1], size, chunk_size) for b, (row, size) in enumerate(parts)])
+            total = self._full(logits, image, sizes_of(view), chunk_size)
+        else:
+            sizes = each_size("view_size", sizes_of(view), len(logits))
+            rows = [logits[number : number + 1, :height, :width] for number, (height, width) in enumerate(grids)]
+            parts = enumerate(zip(rows, sizes, strict=True))
+            total = torch.cat([self._full(row, image[b : b + 1], size, chunk_size) for b, (row, size) in parts])
+        check_cause("image", image, total)
+        return total
 
     def _full(self, logits: Tensor, image: Images, view_size: Sizes, chunk_size: int) -> Tensor:
         grid = (logits.shape[-2], logits.shape[-1])

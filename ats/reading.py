@@ -98,7 +98,7 @@ def _read_sources(
     boxes = {place: _nearest_box(sources[place[0]], *place[1:], patch_size) for place in dict.fromkeys(places)}
     read_once = dict(zip(boxes, read_boxes(boxes.values()), strict=True))
     first = sources[0]
-    raw = torch.empty(len(places), first.channels, *patch_size, dtype=first.dtype)
+    raw = torch.empty(len(places), first.channels, *patch_size, dtype=first.dtype, device="cpu")
     for number, place in enumerate(places):
         box, pixels = boxes[place], read_once[place]
         if pixels.shape != (first.channels, box.height, box.width) or pixels.dtype != first.dtype:
@@ -108,8 +108,8 @@ def _read_sources(
             )
         pixels = bits(pixels)
         if (box.height, box.width) != patch_size:
-            rows = (torch.arange(patch_size[0]) + place[1] - box.top).clamp(0, box.height - 1)
-            columns = (torch.arange(patch_size[1]) + place[2] - box.left).clamp(0, box.width - 1)
+            rows = (torch.arange(patch_size[0], device="cpu") + place[1] - box.top).clamp(0, box.height - 1)
+            columns = (torch.arange(patch_size[1], device="cpu") + place[2] - box.left).clamp(0, box.width - 1)
             pixels = pixels[:, rows.unsqueeze(-1), columns]
         bits(raw)[number] = pixels
     raw = raw.to(device)  # as few bytes as there are
@@ -136,9 +136,9 @@ def _nearest(size: int, begin: int, length: int) -> tuple[int, int]:
 
 def _inside(sources: Sequence[ImageSource], offsets: Tensor, patch_size: Size) -> Tensor:
     """Which pixels (S, N, ph, pw) of patches are in their images."""
-    sizes = torch.tensor([size_of(source) for source in sources])  # (S, 2)
+    sizes = torch.tensor([size_of(source) for source in sources], device=offsets.device)  # (S, 2)
     axes = []
     for axis in (0, 1):
-        pixel = offsets[..., axis, None] + torch.arange(patch_size[axis])  # (S, N, p)
+        pixel = offsets[..., axis, None] + torch.arange(patch_size[axis], device=offsets.device)  # (S, N, p)
         axes.append((pixel >= 0) & (pixel < sizes[:, axis].view(-1, 1, 1)))
     return axes[0].unsqueeze(-1) & axes[1].unsqueeze(-2)

@@ -12,7 +12,6 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ats._files import write_whole
+from ats.paths import user_path
 from ats_kernels import estimator_weights
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class PatchTable(list[dict[str, int | float]]):
             FileExistsError: there is a file already, and not `overwrite`.
             ValueError: there are no rows to write.
         """
-        target = Path(path).expanduser()
+        target = user_path(path)
         if not self:
             raise ValueError(f"there are no patches to write to {target}")
         if target.exists() and not overwrite:

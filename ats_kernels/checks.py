@@ -63,13 +63,19 @@ def _channels_look_last(image: Tensor) -> bool:
     Three or four columns, or one of whole numbers, are enough; other numbers must be as few as bands are, and a and b
     be as an image's sides: signals have one column, too.
     """
-    channels, height, width = image.shape[-3:]
-    short, long = min(channels, height), max(channels, height)
-    if width > 32 or short < 32 or image.stride(-3) == 1:
+    if image.stride(-3) == 1:
         return False
-    if width in (3, 4) or (width == 1 and not image.is_floating_point()):
-        return True
-    return 4 * width <= short and long <= 4 * short
+    channels, height, width = image.shape[-3:]
+    whole = width == 1 and min(channels, height) >= 32 and not image.is_floating_point()
+    return whole or reads_as_channels_last(channels, height, width)
+
+
+def reads_as_channels_last(channels: int, height: int, width: int) -> bool:
+    """Whether sizes (C, H, W) are more likely those of (H, W, C)."""
+    short, long = min(channels, height), max(channels, height)
+    if width > 32 or short < 32:
+        return False
+    return width in (3, 4) or (4 * width <= short and long <= 4 * short)
 
 
 def check_floating(name: str, value: Tensor) -> None:
@@ -167,8 +173,27 @@ def check_pair(name: str, value: object) -> tuple[int, int]:
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:  # of an array even the question is an error
         raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless `value` is True or False: of texts and arrays the truth is seldom what is meant."""
+    if not isinstance(value, bool):
+        number = isinstance(value, (int, np.bool_)) or (isinstance(value, _ARRAYS) and not value.ndim)
+        mend = f"; {name}=bool({value}) is one" if number and not isinstance(value, str) else ""
+        raise TypeError(f"{name} must be True or False, got {value!r}{mend}")
+
+
+def check_number(name: str, value: object) -> float:
+    """Return `value` as a float, or raise unless it is one finite number; NumPy's and tensors are."""
+    if isinstance(value, (*_ARRAYS, np.generic)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    return float(value)
 
 
 def check_normalisation(

@@ -8,6 +8,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from ats_kernels.backend import may_look
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -31,6 +33,15 @@ def check_pixels(name: str, image: Tensor) -> None:
             f"{name} holds {count} NaN or infinite pixel(s), the first ({value}) in {place} of {tuple(image.shape)}; "
             f"leave that image out, or replace them, e.g. {name}.nan_to_num(0, 0, 0)"
         )
+
+
+def check_cause(name: str, images: object, result: Tensor) -> None:
+    """Raise if `result` is NaN or infinite and pixels are, of a batch or a sequence; looked at on the CPU only.
+
+    A network may well make something of such pixels, and may fail without them: neither is an error here.
+    """
+    if may_look(result) and not result.detach().isfinite().all():
+        _check_all(name, images)
 
 
 def _check_all(name: str, images: object) -> None:

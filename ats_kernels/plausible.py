@@ -25,17 +25,20 @@ def check_no_attention(logits: Tensor, logsumexp: Tensor) -> None:
     """Raise if logits (B, K) are an attention already: softmax(softmax(z)) is next to uniform.
 
     Of numbers in [0, 1] that add up to 1 the logsumexp (B,) lies between those of the flattest and of the sharpest,
-    log(K e^{1/K}) and log(K − 1 + e). One number tells most logits from them.
+    log(K e^{1/K}) and log(K − 1 + e), where K counts what is not masked. One number tells most logits from them.
     """
     cells = logits.shape[1]
     half = logits.dtype in (torch.float16, torch.bfloat16)
     first, slack = logsumexp.detach()[0].item(), (1e-2 if half else 1e-4)
     rounding = 2e-7 * abs(first)
-    if cells < 2 or not math.log(cells) + (1 - slack) / cells - rounding <= first:
+    if cells < 2 or not 1 - slack - rounding <= first <= math.log(cells + 1.7183 + slack) + rounding:
         return
-    if first > math.log(cells + 1.7183 + slack) + rounding:
+    live = int(logits.detach()[0].isneginf().logical_not_().sum())
+    low, high = math.log(live) + (1 - slack) / live, math.log(live + 1.7183 + slack)
+    if not low - rounding <= first <= high + rounding:
         return
     values = logits.detach().double()
+    values = values.masked_fill(values.isneginf(), 0.0)
     if not ((values >= 0).all() and ((values.sum(-1) - 1).abs() <= slack).all()):
         return
     message = (
@@ -48,18 +51,26 @@ def check_no_attention(logits: Tensor, logsumexp: Tensor) -> None:
 
 
 def warn_of_bytes(image: Tensor, means: list[float] | None, stds: list[float] | None, out: Tensor) -> None:
-    """Warn if a floating-point image of numbers up to 255 is normalised by statistics of numbers in [0, 1].
+    """Warn if an image of numbers far above 1 is normalised by statistics of numbers in [0, 1].
 
     Of `out` (B, …, C, h, w), which is (x − mean) / std, a channel of the first image, and of its first patch, is looked
-    at.
+    at. Bytes are scaled before. A floating-point image in [0, 1] may glare in a few pixels, but not in half of them.
     """
-    if means is None or stds is None or not image.is_floating_point() or "bytes" in _warned or not may_look(out):
+    if means is None or stds is None or image.dtype == torch.uint8 or "bytes" in _warned or not may_look(out):
         return
     if out.numel() == 0 or not (0 < max(means) <= 1 and max(stds) < 1):
         return
     first = out.detach()[(0,) * (out.ndim - 2)]  # (h, w)
     most = first.amax().item() * stds[0] + means[0]
-    if 16 < most < 256:
+    if not most > 16:
+        return
+    if not image.is_floating_point():
+        warn_once(
+            "bytes",
+            f"the image holds {image.dtype} numbers up to {most:.6g}, which are taken as they are, but mean {means} "
+            f"and std {stds} are of numbers in [0, 1]; give both in the image's own units",
+        )
+    elif most < 256 or first.float().median().item() * stds[0] + means[0] > 16:
         warn_once(
             "bytes",
             f"the image holds floating-point numbers up to {most:.4g} but mean {means} and std {stds} are of numbers "

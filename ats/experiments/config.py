@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from ats.datasets.image_files import default_folder
 from ats.models.networks import Networks
+from ats.paths import user_path
 
 
 def check_least(values: Any, section: str, least: int, *names: str) -> None:
@@ -257,7 +258,7 @@ class ExperimentConfig:
     def run_folder(self) -> Path:
         """Where the run's files go."""
         name = f"{self.experiment}-{self.preset}-{self.model.label}-seed-{self.seed}"
-        return (self.output or Path("runs") / name).expanduser()
+        return user_path(self.output or Path("runs") / name)
 
 
 def to_dict(config: ExperimentConfig) -> dict[str, Any]:

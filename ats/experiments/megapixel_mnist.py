@@ -16,6 +16,7 @@ from ats.experiments.experiment import Experiment, ExperimentData
 from ats.experiments.tables import Row, Table, cnn_row, draws_row
 from ats.models import megapixel_mnist
 from ats.models.networks import Networks
+from ats.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class MegapixelMNISTConfig(DataConfig):
         if self.folder is not None:
             return self.folder
         if "ATS_DATA" in os.environ:
-            return Path(os.environ["ATS_DATA"]) / self.subfolder()
+            return user_path(os.environ["ATS_DATA"]) / self.subfolder()
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(cache) / "torch-ats" / self.subfolder()
+        return user_path(cache) / "torch-ats" / self.subfolder()
 
     def check_run(self, config: ExperimentConfig) -> None:
         """Refuse a training that never comes to images of full size."""

@@ -13,6 +13,7 @@ from ats.experiments.config import ExperimentConfig
 from ats.experiments.registry import from_dict
 from ats.inference import Prediction, anytime, predict
 from ats.models import ATSClassifier, MILClassifier
+from ats.paths import user_path
 
 Method = Literal["sample", "topk", "anytime"]
 
@@ -142,7 +143,7 @@ def load(run: Path | str, *, device: torch.device | str = "cpu") -> TrainedModel
         FileNotFoundError: there is no such file.
         ValueError: it is not a checkpoint of this project, or was written by another version of it.
     """
-    path = checkpoint_of(Path(run))
+    path = checkpoint_of(user_path(run))
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; `ats train` writes RUN/checkpoints/last.ckpt")
     content = read_checkpoint(path)

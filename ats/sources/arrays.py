@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ats.sources.image_source import DTYPES, Level, check_box, check_mpp, file_fingerprint
+from ats_kernels.checks import reads_as_channels_last
 
 
 @dataclass(frozen=True, eq=False)  # arrays compare element by element
@@ -121,9 +122,10 @@ def _kind(array: Any, index: int, channels_last: bool) -> tuple[Level, int, torc
 
 
 def _looks_swapped(channels: int, height: int, width: int, channels_last: bool) -> bool:
-    """Whether a long axis is taken for the channels where another is 3 or 4 long."""
-    other = height if channels_last else width
-    return channels >= 32 and min(height, width) == other and other in (3, 4)
+    """Whether a long axis is taken for the channels where another is as short as channels are."""
+    if channels_last:  # (H, W, C) that is (C, H, W)
+        return reads_as_channels_last(channels, width, height)
+    return reads_as_channels_last(channels, height, width)
 
 
 def _torch_dtype(dtype: Any) -> torch.dtype | None:

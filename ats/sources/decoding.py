@@ -113,7 +113,15 @@ def chosen_background(background: Colour | str | None, own: Colour = WHITE) -> C
     """What to lay an image on: `own` for "auto", None for nothing."""
     if background is None or isinstance(background, (int, float)):
         return background
-    return own if isinstance(background, str) else tuple(float(value) for value in background)
+    if isinstance(background, str):
+        return own
+    try:
+        number = getattr(background, "ndim", 1) == 0  # an array, or a tensor, of one
+        return float(background) if number else tuple(map(float, background))  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"background must be 'auto', None, a number from 0 to 255 or one a channel; got {background!r}"
+        ) from error
 
 
 def background_colour(background: Colour | None, channels: int, name: str) -> np.ndarray[Any, np.dtype[Any]]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -96,7 +96,8 @@ def check_mpp(mpp: float | Sequence[float] | None) -> tuple[float, float] | None
     if mpp is None:
         return None
     try:
-        pair = (float(mpp), float(mpp)) if isinstance(mpp, (int, float)) else tuple(float(side) for side in mpp)
+        sides: Any = [mpp, mpp] if isinstance(mpp, (int, float)) or getattr(mpp, "ndim", 1) == 0 else list(mpp)
+        pair = tuple(float(side) for side in sides)
     except (TypeError, ValueError):
         pair = ()
     if len(pair) != 2 or not all(math.isfinite(side) and side > 0 for side in pair):

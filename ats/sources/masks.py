@@ -20,7 +20,7 @@ from ats.grid import Grid, Placement, make_grid
 from ats.paths import user_path
 from ats.sources.decoding import ImageFileError, decode
 from ats.sources.image_source import ImageSource
-from ats_kernels.checks import check_pair
+from ats_kernels.checks import check_number, check_pair
 
 Mask = Tensor | np.ndarray[Any, np.dtype[Any]] | str | os.PathLike[str]
 
@@ -102,8 +102,9 @@ def mask_cells(
         ValueError: a mask of another shape than the image, a file that is no mask, a mask that leaves no cell.
     """
     cells = check_pair("grid_size", grid_size)
-    size = (image[0], image[1]) if isinstance(image, tuple) else (image.levels[0].height, image.levels[0].width)
-    if not 0 <= least < 1:
+    levels = getattr(image, "levels", None)
+    size = check_pair("image", image) if levels is None else (levels[0].height, levels[0].width)
+    if not 0 <= (least := check_number("least", least)) < 1:
         raise ValueError(f"least must be a share of a cell from 0 to below 1, got {least}")
     if receptive_field and view_size is None:
         raise ValueError(f"receptive_field={receptive_field} is in pixels of the view: pass view_size=(h, w) as well")

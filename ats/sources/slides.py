@@ -50,7 +50,7 @@ class SlideSource(FileSource):
         if step is None:  # OpenSlide takes level-0 pixels, which would be resampled at fractions of this level's
             image = opened.read_region((0, 0), number, (left + width, top + height))
             return self._tensor(np.asarray(image)[top:, left:])
-        box = torch.empty(self.channels, height, width, dtype=torch.uint8)
+        box = torch.empty(self.channels, height, width, dtype=torch.uint8, device="cpu")
         rows = max(1, _PIXELS_AT_ONCE // width)  # what Pillow and NumPy make of a part is gone before the next
         for first in range(0, height, rows):
             last = min(first + rows, height)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ats.sources.image_source import ImageSource, check_mpp
 from ats.sources.view_cache import cached_view
 from ats_kernels import area_downsample
-from ats_kernels.checks import check_pair
+from ats_kernels.checks import check_number, check_pair
 
 STRIP_BYTES = 32 << 20
 """Of what is read at once, and of the means of a strip's rows."""
@@ -85,8 +85,8 @@ def view_size(
         if max(scales) > 1 + 1e-9:
             raise ValueError(f"a view of {mpp} micrometres a pixel is finer than {source.name} itself, {own} (y, x)")
     else:
-        assert scale is not None
-        if not (math.isfinite(scale) and 0 < scale <= 1):
+        scale = check_number("scale", scale)
+        if not 0 < scale <= 1:
             raise ValueError(f"scale must be above 0 and at most 1, the view's side to the image's; got {scale}")
         scales = (scale, scale)
     sides = zip((full.height, full.width), scales, strict=True)
@@ -104,7 +104,7 @@ def _average(source: ImageSource, level: int, height: int, width: int) -> Tensor
     """The whole of a level, shrunk to (C, height, width)."""
     size = source.levels[level]
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
-    view = torch.empty(source.channels, height, width, dtype=dtype)
+    view = torch.empty(source.channels, height, width, dtype=dtype, device="cpu")
     for first, last in _strips(source, size.height, size.width, height):
         begin, end = _bin(first, size.height, height)[0], _bin(last - 1, size.height, height)[1]
         columns = max(1, STRIP_BYTES // (source.channels * source.dtype.itemsize * (end - begin)))
@@ -113,7 +113,7 @@ def _average(source: ImageSource, level: int, height: int, width: int) -> Tensor
             strip = _floating(source.read(level, begin, 0, end - begin, size.width))
             view[:, first:last] = area_downsample(strip[None], (last - first, width), dtype=dtype)[0]
             continue
-        means = torch.empty(source.channels, last - first, size.width, dtype=dtype)
+        means = torch.empty(source.channels, last - first, size.width, dtype=dtype, device="cpu")
         for left in range(0, size.width, columns):
             right = min(left + columns, size.width)
             block = _floating(source.read(level, begin, left, end - begin, right - left))

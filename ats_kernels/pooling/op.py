@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ats_kernels.backend import backend_for, is_transformed, wants_graph
-from ats_kernels.checks import check_choice, check_floating, check_log_probabilities, compute_dtype
+from ats_kernels.checks import check_choice, check_flag, check_floating, check_log_probabilities, compute_dtype
 from ats_kernels.pooling.cpu import pool_cpu, pool_grad_cpu, pools_on_cpu, weigh_cpu, weighs_on_cpu
 from ats_kernels.pooling.weights import centred_coefficients, estimator_weights_lean, estimator_weights_ref
 
@@ -277,6 +277,7 @@ def expectation(
     Source: paper, eq. 4, 12 and 13-17; the unordered estimator is Murthy's, 1957, its baseline Kool et al.'s, 2020.
     """
     check_estimator(estimator, replace=replace)
+    check_flag("control_variate", control_variate)
     check_floating("features", features)
     _check_log_attention(log_attention, replace=replace)
     if features.ndim < 2 or features.shape[:2] != log_attention.shape:
@@ -300,6 +301,7 @@ def expectation(
 def check_estimator(estimator: str, *, replace: bool) -> None:
     """Raise unless `estimator` is known and goes with the way of drawing."""
     check_choice("estimator", estimator, ESTIMATORS)
+    check_flag("replace", replace)
     if replace and estimator == "unordered":
         raise ValueError(
             "estimator='unordered' is for cells drawn without replacement, got replace=True; draw with replace=False, "

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ats_kernels.backend import backend_for, device_guard, is_transformed, may_look, wants_graph
-from ats_kernels.checks import check_choice, check_count, check_floating, check_generator, compute_dtype
+from ats_kernels.checks import check_choice, check_count, check_flag, check_floating, check_generator, compute_dtype
 from ats_kernels.pixels import NonFiniteError
 from ats_kernels.plausible import check_no_attention
 from ats_kernels.sampling.cpu import sample_cpu
@@ -133,6 +133,7 @@ def sample(
     check_floating("logits", logits)
     n = check_count("n", n)
     check_choice("method", method, METHODS)
+    check_flag("replace", replace)
     check_generator(generator, logits.device)
     if logits.ndim != 2 or logits.numel() == 0:
         single = "; a single row needs logits[None]" if logits.ndim == 1 else ""
@@ -143,9 +144,7 @@ def sample(
             "method='topk' takes distinct cells and cannot be combined with replace=True; drop one of them"
         )
     if not replace and n > logits.shape[1]:
-        raise ValueError(
-            f"cannot draw n={n} cells without replacement from K={logits.shape[1]}; draw fewer or use replace=True"
-        )
+        raise ValueError(f"cannot draw n={n} cells without replacement from K={logits.shape[1]}; {_advice(method)}")
     if is_transformed():  # nor can it look at values
         try:
             seed = draw_seed(logits, method, generator)
@@ -170,12 +169,12 @@ def sample(
     if validate:
         bad = draw.indices[:, 0] < 0
         if bad.any():
-            _raise_for_bad_rows(logits.detach(), n, replace, bad)
+            _raise_for_bad_rows(logits.detach(), n, replace, method, bad)
         check_no_attention(logits, draw.logsumexp)
     return draw
 
 
-def _raise_for_bad_rows(logits: Tensor, n: int, replace: bool, rows: Tensor) -> NoReturn:
+def _raise_for_bad_rows(logits: Tensor, n: int, replace: bool, method: str, rows: Tensor) -> NoReturn:
     """Raise the error that says why some rows (B,) bool cannot be drawn from."""
     if torch.isnan(logits).any():
         raise NonFiniteError(_first_row("NaN", torch.isnan(logits)) + "; look for a diverged attention network")
@@ -188,13 +187,17 @@ def _raise_for_bad_rows(logits: Tensor, n: int, replace: bool, rows: Tensor) -> 
     if not replace and fewest < n:
         raise ValueError(
             f"cannot draw n={n} cells without replacement from row {row}: only {fewest} of its "
-            f"{logits.shape[1]} cells are not masked; draw fewer or use replace=True"
+            f"{logits.shape[1]} cells are not masked; {_advice(method)}"
         )
     raise ValueError(
         f"row(s) {rows.nonzero().flatten().tolist()} of the logits cannot be drawn from, and no cause was found: they "
         f"are finite or masked, and {fewest} cells or more can be drawn. Subtract each row's maximum from the logits "
         "first, and please report this"
     )
+
+
+def _advice(method: str) -> str:
+    return "draw fewer" if method == "topk" else "draw fewer or use replace=True"
 
 
 def _first_row(what: str, where: Tensor) -> str:
