@@ -1,7 +1,6 @@
 """The functions of `ats.functional` as modules, and the whole model with its attention and feature networks."""
 
 import inspect
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -14,13 +13,15 @@ from ats.batches import GridSizes, Images, Maps, Sizes, Views, each_size, is_man
 from ats.cells import check_drawable
 from ats.grid import Placement, patch_positions
 from ats.layers import Expectation, SamplePatches
-from ats.probe import measure_placement, shifting_layer
+from ats.nested import NestedAttentionSampling
+from ats.probe import resolve_placement
 from ats.samples import CellSample, Estimator, PatchSample, Selection
+from ats.zoom import Zoom
 from ats_kernels.checks import Normalisation, check_count
 from ats_kernels.pixels import blames_pixels, check_cause
 from ats_kernels.pooling.op import check_estimator
 
-__all__ = ["AttentionSampling", "Expectation", "SamplePatches"]
+__all__ = ["AttentionSampling", "Expectation", "NestedAttentionSampling", "SamplePatches", "Zoom"]
 
 
 class AttentionSampling(SealedModule):
@@ -73,19 +74,8 @@ class AttentionSampling(SealedModule):
         super().__init__()
         if positions:
             _check_takes_positions(feature)
-        if isinstance(receptive_field, str):
-            if receptive_field != "auto":
-                raise ValueError(f"receptive_field must be an int, 'auto' or an ats.Placement, got {receptive_field!r}")
-            receptive_field = measure_placement(attention)
-        elif receptive_field is None:
-            receptive_field = 0
-            if layer := shifting_layer(attention):
-                warnings.warn(
-                    f"patches may lie beside the cells: {layer} in the attention network shifts or shrinks its grid, "
-                    "but receptive_field was not given, and is 0 by default; pass receptive_field='auto' to measure "
-                    "where cells lie, or 0 to keep this",
-                    stacklevel=4,  # by way of what seals the module and takes the old name of an option
-                )
+        # The level of the warning: by way of what seals the module and takes the old name of an option.
+        receptive_field = resolve_placement(attention, receptive_field, stacklevel=4)
         self.attention = attention
         self.feature = feature
         self.sampler = SamplePatches(

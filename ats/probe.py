@@ -1,6 +1,7 @@
 """Measure where an attention network's cells look, by letting the network say what each of them depends on."""
 
 import math
+import warnings
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -86,6 +87,26 @@ def shifting_layer(module: nn.Module) -> str | None:
                 if lost:
                     return f"{layer} ({name})" if name else str(layer)
     return None
+
+
+def resolve_placement(
+    attention: nn.Module, receptive_field: int | Placement | str | None, *, stacklevel: int
+) -> int | Placement:
+    """Where cells lie by the option of that name: "auto" is measured, None is 0, with a warning where that is wrong."""
+    if isinstance(receptive_field, str):
+        if receptive_field != "auto":
+            raise ValueError(f"receptive_field must be an int, 'auto' or an ats.Placement, got {receptive_field!r}")
+        return measure_placement(attention)
+    if receptive_field is not None:
+        return receptive_field
+    if layer := shifting_layer(attention):
+        warnings.warn(
+            f"patches may lie beside the cells: {layer} in the attention network shifts or shrinks its grid, "
+            "but receptive_field was not given, and is 0 by default; pass receptive_field='auto' to measure "
+            "where cells lie, or 0 to keep this",
+            stacklevel=stacklevel + 1,
+        )
+    return 0
 
 
 def _both(option: Any) -> tuple[Any, Any]:
