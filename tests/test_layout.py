@@ -146,7 +146,7 @@ def test_data_sets_and_sources_know_nothing_of_models() -> None:
 
 def test_only_the_registry_knows_which_experiments_there_are() -> None:
     """What asks which experiment it has would have to import one."""
-    experiments = [f"ats.experiments.{name}" for name in ("megapixel_mnist", "colon_cancer", "speed_limits")]
+    experiments = [f"ats.experiments.{name}" for name in ("megapixel_mnist", "colon_cancer", "speed_limits", "images")]
     for found in imports():
         if found.module in experiments:
             assert found.importer == "ats.experiments.registry", str(found)

@@ -31,13 +31,16 @@ class ToyConfig(DataConfig):
     """Squares."""
 
     experiment: ClassVar[str] = "toy"
-    channels: ClassVar[int] = 1
     networks: ClassVar[Mapping[str, Networks]] = {
         "modern": Networks(attention_network, feature_network, 8, stride=CELL)
     }
 
     side: int = 32
     """Pixels a side of an image."""
+
+    @property
+    def channels(self) -> int:
+        return 1
 
     @property
     def n_classes(self) -> int:

@@ -94,7 +94,9 @@ def apply_change(image: Tensor, change: Change) -> Tensor:
         raise ValueError(f"an image of {height}×{width} cannot be turned by 90°; set data.symmetries=False")
     if change.scale != 1 or any(change.shift):
         # With a half: the cast to bytes cuts off.
-        shift = torch.tensor(change.shift, device=image.device).mul_(255).add_(0.5)
+        # Of images that have no three colours, and so no tint, the shifts are alike.
+        shifts = change.shift if image.shape[0] == 3 else change.shift[:1]
+        shift = torch.tensor(shifts, device=image.device).mul_(255).add_(0.5)
         changed = image.float().mul_(change.scale).add_(shift.view(-1, 1, 1))
         image = changed.clamp_(0, 255).to(torch.uint8)
     if change.zoom != (1.0, 1.0):

@@ -17,6 +17,12 @@ def build_model(config: ExperimentConfig) -> Classifier:
     Raises:
         ValueError: the experiment has no such networks.
     """
+    model = _build(config)
+    model.head = config.data.objective.head(model.head)
+    return model
+
+
+def _build(config: ExperimentConfig) -> Classifier:
     model, n_classes, networks = config.model, config.data.n_classes, config.data.networks_for(config.model)
     if model.method == "cnn":
         if networks.image is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ats.datasets.image_files import default_folder
+from ats.experiments.objectives import Classes, Objective
 from ats.models.networks import Networks
 from ats.paths import user_path
 
@@ -165,6 +166,9 @@ class DiagnosticsConfig:
             raise ValueError("diagnostics.gradient_draws must be 0 or at least 2: one draw has no spread")
 
 
+PLACES = ("folder", "manifest", "cache")
+"""Options of data that say where they are, which may change: what they are is told otherwise."""
+
 # What presets share: less noise in what is pooled and in the attention's gradient (docs/estimators.md); and epochs of a
 # few seconds, whose checkpoints would take as long as they do.
 LESS_NOISE: dict[str, Any] = {"estimator": "unordered", "control_variate": True}
@@ -177,8 +181,6 @@ class DataConfig(ABC):
 
     experiment: ClassVar[str]
     """The experiment's name on the command line."""
-    channels: ClassVar[int] = 3
-    """Channels of the images."""
     networks: ClassVar[Mapping[str, Networks]]
     """By the names that `ModelConfig.networks` has."""
 
@@ -188,7 +190,24 @@ class DataConfig(ABC):
     @property
     @abstractmethod
     def n_classes(self) -> int:
-        """Classes to tell apart."""
+        """Classes to tell apart; outputs of the model."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return 3
+
+    @property
+    def objective(self) -> Objective:
+        """What is learned: a class, unless an experiment has something else."""
+        return Classes()
+
+    def resolved(self, seed: int) -> "DataConfig":
+        """These options with what only the data say, e.g. which classes there are; they are looked at for that.
+
+        A checkpoint holds the options so, and needs no data to be used.
+        """
+        return self
 
     @classmethod
     def subfolder(cls) -> str:
@@ -278,6 +297,6 @@ def differences(one: ExperimentConfig, other: ExperimentConfig) -> list[str]:
         parts = left[name].items() if isinstance(left[name], dict) else [(None, left[name])]
         for key, value in parts:
             new = right[name] if key is None else right[name][key]
-            if value != new and key != "folder":
+            if value != new and key not in PLACES:
                 found.append(f"{name if key is None else f'{name}.{key}'}: {value} -> {new}")
     return found

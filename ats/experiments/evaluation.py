@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
 from ats.experiments.console import plain_console
 from ats.experiments.experiment import Batch, ExperimentData
+from ats.experiments.objectives import Objective
 from ats.experiments.registry import experiment_data
 from ats.experiments.trained import Method, TrainedModel, predict_with
 from ats.models import ATSClassifier
@@ -19,7 +19,7 @@ from ats.models import ATSClassifier
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Error and loss on test images.
+    """Error and loss on test images, as the objective has them: of classes the share that is wrong and cross-entropy.
 
     `error` and `loss` are those of one draw of patches an image, averaged over `repeats` draws, and `error_spread`
     is the standard deviation of the error from draw to draw. `averaged_error` and `averaged_loss` are those of the
@@ -105,7 +105,8 @@ def evaluate(
     patches = torch.cat(used, dim=1)  # (R, M)
     same = method != "anytime" and bool((patches == patches[0, 0]).all())  # else: as many as each image needs, or has
     number = int(patches[0, 0]) if same else float(patches.double().mean())
-    return _evaluation(torch.cat(logits, dim=1), torch.cat(labels), data.source, name, number)
+    truth = torch.cat(labels)
+    return _evaluation(torch.cat(logits, dim=1), truth, trained.config.data.objective, data.source, name, number)
 
 
 def held_out_data(trained: TrainedModel, images: int | None, folder: Path | None) -> ExperimentData:
@@ -123,11 +124,14 @@ def held_out_data(trained: TrainedModel, images: int | None, folder: Path | None
     return data
 
 
-def _evaluation(logits: Tensor, labels: Tensor, source: str, method: str, n_patches: float) -> Evaluation:
-    """From class logits (R, M, classes) of R draws, and labels (M,)."""
+def _evaluation(
+    logits: Tensor, labels: Tensor, objective: Objective, source: str, method: str, n_patches: float
+) -> Evaluation:
+    """From outputs (R, M, C) of R draws, and what is true (M, …)."""
     repeats = len(logits)
-    wrong = (logits.argmax(-1) != labels).double().mean(1)  # (R,)
-    log_average = logits.log_softmax(-1).logsumexp(0) - torch.tensor(float(repeats), device="cpu").log()  # (M, classes)
+    wrong = torch.stack([objective.errors(draw, labels).double().mean() for draw in logits])  # (R,)
+    losses = torch.stack([objective.losses(draw, labels).mean() for draw in logits])
+    average = objective.averaged(logits)  # (M, C)
     return Evaluation(
         data=source,
         method=method,
@@ -136,9 +140,9 @@ def _evaluation(logits: Tensor, labels: Tensor, source: str, method: str, n_patc
         repeats=repeats,
         error=float(wrong.mean()),
         error_spread=float(wrong.std(correction=1)) if repeats > 1 else 0.0,
-        loss=float(F.cross_entropy(logits.flatten(0, 1), labels.repeat(repeats))),
-        averaged_error=float((log_average.argmax(-1) != labels).double().mean()),
-        averaged_loss=float(F.nll_loss(log_average, labels)),
+        loss=float(losses.mean()),
+        averaged_error=float(objective.errors(average, labels).double().mean()),
+        averaged_loss=float(objective.losses(average, labels).mean()),
     )
 
 

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, DistributedSampler
 from ats.datasets.image_dataset import Region
 from ats.experiments.build import make_view
 from ats.experiments.config import DataConfig, ExperimentConfig
-from ats.experiments.samplers import NOT_COUNTED, EachOnce, Indices, read_and_counted
+from ats.experiments.samplers import EachOnce, Indices, read_and_counted
 from ats.experiments.tables import Table
 
 Options = TypeVar("Options", bound=DataConfig)
 
-Batch = tuple[Tensor, Tensor, Tensor]  # view (B, C, h, w), image (B, C, H, W) uint8, label (B,)
+Batch = tuple[Tensor, Tensor, Tensor]  # view (B, C, h, w), image (B, C, H, W), label (B,) or (B, …): what is true of it
 
 
 class ExperimentData(L.LightningDataModule, Generic[Options]):
@@ -53,12 +53,17 @@ class ExperimentData(L.LightningDataModule, Generic[Options]):
 
     @abstractmethod
     def labels(self, name: str) -> Tensor:
-        """Labels (n,) int64 of a split's images."""
+        """Labels (n,) int64 of a split's images; (n, C) float where the objective is no class."""
 
     @abstractmethod
     def examples(self, name: str, indices: Tensor, epoch: int | None = None) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) uint8 of a split and their labels (B,) int64, on the indices' device; as an epoch changes
         them, if one is given."""
+
+    @property
+    def digest(self) -> str | None:
+        """Text that changes when the images, or what is said of them, do; None: their source and number are enough."""
+        return None
 
     def targets(self, index: int) -> tuple[Region, ...]:
         """Where the evidence for the label of a test image is, if that is known."""
@@ -87,15 +92,15 @@ class ExperimentData(L.LightningDataModule, Generic[Options]):
         return make_view(self.config, image), image, label
 
     def class_weights(self) -> Tensor:
-        """The inverse of the classes' shares of the training images, (classes,), scaled to be 1 for equal shares.
+        """The inverse of the classes' shares of the training images, (classes,), scaled to be 1 for equal shares; of
+        labels those of their absence and presence, (2, labels).
 
         Raises:
-            ValueError: a class has no training image.
+            ValueError: a class has no training image, or the objective has no classes.
         """
-        counts = self.class_counts()
-        if bool((counts == 0).any()):
-            raise ValueError(f"training images by class are {counts.tolist()}: a class without any cannot be learned")
-        return counts.sum() / (counts * len(counts))
+        truth, objective = self.labels("train"), self.config.data.objective
+        counts = self.class_counts() if truth.ndim == 1 else truth.double().sum(0)
+        return objective.class_weights(truth, self.config.data.n_classes, counts)
 
     def train_dataloader(self) -> DataLoader[int]:
         return self._loader("train", shuffle=True)
@@ -133,7 +138,7 @@ class ExperimentData(L.LightningDataModule, Generic[Options]):
     def _evaluated(self, name: str, indices: Tensor) -> Batch:
         indices, counted = read_and_counted(indices)
         view, image, label = self.load(name, indices)
-        return view, image, label.masked_fill(~counted, NOT_COUNTED)
+        return view, image, self.config.data.objective.uncounted(label, counted)
 
 
 @dataclass(frozen=True)

@@ -5,24 +5,21 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassHammingDistance
+from torchmetrics import MeanMetric
 
 from ats.experiments.build import build_model, patch_features
 from ats.experiments.config import ExperimentConfig, to_dict
 from ats.experiments.experiment import Batch
 from ats.experiments.registry import from_dict
-from ats.experiments.samplers import NOT_COUNTED
 from ats.experiments.schedule import entropy_weight, learning_rate_factor
 from ats.functional import PatchSample
 from ats.models import ATSClassifier
 
 
 class ClassificationTask(L.LightningModule):
-    """Cross-entropy less λ times the attention's entropy (paper, eq. 21), with Adam."""
+    """The objective's loss, e.g. cross-entropy, less λ times the attention's entropy (paper, eq. 21), with Adam."""
 
     def __init__(self, config: ExperimentConfig | dict[str, Any]) -> None:
         super().__init__()
@@ -33,11 +30,9 @@ class ClassificationTask(L.LightningModule):
         self.class_weights: Tensor | None = None
         self.classes = tuple(map(str, range(self.config.data.n_classes)))
         """The classes' names, as the data that it was trained on has them."""
-        n_classes = self.config.data.n_classes
+        self.objective = self.config.data.objective
         self.train_loss, self.validation_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()
-        self.train_error = MulticlassHammingDistance(n_classes, average="micro")
-        self.validation_error = MulticlassHammingDistance(n_classes, average="micro")
-        self.test_error = MulticlassHammingDistance(n_classes, average="micro")
+        self.train_error, self.validation_error, self.test_error = MeanMetric(), MeanMetric(), MeanMetric()
 
     @property
     def taught_features(self) -> nn.Module | None:
@@ -88,10 +83,10 @@ class ClassificationTask(L.LightningModule):
         if self.has_dropout:  # it draws from the global stream only
             torch.manual_seed(self.draw_generator(2, self.global_step).initial_seed())
         logits, sample = self._several_draws(view, image, generator)
-        label = label.repeat(len(logits) // len(label))
+        label = label.repeat(len(logits) // len(label), *[1] * (label.ndim - 1))
         loss = self.loss(logits, label)
         self.train_loss.update(loss.detach())
-        self.train_error.update(logits.detach(), label)
+        self.train_error.update(self.objective.errors(logits.detach(), label))
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
         self.log("train/error", self.train_error, on_step=False, on_epoch=True, prog_bar=True)
         if sample is None:  # nothing was drawn
@@ -110,11 +105,9 @@ class ClassificationTask(L.LightningModule):
         return self.model(view, image, generator=generator, draws=draws)
 
     def loss(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Cross-entropy, weighted by class if so configured: the mean weight is 1 over the training images."""
-        if self.class_weights is None:
-            return F.cross_entropy(logits, label)
+        """The mean loss, weighted by class if so configured: the mean weight is 1 over the training images."""
         # Not divided by the batch's own weights: a batch without a rare class must not count its others for more.
-        return (self.class_weights[label] * F.cross_entropy(logits, label, reduction="none")).mean()
+        return self.objective.losses(logits, label, self.class_weights).mean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("validation", batch, batch_idx, self.validation_loss, self.validation_error)
@@ -122,14 +115,15 @@ class ClassificationTask(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("test", batch, batch_idx, self.test_loss, self.test_error)
 
-    def _evaluate(self, name: str, batch: Batch, batch_idx: int, loss: MeanMetric, error: Metric) -> None:
+    def _evaluate(self, name: str, batch: Batch, batch_idx: int, loss: MeanMetric, error: MeanMetric) -> None:
         """Count the images of a batch that no other process counts; the metrics sum up over processes in the end."""
         view, image, label = batch
         logits, _ = self.model(view, image, generator=self.draw_generator(1, batch_idx))
-        counted = label != NOT_COUNTED
+        counted = self.objective.counts(label)
         if bool(counted.any()):
-            loss.update(F.cross_entropy(logits, label, ignore_index=NOT_COUNTED), weight=counted.sum())
-            error.update(logits[counted], label[counted])
+            logits, label = logits[counted], label[counted]
+            loss.update(self.objective.losses(logits, label))
+            error.update(self.objective.errors(logits, label))
         self.log(f"{name}/loss", loss, prog_bar=True)
         self.log(f"{name}/error", error, prog_bar=True)
 

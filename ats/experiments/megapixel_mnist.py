@@ -24,7 +24,6 @@ class MegapixelMNISTConfig(DataConfig):
     """Megapixel MNIST."""
 
     experiment: ClassVar[str] = "megapixel-mnist"
-    channels: ClassVar[int] = 1
     networks: ClassVar[Mapping[str, Networks]] = megapixel_mnist.NETWORKS
 
     digits: Literal["bundled", "full"] = "full"
@@ -52,6 +51,10 @@ class MegapixelMNISTConfig(DataConfig):
         """Refuse values that no images can have."""
         check_least(self, "data", 1, "train_images", "test_images")
         check_least(self, "data", 0, "n_noise", "validation_images", "small_epochs", "medium_epochs")
+
+    @property
+    def channels(self) -> int:
+        return 1
 
     @property
     def n_classes(self) -> int:

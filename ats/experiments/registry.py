@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from ats.experiments.colon_cancer import COLON_CANCER
 from ats.experiments.config import DiagnosticsConfig, ExperimentConfig, ModelConfig, OptimConfig, TrainerConfig
 from ats.experiments.experiment import Experiment, ExperimentData
+from ats.experiments.images import IMAGES
 from ats.experiments.megapixel_mnist import MEGAPIXEL_MNIST
 from ats.experiments.speed_limits import SPEED_LIMITS
 from ats.experiments.tables import Table
@@ -30,6 +31,7 @@ def register(experiment: Experiment) -> None:
 register(MEGAPIXEL_MNIST)
 register(COLON_CANCER)
 register(SPEED_LIMITS)
+register(IMAGES)
 
 
 def experiment_data(config: ExperimentConfig) -> ExperimentData:
@@ -55,9 +57,9 @@ def from_dict(values: dict[str, Any]) -> ExperimentConfig:
         if not all(isinstance(values[name], dict) for name in (*sections, "data")):
             raise TypeError("a section is no object")
         sections["data"] = EXPERIMENTS[values["experiment"]].options
-        parts: dict[str, Any] = {name: section(**_typed(values[name])) for name, section in sections.items()}
+        parts: dict[str, Any] = {name: section(**_typed(section, values[name])) for name, section in sections.items()}
         rest = {name: value for name, value in values.items() if name not in sections and name != "experiment"}
-        config = ExperimentConfig(**_typed(rest), **parts)
+        config = ExperimentConfig(**_typed(ExperimentConfig, rest), **parts)
         for part in (config, *parts.values()):
             _check_types(part)
         return config
@@ -88,8 +90,15 @@ def _allows(kind: Any, value: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _typed(values: dict[str, Any]) -> dict[str, Any]:
+def _typed(section: type, values: dict[str, Any]) -> dict[str, Any]:
     """What JSON has no type for."""
+    hints = typing.get_type_hints(section)
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    paths = {name: Path(values[name]) for name in ("output", "folder") if values.get(name) is not None}
+    paths = {
+        name: Path(value) for name, value in values.items() if isinstance(value, str) and _is_path(hints.get(name))
+    }
     return typed | paths
+
+
+def _is_path(hint: Any) -> bool:
+    return Path in (hint, *typing.get_args(hint))

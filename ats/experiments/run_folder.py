@@ -167,7 +167,8 @@ def described(data: ExperimentData) -> dict[str, Any] | None:
     """Which images a run is of, where options alone do not say; they are read. Else None."""
     if not data.on_disk:
         return None
-    return {"source": data.source} | {f"{name}_images": len(data.labels(name)) for name in ("train", "test")}
+    found = {"source": data.source} | {f"{name}_images": len(data.labels(name)) for name in ("train", "test")}
+    return found if data.digest is None else found | {"digest": data.digest}
 
 
 def _in_words(data: Any) -> str:

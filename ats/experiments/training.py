@@ -1,7 +1,7 @@
 """Run a training: a folder of its own, logs, checkpoints, and going on where a run stopped."""
 
+import dataclasses
 import logging
-import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from ats._files import write_json
 from ats.experiments.agreement import Agreement, RunCompleteError
 from ats.experiments.callbacks import AttentionDiagnostics
 from ats.experiments.checkpoints import EpochCheckpoint, WholeCheckpoints, check_resumable, fingerprint, read_checkpoint
-from ats.experiments.config import ExperimentConfig, differences, to_dict
+from ats.experiments.config import PLACES, ExperimentConfig, differences, to_dict
 from ats.experiments.console import printable, say
 from ats.experiments.environment import hardware
 from ats.experiments.experiment import Batch, ExperimentData
@@ -54,6 +54,7 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
         OSError: files that cannot be read or written.
         InterruptedRunError: by the user.
     """
+    config = dataclasses.replace(config, data=config.data.resolved(config.seed))
     folder = RunFolder(config.run_folder)
     resumes = folder.last.exists()
     record = MetricsRecord(folder.path, resumes=resumes)
@@ -66,7 +67,7 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
     first = trainer.is_global_zero
     complete = first and folder.check(config)
     data = experiment_data(config)
-    same = complete and data.config.data.folder == _data_folder(folder)  # then they need not be there any more
+    same = complete and _places(config) == _places(folder.recorded())  # then they need not be there any more
     if not same and first:
         data.prepare_data()
         data.labels("train")  # data that are not there, or impossible, leave no folder behind
@@ -116,9 +117,9 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
     return folder.last
 
 
-def _data_folder(folder: RunFolder) -> Path | None:
-    found = folder.recorded()
-    return None if found is None else found.data.folder
+def _places(config: ExperimentConfig | None) -> list[Any] | None:
+    """Where the data of a run are."""
+    return None if config is None else [getattr(config.data, name, None) for name in PLACES]
 
 
 def _from_outside(trainer: L.Trainer) -> bool:
@@ -156,7 +157,8 @@ def _check_checkpoint(path: Path, config: ExperimentConfig, task: Classification
 def _without_place(config: ExperimentConfig) -> dict[str, Any]:
     """The options that decide a run's result, without where it runs and where its files are."""
     values = to_dict(config)
-    values["data"].pop("folder", None)
+    for name in PLACES:
+        values["data"].pop(name, None)
     return {name: value for name, value in values.items() if name not in ("output", "trainer", "diagnostics")}
 
 
@@ -187,7 +189,7 @@ def _diagnostics(config: ExperimentConfig) -> list[Callback]:
     if not options.every:
         return []
     # What guessing costs where classes are equal, by number or by weight; elsewhere it costs less.
-    chance = math.log(config.data.n_classes)
+    chance = config.data.objective.chance(config.data.n_classes)
     loss = _drawn_loss if options.gradient_draws else None
     return [AttentionDiagnostics(options.every, chance=chance, loss=loss, gradient_draws=options.gradient_draws or 2)]
 

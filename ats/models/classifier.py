@@ -102,6 +102,24 @@ def conv_norm(
     return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 
+class ScaledLinear(nn.Linear):
+    """A linear layer whose outputs are in a unit of their own: spread·(W x + b) + centre, with weights around 1.
+
+    Args:
+        linear: W and b.
+        centre, spread: constants, which no checkpoint holds.
+    """
+
+    def __init__(self, linear: nn.Linear, centre: float, spread: float) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        self.load_state_dict(linear.state_dict())
+        self.centre, self.spread = centre, spread
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(M, in) -> (M, out)."""
+        return super().forward(input) * self.spread + self.centre
+
+
 class ATSClassifier(nn.Module):
     """Φ̂ from attention sampling, then one linear layer.
 

@@ -1,0 +1,63 @@
+"""Networks for images of any kind: any number of channels, patches of any size from about 16 pixels on.
+
+The recipe is that of `ats.models.colon_cancer` with one more stage of features, for patches that are larger.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import nn
+
+from ats.models.classifier import ChannelsLast, GlobalMaxPool, L2Normalise, SoftBound, conv_norm
+from ats.models.networks import Networks
+from ats.models.resnet import RESNET_8, resnet
+
+_FEATURES = 128
+
+
+def attention_network(channels: int) -> nn.Sequential:
+    """View (B, channels, h, w) -> logits (B, 1, h // 2, w // 2)."""
+    return nn.Sequential(
+        ChannelsLast(),
+        *conv_norm(channels, 16, kernel=3),
+        *conv_norm(16, 16, kernel=3),
+        nn.MaxPool2d(2),
+        *conv_norm(16, 16, kernel=3),
+        nn.Conv2d(16, 1, 3, padding=1),
+        SoftBound(5.0),
+    )
+
+
+def feature_network(channels: int, *, normalised: bool = True) -> nn.Sequential:
+    """Patches (M, channels, ph, pw) -> features (M, 128), of length 1 if `normalised`."""
+    return nn.Sequential(
+        ChannelsLast(),
+        *conv_norm(channels, 32, kernel=3),
+        nn.MaxPool2d(2),
+        *conv_norm(32, 48, kernel=3),
+        *conv_norm(48, 64, kernel=3, stride=2),
+        *conv_norm(64, 96, kernel=3),
+        *conv_norm(96, _FEATURES, kernel=3, stride=2),
+        GlobalMaxPool(),
+        nn.BatchNorm1d(_FEATURES),  # all maxima are positive: around 0 they differ more
+        *([L2Normalise()] if normalised else []),
+    )
+
+
+def image_network(channels: int, width: int) -> tuple[nn.Sequential, int]:
+    """A CNN's layers from images (B, channels, H, W) to features, and how many these are; it starts with `width`."""
+    widths = [each * width // 32 for each in RESNET_8["widths"]]
+    return nn.Sequential(ChannelsLast(), *resnet(channels, widths, RESNET_8["strides"])), widths[-1]
+
+
+def image_networks(channels: int, mean: Sequence[float], std: Sequence[float]) -> Networks:
+    """The networks for images of so many channels, of this mean and standard deviation each."""
+    return Networks(
+        partial(attention_network, channels),
+        partial(feature_network, channels),
+        _FEATURES,
+        stride=2,
+        mean=mean,
+        std=std,
+        image=partial(image_network, channels),
+    )
