@@ -199,8 +199,14 @@ def _with_spare_cells(flat: Tensor, n: int, *, looks: bool) -> Tensor:
     live = dead.logical_not().sum(-1, keepdim=True)  # (B, 1)
     if looks and bool((live >= n).all()):
         return flat
+    lowest = torch.finfo(values.dtype).min
+    at_lowest = values == lowest
+    if not looks or bool(at_lowest.any()):  # there is no finite number below, so that these go up by the least there is
+        step = torch.nextafter(values.new_tensor(lowest), values.new_tensor(0.0)) - lowest
+        flat = flat + torch.where(at_lowest, step, 0.0)
     least = values.masked_fill(dead, torch.inf).amin(-1, keepdim=True)
-    last = torch.where(live > 0, least - 300 - least.abs(), -torch.inf)  # without a live cell nothing can be drawn
+    last = (least - 300 - least.abs()).clamp(min=lowest)
+    last = torch.where(live > 0, last, -torch.inf)  # without a live cell nothing can be drawn
     needed = torch.arange(n - 1, device=flat.device) < n - live  # (B, n − 1)
     return torch.cat([flat, torch.where(needed, last, -torch.inf)], dim=-1)
 

@@ -38,6 +38,9 @@ def heatmap(
         mask: of the logits, as in `ats.sample_cells`.
         estimator: what a sample's weights are those of, as in `ats.expectation`.
         view_size, receptive_field: where cells lie, as in `ats.sample_patches`; a sample's boxes know it.
+
+    Raises:
+        ValueError: an image with every cell masked, NaN or +inf logits, sizes that do not fit.
     """
     image = check_pair("image_size", image_size)
     picture = image if size is None else check_pair("size", size)
@@ -60,8 +63,8 @@ def heatmap(
         mass = mass.scatter_add_(1, sample_or_logits.readable().clamp(min=0), weights).unflatten(1, cells)
     else:
         check_logits(sample_or_logits)
-        check_drawable(sample_or_logits)
         logits = mask_logits(sample_or_logits.detach(), mask)
+        check_drawable(logits)
         cells = (logits.shape[-2], logits.shape[-1])
         mass = logits.flatten(1).double().softmax(-1).unflatten(1, cells)  # (B, gh, gw)
     grid = make_grid(cells, image, view_size, receptive_field)

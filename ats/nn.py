@@ -17,6 +17,7 @@ from ats.nested import NestedAttentionSampling
 from ats.probe import resolve_placement
 from ats.samples import CellSample, Estimator, PatchSample, Selection
 from ats.zoom import Zoom
+from ats_kernels.backend import is_transformed
 from ats_kernels.checks import Normalisation, check_count
 from ats_kernels.pixels import blames_pixels, check_cause
 from ats_kernels.pooling.op import check_estimator
@@ -258,7 +259,7 @@ class AttentionSampling(SealedModule):
     def full(self, view: Views, image: Images, *, mask: Maps | None = None, chunk_size: int = 1024) -> Tensor:
         """Φ = Σ_i a_i f_i (B, …) over all K cells, `chunk_size` patches at a time: the model without sampling.
 
-        It reads K patches an image: for checks and small images. It works with gradients too, for which the
+        It reads every live cell of an image: for checks and small images. It works with gradients too, for which the
         features of all chunks are kept; evaluate under ``torch.no_grad()`` where none are wanted.
 
         Raises:
@@ -282,17 +283,21 @@ class AttentionSampling(SealedModule):
     def _full(self, logits: Tensor, image: Images, view_size: Sizes, chunk_size: int) -> Tensor:
         grid = (logits.shape[-2], logits.shape[-1])
         log_attention = logits.flatten(1).log_softmax(-1)  # (B, K)
-        cells = torch.arange(log_attention.shape[1], device=logits.device)
-        batch = logits.shape[0]
+        # Masked cells are not read, for there may be nothing to read: another cell of the image takes their place.
+        masked, instead = log_attention.isneginf(), log_attention.argmax(-1, keepdim=True)
+        cells = torch.arange(masked.shape[1], device=logits.device)
+        if not (logits.is_meta or torch.compiler.is_compiling() or is_transformed()):
+            cells = cells[~masked.all(0)]
+        batch = len(logits)
         total: Tensor | None = None
-        for some in cells.split(max(1, chunk_size // batch)):
-            indices = some.expand(batch, -1)  # (B, M)
+        for chunk in cells.split(max(1, chunk_size // batch)):
+            indices = torch.where(masked[:, chunk], instead, chunk)  # (B, M)
             patches, offsets = self.read_cells(image, indices, grid, view_size)
             features = self.patch_features(patches, offsets, sizes_of(image))  # (B, M, …)
-            attention = log_attention[:, some].exp().to(features.dtype)
+            attention = log_attention[:, chunk].exp().to(features.dtype)
             part = torch.einsum("bm,bm...->b...", attention, features)
             total = part if total is None else total + part
-        assert total is not None  # a grid has at least one cell
+        assert total is not None  # every image has a live cell
         return total
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ats
-from tests.helpers import seeded
+from tests.helpers import assert_close, seeded
 from tests.small_draws import INF, make_image, make_logits
 
 
@@ -114,3 +114,29 @@ def test_masks_that_do_not_fit():
     ):
         with pytest.raises(error, match=message):
             ats.sample_cells(make_logits(), 3, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_surplus_comes_after_cells_of_the_lowest_number(dtype):
+    """Nothing finite lies below finfo.min; such cells are live, and the row is as it is without a surplus."""
+    lowest = torch.finfo(dtype).min
+    logits = torch.tensor(
+        [[0.0, 1.0, lowest, lowest, -INF], [lowest] * 4 + [-INF], [2.0, 0.5, 1.0, 0.0, -1.0]], dtype=torch.float64
+    )
+    logits = logits.to(dtype).unsqueeze(1).requires_grad_()
+    sample = ats.sample_cells(logits, 7, allow_fewer=True, generator=seeded())
+    assert sample.counts.tolist() == [4, 4, 5]
+    for row, live in enumerate((4, 4, 5)):
+        alone = ats.sample_cells(logits[row : row + 1], live, generator=seeded())
+        drawn, order = sample.indices[row, :live].sort()
+        assert drawn.tolist() == list(range(live))
+        assert (sample.indices[row, live:] == -1).all()
+        got, want = sample.log_attention[row, :live][order], alone.log_attention[0, alone.indices[0].argsort()]
+        assert_close(got, want)
+        assert_close(sample.logsumexp[row], alone.logsumexp[0])
+        assert_close(sample.entropy[row], alone.entropy[0])
+    assert_close(sample.log_attention[1, :4].exp(), torch.full((4,), 0.25, dtype=sample.log_attention.dtype))
+    features = torch.ones(3, 7, 2, dtype=sample.log_attention.dtype)
+    assert_close(ats.pool(features, sample), torch.ones(3, 2, dtype=features.dtype))
+    (grad,) = torch.autograd.grad(sample.entropy.sum() + ats.pool(features, sample).sum(), logits)
+    assert grad.isfinite().all()

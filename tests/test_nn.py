@@ -178,3 +178,45 @@ def test_masked_cells_are_neither_drawn_nor_counted(images) -> None:
     masked_by_hand = slow_full(make_model(), view, image)  # of all cells
     assert not torch.allclose(full, masked_by_hand)
     assert_close(model.full(view, image, mask=torch.ones(8, 10, dtype=torch.bool)), masked_by_hand)
+
+
+class Live(ats.nn.AttentionSampling):
+    """Has nothing to read at masked cells, and counts the cells of an image that it was asked for."""
+
+    def __init__(self, mask: Tensor) -> None:
+        model = make_model()
+        super().__init__(model.attention, model.feature, 4, 5)
+        self.mask, self.count = mask.flatten(1), 0
+
+    def read_cells(self, image, indices, grid_size, view_size):
+        assert self.mask.gather(1, indices).all()
+        self.count += indices.shape[1]
+        return super().read_cells(image, indices, grid_size, view_size)
+
+
+def test_the_full_model_reads_no_masked_cell(images) -> None:
+    """Where an image's own cell is masked, one that lives takes its place; where it is masked in all, nothing does."""
+    mask = torch.zeros(2, 8, 10, dtype=torch.bool)
+    mask[0, 2:5, 3:7], mask[1, 4:6, 4:8] = True, True
+    model = Live(mask)
+    full = model.full(*images, mask=mask, chunk_size=10)
+    assert model.count == 12 + 8 - 3  # cells that live in either image
+    assert_close(full, make_model().full(*images, mask=mask))
+    model.eval()
+    for run in (
+        lambda: model(*images, mask=mask)[0],
+        lambda: ats.predict(model, nn.Linear(3, 2).double(), *images, mask=mask, n_patches=15).logits,
+        lambda: ats.anytime(model, nn.Linear(3, 2).double(), *images, mask=mask, budget=20, tolerance=0.0).logits,
+    ):
+        assert run().isfinite().all()
+
+
+def test_an_image_whose_cells_are_all_masked_has_no_full_model(images) -> None:
+    mask = torch.ones(2, 8, 10, dtype=torch.bool)
+    mask[1] = False
+    model = make_model().eval()
+    for run in (model, model.full):
+        with pytest.raises(ValueError, match="row 1 are all −inf: every cell is masked"):
+            run(*images, mask=mask)
+    with pytest.raises(ValueError, match="row 1 are all −inf: every cell is masked"):
+        ats.heatmap(torch.zeros(2, 8, 10), (24, 30), mask=mask)
