@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from ats_kernels import estimator_weights, expectation, sample
-from ats_kernels.sampling import cpu as sample_cpu
-from ats_kernels.sampling import grad_cpu
+from ats_kernels.sampling import block_sums, grad_cpu
 from tests.helpers import assert_close, randn, seeded
 
 pytestmark = pytest.mark.usefixtures("cpu_path")
@@ -107,8 +106,7 @@ def test_gradients(options):
 
 def test_gradient_in_chunks(monkeypatch):
     """Float32, chunk by chunk, against the reference in float64."""
-    monkeypatch.setattr(sample_cpu, "CHUNK", 1_000)
-    monkeypatch.setattr(grad_cpu, "CHUNK", 1_000)
+    monkeypatch.setattr(block_sums, "CHUNK", 1_000)
     monkeypatch.setattr(grad_cpu, "_SMALL", 0)
     grads = []
     for backend in ("", "reference"):
@@ -135,6 +133,34 @@ def test_gradient_of_few_logits(dtype, monkeypatch):
         grads.append(logits.grad[[0, 1, 3]])
         assert logits.grad[2].isnan().all()
     assert_close(*grads)
+
+
+def test_one_compilation_for_all_numbers_of_cells():
+    """Across the sizes at which eager calls read in chunks, forward and backward."""
+
+    def gradient(logits):
+        draw = sample(logits, 4)
+        return draw.log_attention.sum() + draw.entropy.sum() - draw.logsumexp.sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(gradient, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for cells in (90, 1_500, block_sums.CHUNK + 3):
+            logits, found = randn(2, cells, dtype=torch.float32).requires_grad_(), []
+            for function in (compiled, gradient):
+                torch.manual_seed(0)
+                found += torch.autograd.grad(function(logits), logits)
+            assert_close(*found)
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_that_cannot_be_drawn_from_raise_no_warnings():
+    logits = torch.tensor([[-INF, -INF, -INF], [0.0, INF, 1.0], [0.0, float("nan"), 1.0], [0.0, 1.0, 2.0]])
+    logits.requires_grad_()
+    draw = sample(logits, 2, validate=False)
+    (draw.log_attention.sum() + draw.entropy.sum() + draw.logsumexp.sum()).backward()
+    assert logits.grad[:3].isnan().all()
+    assert logits.grad[3].isfinite().all()
 
 
 def test_masked_cells_have_gradient_zero():

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from ats_kernels import philox, sample, sample_ref
+from ats_kernels.sampling import block_sums
 from ats_kernels.sampling import cpu as sample_cpu
 from tests.enumeration import attention_logits, enumerate_draws
 from tests.helpers import assert_close, randn, seeded
@@ -114,7 +115,7 @@ SIZES = [
 def sums(request, monkeypatch):
     """How sums over blocks are taken: in chunks of an odd number of blocks, or of up to 2²⁰ logits at once."""
     if request.param == "in chunks":
-        monkeypatch.setattr(sample_cpu, "CHUNK", 3_000)
+        monkeypatch.setattr(block_sums, "CHUNK", 3_000)
 
 
 @pytest.mark.usefixtures("sums")
@@ -173,7 +174,7 @@ def test_threads_do_not_share_arrays():
 )
 def test_sums_that_one_logit_cannot_serve(case, replace, monkeypatch):
     """Sums relative to one logit of the row over- or underflow where blocks differ by more than float32 holds."""
-    monkeypatch.setattr(sample_cpu, "_SAMPLED_BLOCKS", 2)
+    monkeypatch.setattr(block_sums, "_SAMPLED_BLOCKS", 2)
     logits = randn(2, 9_000, dtype=torch.float32)
     if case == "sharp":  # after a few draws, what is left is e^-200 of all
         logits -= 200
@@ -204,7 +205,7 @@ def test_blocks_to_spare_change_nothing(monkeypatch):
 
 def test_after_inference_mode(monkeypatch):
     """What a thread keeps from a call in inference mode must be writable outside of it."""
-    monkeypatch.setattr(sample_cpu, "_scratch", threading.local())
+    monkeypatch.setattr(block_sums, "_scratch", threading.local())
     logits = randn(2, 9_000)
     with torch.inference_mode():
         inside = sample(logits, 4, generator=seeded(2)).indices

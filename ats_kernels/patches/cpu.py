@@ -59,7 +59,7 @@ def extract_patches_cpu(
             affine.apply(values)
             part.copy_(values)
 
-    if (inside != wanted).any():
+    if np.count_nonzero(inside != wanted):
         _shift_crossing(out, wanted, inside, image, padding)
 
 
@@ -162,7 +162,7 @@ def _shift_crossing(out: Tensor, offsets: np.ndarray, inside: np.ndarray, image:
     height, width = image.shape[2:]
     size = out.shape[3], out.shape[4]
     pixels = (out.view(torch.int16) if out.dtype == torch.bfloat16 else out).numpy()  # moved about, whatever they mean
-    for b, n in np.argwhere((offsets != inside).any(-1)).tolist():
+    for b, n in zip(*(places.tolist() for places in (offsets != inside).any(-1).nonzero()), strict=True):
         (y, x), (read_y, read_x), patch = offsets[b, n].tolist(), inside[b, n].tolist(), pixels[b, n]
         if padding == "edge":
             rows, columns = _nearest(y, size[0], height) - read_y, _nearest(x, size[1], width) - read_x

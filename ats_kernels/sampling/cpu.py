@@ -1,19 +1,15 @@
 """The CPU path of `sample` without compiled loops: one read of the logits, few and coarse operations.
 
-Same algorithm, random numbers and draws as the reference in `sample`. It reads the logits in chunks that stay in cache
-for each block's sum of exponentials and for the entropy, in the logits' precision (float32 at least; float64 with
-replacement, where the order of the draws rests on the total of all sums), relative to one of the row's largest logits.
-Where that loses what could decide a draw, and for the most probable cells, relative to each block's own. Only what
-decides the draw and the precision of log a is computed again in float64: the blocks that may hold drawn cells, and the
-block of most mass.
+Same algorithm, random numbers and draws as the reference in `sample`. It starts from sums over blocks
+(`ats_kernels.sampling.block_sums`), in the logits' precision (float32 at least; float64 with replacement, where the
+order of the draws rests on the total of all sums), relative to one of the row's largest logits. Where that loses what
+could decide a draw, and for the most probable cells, relative to each block's own. Only what decides the draw and the
+precision of log a is computed again in float64: the blocks that may hold drawn cells, and the block of most mass.
 
-All but the chunks, raised to base 2 (PyTorch's own loop, faster than MKL's e^x), is small and NumPy's, which starts an
-operation in half of PyTorch's time and wakes no threads. Few logits are for `ats_kernels.sampling.small`.
+All but the sums is small and NumPy's, which starts an operation in half of PyTorch's time and wakes no threads. Few
+logits are for `ats_kernels.sampling.small`.
 """
 
-import math
-import threading
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,12 +19,10 @@ from torch import Tensor
 from ats_kernels import philox
 from ats_kernels.backend import loops_run
 from ats_kernels.checks import compute_dtype
+from ats_kernels.sampling.block_sums import Sums, block_sums
 from ats_kernels.sampling.draws import Draw, Statistics, block_size, repeats, ring_times
 from ats_kernels.sampling.in_loops import sample_in_loops
 from ats_kernels.sampling.small import small_draw
-
-# Logits a chunk: its arrays stay in cache, and the work outweighs what starting an operation and its threads costs.
-CHUNK = 2**20
 
 # Up to so many logits in all, operations cost more than what they work on: every block is a candidate.
 _SMALL = 2**12
@@ -38,23 +32,10 @@ _SMALL = 2**12
 NEAR = 1e-4
 SPARE_BLOCKS = 4
 
-# Sums relative to one logit for the whole row: that of so many blocks, and what has lost nothing to underflow. A block
-# that rings first and sums to less, or one that sums to more than its inverse, has each block summed by itself.
-_SAMPLED_BLOCKS = 32
+# Of sums relative to one logit for the whole row: what has lost nothing to underflow. A block that rings first and sums
+# to less, or one that sums to more than its inverse, has each block summed by itself.
 _LEAST_SUM = 2.0**-90
-_FARTHEST_PEAK = 1e38  # from 0, that is still finite to base 2
-
-_LOG2_E = 1 / math.log(2)
 _NO_LOG = -1e300  # in place of log 0 where it is multiplied by 0
-_scratch = threading.local()
-
-
-class _Sums(NamedTuple):
-    """Sums over blocks, relative to a logit near the largest of each block (T is K/block) or of the row (T is 1)."""
-
-    reference: np.ndarray  # (B, T) that logit, float64 as all of these; −inf for a block that is masked whole
-    mass: np.ndarray  # (B, K/block) Σ exp(z − reference)
-    spread: np.ndarray  # (B, T) Σ (z − reference) exp(z − reference)
 
 
 class _Candidates(NamedTuple):
@@ -69,7 +50,7 @@ class _Candidates(NamedTuple):
 
 
 def sample_cpu(logits: Tensor, n: int, replace: bool, method: str, seed: Tensor | None) -> tuple[Draw, Statistics]:
-    """Draw from logits (B, K) on the CPU; like `_sample_ref`, `method` being what `seed` is None for."""
+    """Draw from logits (B, K) on the CPU; like `draw_cells_ref`, `method` being what `seed` is None for."""
     if torch.compiler.is_compiling():
         values = _opaque_sample(logits, n, replace, seed)
         return Draw(*values[:4]), Statistics(*values[4:])
@@ -80,24 +61,33 @@ def _sample(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple
     """The draw, its values in the dtype that comes out, and statistics in float64."""
     if loops_run():
         return sample_in_loops(logits, n, replace, seed)
-    draw, statistics = _sample_in_operations(logits, n, replace, seed)
-    return Draw(draw.indices, *(value.to(compute_dtype(logits.dtype)) for value in draw[1:])), statistics
-
-
-def _sample_in_operations(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Draw, Statistics]:
     if seed is None or replace or logits.numel() > _SMALL:
-        return _sample_in_blocks(logits, n, replace, seed)
-    values = logits.to(compute_dtype(logits.dtype)).numpy()
+        draw, statistics = _sample_in_blocks(logits, n, replace, seed)
+        return _rounded(draw, compute_dtype(logits.dtype)), statistics
+    return _sample_few(logits, n, seed)
+
+
+def _rounded(draw: Draw, dtype: torch.dtype) -> Draw:
+    return Draw(draw.indices, *(value.to(dtype) for value in draw[1:]))
+
+
+def _sample_few(logits: Tensor, n: int, seed: Tensor) -> tuple[Draw, Statistics]:
+    """As `_sample`, without replacement, from few logits."""
+    dtype = compute_dtype(logits.dtype)
+    values = (logits if logits.dtype == dtype else logits.to(dtype)).numpy()
     with np.errstate(all="ignore"):
-        drawn = small_draw(*values.shape).draw(values, n, int(seed))
-    indices, log_attention, peak, log_total, entropy = (torch.from_numpy(value) for value in drawn)
-    found = Draw(indices, log_attention, peak + log_total, entropy), Statistics(peak, log_total, entropy)
-    rows = torch.from_numpy(np.isnan(drawn[3]))  # that take other means
-    if rows.any():
-        for ours, instead in zip(found, _sample_in_blocks(logits, n, replace, seed), strict=True):
-            for value, other in zip(ours, instead, strict=True):
-                value[rows] = other[rows]
-    return found
+        indices, log_attention, peak, log_total, entropy = small_draw(*values.shape).draw(values, n, int(seed))
+    logsumexp, instead = peak + log_total, np.isnan(log_total)
+    if not instead.any():
+        drawn = indices, *(value.astype(values.dtype) for value in (log_attention, logsumexp, entropy))
+        return Draw(*map(torch.from_numpy, drawn)), Statistics(*map(torch.from_numpy, (peak, log_total, entropy)))
+    rows = torch.from_numpy(instead)  # that take other means
+    draw = Draw(*map(torch.from_numpy, (indices, log_attention, logsumexp, entropy)))
+    statistics = Statistics(torch.from_numpy(peak), torch.from_numpy(log_total), draw.entropy)
+    for ours, theirs in zip((draw, statistics), _sample_in_blocks(logits, n, False, seed), strict=True):
+        for value, other in zip(ours, theirs, strict=True):
+            value[rows] = other[rows]
+    return _rounded(draw, dtype), statistics
 
 
 def _sample_in_blocks(logits: Tensor, n: int, replace: bool, seed: Tensor | None) -> tuple[Draw, Statistics]:
@@ -184,16 +174,16 @@ def _likely_blocks(
 ) -> _Candidates:
     """The blocks that hold the first `distinct` cells, from sums over all blocks."""
     if key is not None:
-        found = _candidates(logits, _block_sums(logits, block, wide=replace, each=False), block, distinct, key, row)
+        found = _candidates(logits, block_sums(logits, block, wide=replace, each=False), block, distinct, key, row)
         if found is not None:
             return found
-    found = _candidates(logits, _block_sums(logits, block, wide=replace, each=True), block, distinct, key, row)
+    found = _candidates(logits, block_sums(logits, block, wide=replace, each=True), block, distinct, key, row)
     assert found is not None
     return found
 
 
 def _candidates(
-    logits: Tensor, sums: _Sums, block: int, distinct: int, key: int | None, row: np.ndarray
+    logits: Tensor, sums: Sums, block: int, distinct: int, key: int | None, row: np.ndarray
 ) -> _Candidates | None:
     """`_likely_blocks` from `sums`; None if these have lost too much to overflow or underflow."""
     n_blocks = sums.mass.shape[1]
@@ -254,89 +244,6 @@ def _smallest(keys: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Each row's smallest keys (B, count), in ascending order, and their places."""
     values, places = keys.topk(count, largest=False)  # NumPy's selection takes three times as long
     return values.numpy(), places.numpy()
-
-
-def chunks(rows: int, columns: int, width: int = 1) -> Iterator[tuple[slice, slice]]:
-    """Slices of rows and of columns, `width` logits each, with about CHUNK logits together."""
-    step = max(1, min(columns, CHUNK // width))
-    height = max(1, CHUNK // (step * width))
-    for first in range(0, rows, height):
-        for left in range(0, columns, step):
-            yield slice(first, min(first + height, rows)), slice(left, min(left + step, columns))
-
-
-def _parts(logits: Tensor, block: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor, slice, slice]]:
-    """Logits (R, S, block) chunk by chunk, two buffers of their shape and of `dtype`, their rows and their blocks."""
-    rows, cells = logits.shape
-    whole = cells // block
-    buffers = _kept_buffers(min(rows * cells, max(CHUNK, block)), dtype)
-    for r, b in chunks(rows, whole, block):
-        x = logits[r, b.start * block : b.stop * block].unflatten(-1, (-1, block))
-        below, mass = (buffer[: x.numel()].view(x.shape) for buffer in buffers)
-        yield x, below, mass, r, b
-    if cells % block:
-        tail = logits[:, whole * block :].unsqueeze(1)  # a narrower block
-        below, mass = tail.new_empty(2, *tail.shape, dtype=dtype)
-        yield tail, below, mass, slice(None), slice(whole, whole + 1)
-
-
-def _block_sums(logits: Tensor, block: int, *, wide: bool, each: bool) -> _Sums:
-    """Sums over blocks, relative to the largest logit of `each` block or to one of the largest of the row."""
-    n_blocks = -(-logits.shape[1] // block)
-    dtype = torch.float64 if wide else compute_dtype(logits.dtype)
-    if not each and logits.shape[0] * n_blocks * block <= CHUNK:
-        return _sums_at_once(logits, block, dtype)
-    mass = torch.empty(logits.shape[0], n_blocks, dtype=dtype, device="cpu")
-    if each:
-        reference = torch.empty_like(mass)
-    else:
-        some = logits.unfold(-1, min(block, logits.shape[1]), block * max(1, n_blocks // _SAMPLED_BLOCKS))
-        peak = some.amax((-2, -1)).to(dtype)  # (B,)
-        if not (peak.abs() < _FARTHEST_PEAK).all():
-            return _block_sums(logits, block, wide=wide, each=True)
-        shift = peak.mul_(-_LOG2_E).unsqueeze(-1)  # (B, 1)
-        rounded = float(torch.tensor(_LOG2_E, dtype=dtype, device="cpu"))
-        reference = shift.double() / -rounded  # what the rounded numbers stand for
-    spread = torch.zeros(reference.shape, dtype=dtype, device="cpu")
-    for x, below, part, r, b in _parts(logits, block, dtype):
-        if x.dtype != dtype:
-            x = below.copy_(x)
-        if each:
-            torch.amax(x, -1, out=reference[r, b])
-            peak = reference[r, b].clamp(min=torch.finfo(dtype).min)  # finite also where all cells are masked
-            torch.sub(x, peak.unsqueeze(-1), out=below).mul_(_LOG2_E)
-        else:  # a multiplication and an addition that round once: logits far from 0 lose nothing
-            torch.add(shift[r].unsqueeze(-1), x, alpha=_LOG2_E, out=below)
-        torch.exp2(below, out=part)
-        torch.sum(part, -1, out=mass[r, b])
-        part.mul_(below)
-        # 0 · −inf at a masked cell is NaN, and means 0
-        spread[r, b if each else slice(None)] += torch.nansum(part if each else part.flatten(1).unsqueeze(1), -1)
-    return _Sums(*(value.double().numpy() for value in (reference, mass, spread * math.log(2))))
-
-
-def _sums_at_once(logits: Tensor, block: int, dtype: torch.dtype) -> _Sums:
-    """Sums over the blocks of logits that fit one chunk, relative to the largest of the row: as few steps as can be."""
-    rows, cells = logits.shape
-    length = -(-cells // block) * block
-    below, mass = _kept_buffers(rows * length, dtype).view(2, rows, length)
-    below[:, :cells] = logits
-    below[:, cells:] = -math.inf
-    reference = below.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)  # (B, 1), finite if all is masked, too
-    torch.exp2(below.sub_(reference).mul_(_LOG2_E), out=mass)
-    sums = mass.view(rows, -1, block).sum(-1)
-    spread = torch.nansum(mass.mul_(below), -1, keepdim=True)  # 0 · −inf at a masked cell is NaN, and means 0
-    return _Sums(*(value.double().numpy() for value in (reference, sums, spread.double().mul_(math.log(2)))))
-
-
-def _kept_buffers(length: int, dtype: torch.dtype) -> Tensor:
-    """(2, length) that all chunks and all calls of a thread share: fresh pages would cost as much as reading a map."""
-    size = 2 * length * dtype.itemsize
-    kept = getattr(_scratch, "bytes", None)
-    if kept is None or len(kept) < size:
-        with torch.inference_mode(False):  # or it could not be written to later, outside of that mode
-            kept = _scratch.bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
-    return kept[:size].view(dtype).view(2, length)
 
 
 def _gather_blocks(logits: Tensor, chosen: np.ndarray, block: int) -> np.ndarray:

@@ -30,10 +30,17 @@ def _loops() -> ModuleType:
     return importlib.import_module("ats_kernels.sampling.loops")
 
 
-def grad_in_loops(logits: Tensor, indices: Tensor, statistics: Statistics, grads: tuple[Tensor, ...]) -> Tensor:
-    """The gradient (B, K) of float32 or float64 logits."""
+def grad_in_loops(
+    logits: Tensor, indices: Tensor, statistics: Statistics, arriving: tuple[Tensor | None, ...]
+) -> Tensor:
+    """The gradient (B, K) of float32 or float64 logits; None arriving means 0."""
     values = logits.contiguous().numpy()
-    out = np.empty_like(values)
-    given = (value.contiguous().numpy() for value in (indices, *statistics, *grads))
-    _loops().grad(values, *given, out)
+    out, rows = np.empty_like(values), len(values)
+    shapes = indices.shape, (rows,), (rows,)
+    given = (value.contiguous().numpy() for value in (indices, *statistics))
+    grads = (
+        np.zeros(shape, values.dtype) if grad is None else grad.contiguous().numpy()
+        for grad, shape in zip(arriving, shapes, strict=True)
+    )
+    _loops().grad(values, *given, *grads, out)
     return torch.from_numpy(out)

@@ -40,12 +40,14 @@ def _draw(
     logits: Tensor, n: int, replace: bool, method: str, seed: Tensor | None, backend: str
 ) -> tuple[Draw, Statistics]:
     """The draw, its values in the dtype that comes out, and what its backward needs."""
+    if backend == "cpu":
+        return sample_cpu(logits, n, replace, method, seed)
     if backend == "triton" and torch.compiler.is_compiling():
         from ats_kernels.sampling.opaque import sample as draw_cells
     elif backend == "triton":
         from ats_kernels.sampling.triton import sample_triton as draw_cells
     else:
-        draw_cells = sample_cpu if backend == "cpu" else draw_cells_ref
+        draw_cells = draw_cells_ref
     with device_guard(logits):
         draw, statistics = draw_cells(logits, n, replace, method, seed)
     dtype = compute_dtype(logits.dtype)
@@ -70,6 +72,8 @@ class _Sample(torch.autograd.Function):
         statistics = Statistics(*values)
         if ctx.backend == "triton" and not wants_graph():
             return _grad_by_kernels(logits, indices, statistics, arriving, ctx.replace), None, None, None, None, None
+        if ctx.backend == "cpu" and not wants_graph():
+            return grad_cpu(logits, indices, statistics, arriving), None, None, None, None, None
         dtype = compute_dtype(logits.dtype)
         shapes = (indices.shape, *(2 * [indices.shape[:1]]))
         grads = tuple(
@@ -77,12 +81,8 @@ class _Sample(torch.autograd.Function):
             for grad, shape in zip(arriving, shapes, strict=True)
         )
         if wants_graph():
-            grad_logits = grad_again(logits, indices, grads)
-        elif ctx.backend == "cpu":
-            grad_logits = grad_cpu(logits, indices, statistics, grads)
-        else:
-            grad_logits = grad_ref(logits, indices, statistics, grads)
-        return grad_logits, None, None, None, None, None
+            return grad_again(logits, indices, grads), None, None, None, None, None
+        return grad_ref(logits, indices, statistics, grads), None, None, None, None, None
 
 
 def _grad_by_kernels(
