@@ -1,5 +1,6 @@
 """Draw cells of an attention map, some of which may be masked, for images that may have fewer cells than draws."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -173,7 +174,20 @@ def relative_entropy(entropy: Tensor, cells: int | Sequence[int] | Tensor) -> Te
         return torch.where(most > 0, entropy / most.clamp(min=torch.finfo(most.dtype).tiny), 1.0)
     if check_count("cells", cells) == 1:
         return torch.ones_like(entropy)
-    return entropy / torch.tensor(float(cells), device="cpu").log().to(entropy)  # type: ignore[arg-type]  # a number
+    most = torch.tensor(float(cells), dtype=torch.float64, device="cpu")  # type: ignore[arg-type]  # a number
+    return entropy / most.log().to(entropy)
+
+
+def mean_entropy(sample: CellSample) -> Tensor:
+    """The mean entropy of a batch in nats, differentiable: what an entropy bonus is made of (paper, eq. 21).
+
+    Where grids differ, H of K_b own cells counts as H · log K / log K_b, with K the cells of the largest own grid:
+    every image can reach the same, and none is spread out more for being large.
+    """
+    if sample.grid_sizes is None:
+        return sample.entropy.mean()
+    cells = [height * width for height, width in sample.grid_sizes]
+    return relative_entropy(sample.entropy, cells).mean() * math.log(max(cells))
 
 
 def check_drawable(logits: Tensor) -> None:

@@ -3,11 +3,13 @@
 `ats.experiments.callbacks` logs them and warns where they look wrong; docs/diagnostics.md says how to read them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from ats import functional
+from ats.batches import check_grid_sizes
 from ats.samples import BoxSample
 from ats_kernels.backend import may_look
 from ats_kernels.checks import check_count, check_floating, check_log_probabilities, check_pair, check_tensor
@@ -82,17 +84,28 @@ def covered_mass(log_attention: Tensor, indices: Tensor) -> Tensor:
     return (log_attention.detach().exp().gather(-1, order.indices) * fresh).sum(-1)
 
 
-def relative_entropy(entropy: Tensor, cells: int) -> Tensor:
-    """The attention's entropy in nats against the largest that K cells allow, log K: 0 on one cell, 1 when uniform."""
-    if check_count("cells", cells) == 1:
-        return torch.ones_like(entropy.detach())
-    return entropy.detach() / torch.tensor(float(cells), device="cpu").log().to(entropy)
+def relative_entropy(entropy: Tensor, cells: int | Sequence[int] | Tensor) -> Tensor:
+    """The attention's entropy in nats against the largest that K cells allow, log K: 0 on one cell, 1 when uniform.
+
+    Args:
+        entropy: (B,).
+        cells: K, for all images or one each, (B,): `ats.functional.live_cells(logits)` where cells are masked or grids
+            differ. Only so does entropy compare between images of different sizes.
+    """
+    return functional.relative_entropy(entropy.detach(), cells)
 
 
-def border_mass(logits: Tensor) -> Tensor:
-    """The share of the attention on the outermost cells of the grid: logits (B, gh, gw) or (B, 1, gh, gw) -> (B,)."""
+def border_mass(logits: Tensor, *, grid_sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
+    """The share of the attention on the outermost cells of the grid: logits (B, gh, gw) or (B, 1, gh, gw) -> (B,).
+
+    Of logits that were padded to a common grid, `grid_sizes` are the images' own, as their sample has them.
+    """
     attention = _attention(logits)
-    return 1 - attention[:, 1:-1, 1:-1].flatten(1).sum(-1)
+    own = check_grid_sizes(grid_sizes, logits)
+    if own is None:
+        return 1 - attention[:, 1:-1, 1:-1].flatten(1).sum(-1)
+    inner = [one[1 : height - 1, 1 : width - 1].sum() for one, (height, width) in zip(attention, own, strict=True)]
+    return 1 - torch.stack(inner)
 
 
 def border_share(grid_size: tuple[int, int]) -> float:
@@ -235,14 +248,18 @@ def warning_signs(
         loss: of the batch in nats, or a mean over the last steps, without the entropy bonus.
         chance: the loss of giving each class its share of the training images, log(classes) if these are equal.
             Without both, a plateau is not told, nor collapse from what the task may need.
-        sample: what was drawn from these logits; without it, overlap is not told.
+        sample: what was drawn from these logits; without it, overlap is not told. Of images whose grids differ it knows
+            their own.
         labels: (B,) classes; without them, attention that explains one class only is not told.
     """
     if chance is not None and not chance > 0:
         raise ValueError(f"chance is a loss in nats, e.g. math.log(classes), and must be positive, got {chance}")
     attention = _attention(logits)
-    grid = (attention.shape[-2], attention.shape[-1])
-    share, mass = border_share(grid), float(border_mass(logits).mean())
+    grids = (
+        [(attention.shape[-2], attention.shape[-1])] if sample is None or not sample.grid_sizes else sample.grid_sizes
+    )
+    share = sum(border_share(grid) for grid in grids) / len(grids)
+    mass = float(border_mass(logits, grid_sizes=None if sample is None else sample.grid_sizes).mean())
     cells = float(torch.special.entr(attention).sum((1, 2)).mean().exp())
     loss, chance = (float("nan") if value is None else value for value in (loss, chance))
     distinct = 1.0 if sample is None else float(distinct_area(sample).mean())

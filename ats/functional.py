@@ -22,7 +22,7 @@ from ats.batches import (
     pad_logits,
     sizes_of,
 )
-from ats.cells import check_logits, live_cells, mask_logits, relative_entropy, sample_cells
+from ats.cells import check_logits, live_cells, mask_logits, mean_entropy, relative_entropy, sample_cells
 from ats.grid import Placement, make_grid
 from ats.pooling import estimate_pooled, pool
 from ats.reading import read_cells
@@ -44,6 +44,7 @@ __all__ = [
     "extract_cells",
     "live_cells",
     "mask_logits",
+    "mean_entropy",
     "pad_logits",
     "pool",
     "read_patches",

@@ -1,26 +1,65 @@
 """Attention, or where drawn patches lie, as a picture of the image."""
 
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from ats.batches import (
+    Images,
+    Maps,
+    Sizes,
+    check_grid_sizes,
+    each_size,
+    is_many,
+    is_sequence,
+    pad_logits,
+    sizes_of,
+)
 from ats.cells import check_drawable, check_logits, mask_logits
 from ats.grid import Grid, Placement, make_grid
 from ats.samples import BoxSample, CellSample, Estimator
+from ats.sources.image_source import ImageSource
 from ats_kernels.checks import check_pair
 
 
+@overload
 def heatmap(
-    sample_or_logits: CellSample | Tensor,
-    image_size: tuple[int, int],
+    sample_or_logits: CellSample | Maps,
+    image_size: tuple[int, int] | Tensor,
+    *,
+    size: tuple[int, int] | None = ...,
+    mask: Maps | None = ...,
+    estimator: Estimator = ...,
+    view_size: Sizes | None = ...,
+    receptive_field: int | Placement = ...,
+    grid_sizes: Sequence[tuple[int, int]] | None = ...,
+) -> Tensor: ...
+@overload
+def heatmap(
+    sample_or_logits: CellSample | Maps,
+    image_size: Sequence[tuple[int, int]] | Sequence[Tensor | ImageSource],
+    *,
+    size: tuple[int, int] | None = ...,
+    mask: Maps | None = ...,
+    estimator: Estimator = ...,
+    view_size: Sizes | None = ...,
+    receptive_field: int | Placement = ...,
+    grid_sizes: Sequence[tuple[int, int]] | None = ...,
+) -> list[Tensor]: ...
+def heatmap(
+    sample_or_logits: CellSample | Maps,
+    image_size: Sizes | Images,
     *,
     size: tuple[int, int] | None = None,
-    mask: Tensor | None = None,
+    mask: Maps | None = None,
     estimator: Estimator = "ordered",
-    view_size: tuple[int, int] | None = None,
+    view_size: Sizes | None = None,
     receptive_field: int | Placement = 0,
-) -> Tensor:
+    grid_sizes: Sequence[tuple[int, int]] | None = None,
+) -> Tensor | list[Tensor]:
     """Attention spread over the pixels that it lies on: (B, h, w) float64, as mass, not as density.
 
     - Logits: each cell's attention over the pixels of the image that the cell covers.
@@ -32,39 +71,78 @@ def heatmap(
     larger one. No gradient goes through.
 
     Args:
-        sample_or_logits: what was drawn, or logits (B, gh, gw) or (B, 1, gh, gw).
-        image_size: pixels (H, W) of the full-resolution image.
-        size: pixels (h, w) of the picture; the image's own where None, which is much for a large image.
+        sample_or_logits: what was drawn, or logits (B, gh, gw) or (B, 1, gh, gw), or a list of maps (gh, gw).
+        image_size: pixels (H, W) of the full-resolution images; or a list of one an image; or the images themselves, a
+            tensor (B, C, H, W) or a sequence. A list or sequence gives a list of pictures (h, w), one an image.
+        size: pixels (h, w) of the pictures; the image's own where None, which is much for a large image.
         mask: of the logits, as in `ats.sample_cells`.
         estimator: what a sample's weights are those of, as in `ats.expectation`.
         view_size, receptive_field: where cells lie, as in `ats.sample_patches`; a sample's boxes know it.
+        grid_sizes: of padded logits, cells (gh, gw) of each image's own grid; a sample knows its own.
 
     Raises:
         ValueError: an image with every cell masked, NaN or +inf logits, sizes that do not fit.
     """
-    image = check_pair("image_size", image_size)
+    of_images = isinstance(image_size, Tensor) and image_size.ndim == 4
+    of_images |= is_sequence(image_size) and any(isinstance(one, ImageSource) or _is_image(one) for one in image_size)
+    sizes: Any = sizes_of(image_size) if of_images else image_size  # type: ignore[arg-type]
+    drawn = sample_or_logits if isinstance(sample_or_logits, CellSample) else None
+    if drawn is not None:
+        logits, grids = None, drawn.grid_sizes
+    else:
+        logits, own = pad_logits(sample_or_logits)  # type: ignore[arg-type]
+        check_logits(logits)
+        grids = check_grid_sizes(own if grid_sizes is None else grid_sizes, logits)
+        logits = mask_logits(logits.detach(), mask, grids)
+        check_drawable(logits)
+    if not is_many(sizes) and grids is None and not is_many(view_size):
+        image = check_pair("image_size", sizes)
+        return _pictures(drawn, logits, image, size, estimator, view_size, receptive_field)
+    batch = len(drawn) if drawn is not None else len(logits)  # type: ignore[arg-type]  # one of them is there
+    images = each_size("image_size", sizes, batch)
+    views = [None] * batch if view_size is None else each_size("view_size", view_size, batch)
+    pictures = []
+    for number, (image, view) in enumerate(zip(images, views, strict=True)):
+        one = None if drawn is None else drawn[number]
+        own_logits = None if logits is None else logits[number : number + 1]
+        if own_logits is not None and grids is not None:
+            own_logits = own_logits[..., : grids[number][0], : grids[number][1]]
+        pictures.append(_pictures(one, own_logits, image, size, estimator, view, receptive_field)[0])
+    return pictures if is_many(sizes) else torch.stack(pictures)
+
+
+def _is_image(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 3
+
+
+def _pictures(
+    sample: CellSample | None,
+    logits: Tensor | None,
+    image: tuple[int, int],
+    size: tuple[int, int] | None,
+    estimator: Estimator,
+    view_size: tuple[int, int] | None,
+    receptive_field: int | Placement,
+) -> Tensor:
+    """Pictures (B, h, w) of images that have one size and one grid."""
     picture = image if size is None else check_pair("size", size)
-    if isinstance(sample_or_logits, BoxSample):
-        weights = sample_or_logits.weights(estimator).double()  # (B, N)
+    if isinstance(sample, BoxSample):
+        weights = sample.weights(estimator).double()  # (B, N)
         rows, columns = (
-            _shares(
-                sample_or_logits.offsets[..., axis].double(),
-                float(sample_or_logits.patch_size[axis]),
-                image[axis],
-                picture[axis],
-            )
+            _shares(sample.offsets[..., axis].double(), float(sample.patch_size[axis]), image[axis], picture[axis])
             for axis in (0, 1)
         )  # (B, N, h), (B, N, w)
         return (weights.unsqueeze(-1) * rows).transpose(1, 2) @ columns
-    if isinstance(sample_or_logits, CellSample):
-        cells = sample_or_logits.grid_size
-        weights = sample_or_logits.weights(estimator).double()
+    if sample is not None:
+        cells = sample.grid_size
+        weights = sample.weights(estimator).double()
         mass = weights.new_zeros(len(weights), cells[0] * cells[1])
-        mass = mass.scatter_add_(1, sample_or_logits.readable().clamp(min=0), weights).unflatten(1, cells)
+        mass = mass.scatter_add_(1, sample.readable().clamp(min=0), weights).unflatten(1, cells)
+        if sample.grid_sizes is not None:  # of a single image: nothing was drawn outside its own
+            cells = sample.grid_sizes[0]
+            mass = mass[:, : cells[0], : cells[1]]
     else:
-        check_logits(sample_or_logits)
-        logits = mask_logits(sample_or_logits.detach(), mask)
-        check_drawable(logits)
+        assert logits is not None
         cells = (logits.shape[-2], logits.shape[-1])
         mass = logits.flatten(1).double().softmax(-1).unflatten(1, cells)  # (B, gh, gw)
     grid = make_grid(cells, image, view_size, receptive_field)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import ats
-from ats.functional import live_cells, pad_logits, relative_entropy
+from ats.functional import live_cells, mean_entropy, pad_logits, relative_entropy
 from tests.enumeration import enumerate_draws
 from tests.helpers import assert_close, cut, seeded
 from tests.ragged import SIZES, STEP, Attention, make_images, make_model, one_by_one, stored, views_of
@@ -331,6 +331,9 @@ def test_relative_entropy_compares_images_of_different_sizes():
     logits, _ = pad_logits(maps)
     assert live_cells(logits).tolist() == [12, 4, 1, 1]
     assert_close(relative_entropy(sample.entropy, live_cells(logits)), torch.ones(4, dtype=torch.float64))
+    assert_close(mean_entropy(ats.sample_cells(logits[:2], 1)), sample.entropy[:2].mean())
+    uniform = ats.sample_cells([torch.zeros(3, 4).double(), torch.zeros(2, 2).double()], 1)
+    assert_close(mean_entropy(uniform), torch.tensor(np.log(12)).double())
     peaked = [torch.tensor([[2.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True), torch.zeros(1, 1).double()]
     sample = ats.sample_cells(peaked, 1)
     relative = relative_entropy(sample.entropy, live_cells(pad_logits(peaked)[0]))

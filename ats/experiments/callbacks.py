@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ats import diagnostics
+from ats import diagnostics, functional
 from ats.functional import PatchSample, estimate_pooled
 from ats.nn import AttentionSampling
 from ats_kernels.checks import check_count
@@ -196,15 +196,20 @@ def measure_attention(sampling: AttentionSampling, output: Output, features: Ten
     metrics = {
         "effective_patches": diagnostics.effective_sample_size(sample.weights(sampling.estimator)),
         "covered_mass": diagnostics.covered_mass(log_attention, sample.indices),
-        "relative_entropy": diagnostics.relative_entropy(sample.entropy, logits[0].numel()),
+        "relative_entropy": diagnostics.relative_entropy(sample.entropy, _cells(logits, sample)),
         "peak_mass": diagnostics.peak_mass(logits),
-        "border_mass": diagnostics.border_mass(logits),
+        "border_mass": diagnostics.border_mass(logits, grid_sizes=sample.grid_sizes),
     }
     if random and log_attention.shape[1] > 1:
         features = features.unflatten(0, tuple(log_attention.shape)).flatten(2)  # (B, N, D)
         value, variance = estimate_pooled(features, sample, estimator=sampling.estimator)
         metrics["relative_error"] = variance.sum(-1).sqrt() / value.norm(dim=-1)
     return {name: float(values.mean()) for name, values in metrics.items()}
+
+
+def _cells(logits: Tensor, sample: PatchSample) -> int | Tensor:
+    """Of the grid, or where those of the images differ, of each image's own that can be drawn."""
+    return logits[0].numel() if sample.grid_sizes is None else functional.live_cells(logits)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ats.experiments.config import ExperimentConfig, to_dict
 from ats.experiments.experiment import Batch
 from ats.experiments.registry import from_dict
 from ats.experiments.schedule import entropy_weight, learning_rate_factor
-from ats.functional import PatchSample
+from ats.functional import PatchSample, mean_entropy
 from ats.models import ATSClassifier
 
 
@@ -91,7 +91,7 @@ class ClassificationTask(L.LightningModule):
         self.log("train/error", self.train_error, on_step=False, on_epoch=True, prog_bar=True)
         if sample is None:  # nothing was drawn
             return {"loss": loss}
-        entropy = sample.entropy.mean()
+        entropy = mean_entropy(sample)
         self.log("train/entropy", entropy.detach(), on_step=False, on_epoch=True, sync_dist=True)
         bonus = entropy_weight(self.global_step, self.total_steps(), self.config.optim) * entropy
         return {"loss": loss - bonus, "task_loss": loss.detach()}
