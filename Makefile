@@ -12,7 +12,7 @@ help:
 	@echo "make kernels compile all GPU kernels, without a GPU, and print what came out (kernels-oldest: by Triton 3.6)"
 	@echo "make bench   time a training step and the ops beside their alternatives, on the GPU where there is one"
 	@echo "make bench-compare A.json B.json  what changed between two runs, beyond the noise"
-	@echo "make gpu-check  where there is a GPU: run all that needs one, write bench/results/<GPU>.md"
+	@echo "make gpu-check  where there is a GPU: run all that needs one, write bench/results/<GPU>.md (MINUTES=8)"
 	@echo "make lint    check style, format and types"
 	@echo "make format  apply the format"
 	@echo "make clean   remove the environment and caches; runs/ stays"
@@ -62,8 +62,10 @@ endif
 bench-compare: $(READY)
 	@$(BIN)/python -m bench.changes $(COMPARED)
 
-gpu-check: $(READY)
-	$(BIN)/python -m bench.gpu_check
+# Installs nothing: a machine with a GPU has a torch of its own, and may have no network.
+MINUTES ?= 8
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tools.gpu_check --minutes $(MINUTES) $(GPU_CHECK_ARGS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

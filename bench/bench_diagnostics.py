@@ -1,6 +1,9 @@
 """What a look at the attention costs, as `ats train --diagnostics.every` takes it, beside a training step."""
 
+import pytest
 import torch
+
+pytest.importorskip("lightning", reason="lightning is not installed, whose callback looks at the attention")
 
 from ats.experiments import cost
 from ats.experiments.callbacks import measure_attention

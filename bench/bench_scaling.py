@@ -11,7 +11,7 @@ import ats_kernels
 from ats.experiments import cost
 from ats.experiments.config import ExperimentConfig, ModelConfig
 from bench.bench_tables import peaks, repeated, unaffordable
-from bench.measure import available_bytes, seconds_a_call
+from bench.measure import available_bytes, rotation, seconds_a_call
 from bench.report import Group, Report
 
 SECTION = "scaling"
@@ -123,13 +123,16 @@ def bench_number_of_cells(report: Report) -> None:
         "Gumbel top-k": lambda logits: gumbel_top_k(logits, n),
         "one read: logits.amax()": lambda logits: logits.amax(-1),
     }
+    most = 0
     for power in (8, 12, 16, 20, 22, 24):
-        logits = [torch.randn(1, 2**power, device=report.device) for _ in range(COPIES)]
+        copies = rotation(report.device, 4 * 2**power, COPIES)
+        most = max(most, copies)
+        logits = [torch.randn(1, 2**power, device=report.device) for _ in range(copies)]
         for way, draw in ways.items():
             name = f"{way}, K = 2^{power}"
-            methods[name] = lambda index, draw=draw, logits=logits: draw(logits[index % COPIES])
+            methods[name] = lambda index, draw=draw, logits=logits: draw(logits[index % len(logits)])
             points[name] = way, 2**power
-    group = report.compare("A draw by the number of cells: B = 1, N = 10", methods, copies=COPIES, seconds=4.0)
+    group = report.compare("A draw by the number of cells: B = 1, N = 10", methods, copies=most, seconds=4.0)
     group.axis, group.points = "cells K", points
 
 

@@ -8,7 +8,7 @@ and each method's rounds are then played to pytest-benchmark: its table, `--benc
 import copy
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import render
-from bench.report import Group, Report, default_path
+from bench.report import COMPILE_SECONDS, Group, Report, default_path
 
 THREADS = 2
 HERE = Path(__file__).parent
@@ -62,9 +62,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--output",
         type=Path,
         metavar="PATH",
-        help="write PATH.json, PATH.md and plots; by default a whole run goes to bench/results/<machine>, a part is "
-        "only printed",
+        help="write PATH.json, PATH.md and plots, and the JSON after each benchmark; by default a whole run goes to "
+        "bench/results/<machine>, a part is only printed",
     )
+    group.addoption(
+        "--compile-seconds",
+        type=float,
+        default=COMPILE_SECONDS,
+        metavar="S",
+        help="time that may go to torch.compile, in all",
+    )
+    group.addoption("--copy-rate", type=float, metavar="B/S", help="of a large copy on this device, if it is known")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -136,7 +144,9 @@ def run(request: pytest.FixtureRequest) -> Iterator[Report]:
     if device.type == "cpu":
         torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    report = Report(device)
+    report = Report(device, bytes_per_second=request.config.getoption("--copy-rate"))
+    report.compile_seconds = request.config.getoption("--compile-seconds")
+    report.skipped = dict(LEFT_OUT)
     yield report
     report.seconds = time.perf_counter() - start
     report.part = part_of(request.session)
@@ -157,6 +167,40 @@ def report(run: Report, benchmark: BenchmarkFixture, request: pytest.FixtureRequ
     run.section = section_of(request.node)
     yield run
     hand_over(run.groups[before:], benchmark)
+    path = request.config.getoption("--output")
+    if path is not None:  # so that a run that is killed leaves what it has measured
+        found: dict[str, pytest.TestReport] = request.node.stash.get(REPORTS, {})
+        for outcome in found.values():
+            if outcome.failed:
+                run.failures[request.node.nodeid] = message_of(outcome)
+            elif outcome.skipped:
+                run.skipped[request.node.nodeid] = message_of(outcome)
+        run.part = part_of(request.session)
+        run.write(path)
+
+
+REPORTS = pytest.StashKey[dict[str, pytest.TestReport]]()
+LEFT_OUT: dict[str, str] = {}  # modules that cannot be imported here, and why
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    outcome = yield
+    item.stash.setdefault(REPORTS, {})[outcome.when] = outcome
+    return outcome
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        LEFT_OUT[report.nodeid] = message_of(report)
+
+
+def message_of(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Why something failed or was skipped, in a line."""
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2])
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return str(crash.message if crash else report.longrepr).partition("\n")[0]
 
 
 def hand_over(groups: list[Group], benchmark: BenchmarkFixture) -> None:

@@ -24,6 +24,7 @@ _LEAST_ROUNDS = 7
 SLOW_ROUNDS = 3  # at least, of a method that takes half a second or more
 _MOST_ROUNDS = 200
 _SLOW = 0.5  # seconds: such a method needs no second warm-up, and no settling
+A_GRAPH = 10  # calls: starting a graph takes as long as a kernel of microseconds
 ONCE = 4.0  # seconds: on a CPU, a method whose first call takes longer is not called again
 
 
@@ -69,7 +70,7 @@ def compare(
     rounds: Rounds = {}
     plans: dict[str, _Plan] = {}
     for name, method in methods.items():
-        once = seconds_a_call(method, device)  # caches, lazy initialisation, compilation
+        once = seconds_a_call(method, device)  # caches, lazy initialisation, compilation; of a graph, all its calls
         if once > ONCE and device.type == "cpu":
             rounds[name] = [once]
             continue
@@ -94,7 +95,12 @@ def compare(
     finally:
         if collecting:
             gc.enable()
-    return rounds
+    return {name: [value / calls_in(methods[name]) for value in values] for name, values in rounds.items()}
+
+
+def calls_in(method: Method) -> int:
+    """How many calls of what is measured one call of a method makes."""
+    return method.calls if isinstance(method, Graphs) else 1
 
 
 def _plan(once: float, share: float, settle: bool, slow_rounds: int) -> _Plan:
@@ -131,10 +137,31 @@ def synchronise(device: torch.device) -> None:
 
 def copy_rate(device: torch.device) -> float:
     """Bytes a second that a large copy moves, read and written: the best of some."""
-    source = torch.ones(2**28, dtype=torch.uint8, device=device)
+    size, calls = 2**28, 1
+    if device.type == "cuda":  # so large that neither a cache nor a launch counts
+        size, calls = min(2**30, available_bytes(device) // 8), 8
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = min(seconds_a_call(lambda index: target.copy_(source), device) for _ in range(8))
+    seconds = min(seconds_a_call(lambda index: target.copy_(source), device, calls=calls) for _ in range(8))
     return 2 * source.numel() / seconds
+
+
+def rotation(device: torch.device, touched: int, on_cpu: int = 4) -> int:
+    """Inputs to take in turn so that none is in the cache when it comes again: on a GPU three times its L2's size.
+
+    Args:
+        device: that has the cache.
+        touched: bytes that one call reads and writes.
+        on_cpu: inputs on a CPU, whose caches are the user's as well.
+    """
+    if device.type != "cuda":
+        return on_cpu
+    return turns(torch.cuda.get_device_properties(device).L2_cache_size, touched)
+
+
+def turns(cache: int, touched: int) -> int:
+    """Calls after which three times the cache's size has been touched: at least two, at most a hundred."""
+    return max(2, min(100, -(-3 * cache // max(1, touched))))
 
 
 def available_bytes(device: torch.device) -> int:
@@ -148,22 +175,62 @@ def available_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def graphed(method: Method, copies: int) -> Method:
-    """`method` as CUDA graphs, one for each of its `copies` inputs: what it costs without the host's part."""
+class Graphs:
+    """CUDA graphs of several calls each, which are replayed in turn.
+
+    Args:
+        graphs: to replay, of `calls` calls each.
+        calls: in one graph.
+        results: what the calls return, which the graphs write anew.
+    """
+
+    def __init__(self, graphs: list[Any], calls: int, results: list[Any]) -> None:
+        self.graphs = graphs
+        self.calls = calls
+        self.results = results
+
+    def __call__(self, index: int) -> None:
+        """Replay one of them."""
+        self.graphs[index % len(self.graphs)].replay()
+
+
+def graphed(method: Method, copies: int) -> Graphs:
+    """`method` as CUDA graphs: what it costs without the host's part.
+
+    A graph holds about ten calls, and all graphs together one for each of the `copies` inputs, or more. Each call
+    writes to memory of its own while that takes no more than a quarter of what is free.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # kernels are compiled and workspaces allocated before the capture
-        for index in range(copies):
-            method(index)
+        for index in range(min(copies, 3)):
+            result = method(index)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # a capture has a pool of its own and cannot take what is cached
-    graphs = []
-    for index in range(copies):
+    number, calls = graphs_for(copies)
+    size = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(result))
+    keep = size * number * calls <= available_bytes(stream.device) // 4
+    graphs, results = [], []
+    for first in range(number):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            method(index)
+            for index in range(calls):
+                result = method(first * calls + index)
+                if keep:
+                    results.append(result)
         graphs.append(graph)
-    return lambda index: graphs[index % copies].replay()
+    return Graphs(graphs, calls, results)
+
+
+def graphs_for(copies: int) -> tuple[int, int]:
+    """Graphs, and calls in each: about ten, and over all graphs each of the inputs the same number of times.
+
+    Where there are more inputs than ten, a graph has one call for each of its share; else each comes several times.
+    """
+    if copies <= A_GRAPH:
+        return 1, copies * max(1, round(A_GRAPH / copies))
+    number = round(copies / A_GRAPH)
+    return number, -(-copies // number)
 
 
 def scratch_bytes(method: Method, device: torch.device) -> tuple[int, int]:

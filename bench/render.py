@@ -1,4 +1,4 @@
-"""A run's JSON as Markdown and plots: `python -m bench.render bench/results/MACHINE.json`."""
+"""A run's JSON as Markdown and, where matplotlib is installed, plots: `python -m bench.render bench/results/X.json`."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 from ats._files import write_whole
 from ats.experiments.markdown import wrap
-from bench.plots import draw
+from bench.render_parts import parts_lines
 
 Record = dict[str, Any]
 
@@ -28,12 +28,22 @@ _PUBLISHED = "Published times and memory are the paper's, on its authors' GPU: o
 
 def write(path: Path) -> list[Path]:
     """Write the Markdown file and the plots beside a JSON file; what was written."""
-    record = json.loads(path.read_text())
-    plots = draw(record["groups"], path.with_suffix(""))
+    groups = json.loads(path.read_text())["groups"]
+    try:  # only now: a machine that measures need not have it
+        from bench.plots import draw
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "matplotlib":
+            raise
+        return [write_page(path)]
+    plots = draw(groups, path.with_suffix(""))
+    return [write_page(path, {section: plot.name for section, plot in plots.items()}), *plots.values()]
+
+
+def write_page(path: Path, plots: dict[str, str] | None = None) -> Path:
+    """Write the Markdown file beside a JSON file, with plots of these names by section; which file it is."""
     page = path.with_suffix(".md")
-    text = markdown(record, {section: plot.name for section, plot in plots.items()})
-    write_whole(page, wrap(text).encode())
-    return [page, *plots.values()]
+    write_whole(page, wrap(markdown(json.loads(path.read_text()), plots)).encode())
+    return page
 
 
 def markdown(record: Record, plots: dict[str, str] | None = None) -> str:
@@ -46,11 +56,13 @@ def markdown(record: Record, plots: dict[str, str] | None = None) -> str:
     groups = record["groups"]
     targets = [(group["name"], target) for group in groups for target in group["targets"]]
     lines = [f"# {record['title']}", "", *table(("", ""), list(record["machine"].items())), ""]
+    lines += parts_lines(record)
     headlines = [(name, target) for name, target in targets if target["headline"]]
     if headlines:
         rows = [(name, *_target(target)) for name, target in headlines]
         lines += [*table(("headline", "", "wanted", "measured", "met", "by the best rounds"), rows), ""]
-    lines += [f"{sum(target['met'] for _, target in targets)} of {len(targets)} targets met.", ""]
+    if targets or not record.get("parts"):
+        lines += [f"{sum(target['met'] for _, target in targets)} of {len(targets)} targets met.", ""]
     known = [section for section in SECTIONS if any(group["section"] == section for group in groups)]
     for section in known:
         lines += [f"## {SECTIONS[section]}", ""]
@@ -59,19 +71,7 @@ def markdown(record: Record, plots: dict[str, str] | None = None) -> str:
         for group in groups:
             if group["section"] == section:
                 lines += _group(group, record.get("bytes_per_second"))
-    return "\n".join(lines + _checks(record.get("checks", [])))
-
-
-def _checks(checks: Sequence[Record]) -> list[str]:
-    """What `make gpu-check` found besides, with the output of what failed."""
-    if not checks:
-        return []
-    rows = [(check["name"], "yes" if check["passed"] else "**no**", check["summary"]) for check in checks]
-    lines = ["## Checks", "", *table(("check", "passed", "result"), rows), ""]
-    for check in checks:
-        if check["output"]:
-            lines += [f"### {check['name']}", "", "```", check["output"][-20_000:], "```", ""]
-    return lines
+    return "\n".join(lines)
 
 
 def _group(group: Record, bytes_per_second: float | None) -> list[str]:

@@ -121,6 +121,9 @@ class Report:
     seconds: float | None = None  # that the whole run took
     part: str = ""  # which part of all benchmarks it is, where it is not whole
     compiling: float = 0.0  # seconds spent on it so far
+    compile_seconds: float = COMPILE_SECONDS
+    failures: dict[str, str] = field(default_factory=dict)  # what failed, and the message
+    skipped: dict[str, str] = field(default_factory=dict)  # what was left out, and why
 
     def facts(self) -> dict[str, str]:
         """What the times depend on."""
@@ -172,8 +175,8 @@ class Report:
                 methods = methods | {label: found}
         if self.device.type == "cuda" and not steps:
             methods = {name: self._graphed(name, method, copies, group) for name, method in methods.items()}
-        if floor_bytes is not None and self.bytes_per_second is None:
-            self.bytes_per_second = copy_rate(self.device)
+        if floor_bytes is not None:
+            self.copy_rate()
         rounds = compare(methods, self.device, seconds, settle=steps, slow_rounds=slow_rounds)
         group.rounds = {name: [value / samples for value in rounds[name]] for name in methods}
         for name, values in group.rounds.items():
@@ -182,10 +185,20 @@ class Report:
         self.groups.append(group)
         return group
 
+    def copy_rate(self) -> float:
+        """Bytes a second that a large copy moves on this device: what floors are made of."""
+        if self.bytes_per_second is None:
+            self.bytes_per_second = copy_rate(self.device)
+        return self.bytes_per_second
+
+    def times_floor(self, time: Measured, moved: int) -> Measured:
+        """How many times as long as a large copy of that many bytes, read and written, a call takes."""
+        return time * (self.copy_rate() / (1e3 * moved))
+
     def compiled(self, method: Method) -> Method | str:
         """A method that calls what `torch.compile` makes, after it has compiled; or why there is none."""
-        if self.compiling > COMPILE_SECONDS:
-            return f"the {COMPILE_SECONDS:g} s that a run has for compiling are spent"
+        if self.compiling >= self.compile_seconds:
+            return f"the {self.compile_seconds:g} s that this run has for compiling are spent"
         start = time.perf_counter()
         try:
             method(0)
@@ -210,6 +223,8 @@ class Report:
             "machine": self.facts(),
             "bytes_per_second": self.bytes_per_second,
             "groups": [group.as_dict() for group in self.groups],
+            "failures": self.failures,
+            "skipped": self.skipped,
         }
 
     def write(self, path: Path) -> None:
@@ -218,8 +233,13 @@ class Report:
 
 
 def default_path(device: torch.device) -> Path:
-    """bench/results/<machine>, without a suffix."""
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", machine_name(device).lower()).strip("-")
+    """bench/results/<machine>, without a suffix; of a GPU <machine>-bench, beside what `make gpu-check` found."""
+    return RESULTS / f"{slug(machine_name(device))}{'-bench' if device.type == 'cuda' else ''}"
+
+
+def slug(name: str) -> str:
+    """A machine's name as a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def machine_name(device: torch.device) -> str:

@@ -7,69 +7,15 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 
-from bench import bench_tables, changes, gpu_check, measure, render
+from bench import bench_tables, changes, render
 from bench.conftest import part_of
 from bench.report import Group, Report
-from tests.conftest import HAS_GPU
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
-
-
-def test_methods_take_turns_and_inputs_rotate() -> None:
-    calls: list[tuple[str, int]] = []
-
-    def method(name: str) -> measure.Method:
-        return lambda index: calls.append((name, index))
-
-    rounds = measure.compare({"a": method("a"), "b": method("b")}, CPU, seconds=1e-9)
-    assert {len(seconds) for seconds in rounds.values()} == {7}
-    assert len({index for name, index in calls if name == "a"}) >= 7
-    rounds = [calls[start : start + 200] for start in range(4, len(calls), 200)]  # two methods, 100 calls each
-    assert [a_first[0][0] for a_first in rounds] == ["a", "b"] * 3 + ["a"]
-
-
-def test_slow_methods_take_part_in_some_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A baseline of seconds a step must not decide how often a step of milliseconds is measured."""
-    calls: list[str] = []
-    seconds = {"quick": 0.02, "slow": 0.8, "once": 6.0}
-
-    def pretend(method: measure.Method, device: torch.device, first: int = 0, repeats: int = 1) -> float:
-        return seconds[method(first)]
-
-    def method(name: str) -> measure.Method:
-        return lambda index: calls.append(name) or name
-
-    monkeypatch.setattr(measure, "seconds_a_call", pretend)
-    rounds = measure.compare({name: method(name) for name in seconds}, CPU, seconds=6.0, settle=True)
-    assert rounds["once"] == [6.0]  # it takes longer than a run has time to repeat
-    assert len(rounds["slow"]) == 3  # as its share of 2 s allows, or three
-    assert len(rounds["quick"]) == round(2.0 / (0.02 * 6))  # five calls and one to settle, of 20 ms
-    places = [index for index, name in enumerate(calls) if name == "slow"][1:]  # after the warm-up
-    assert [round(3 * place / len(calls)) for place in places] == [1, 2, 3]
-    rounds = measure.compare({"slow": method("slow")}, CPU, seconds=1e-9, settle=True, slow_rounds=9)
-    assert len(rounds["slow"]) == 9
-
-
-def test_timing_is_in_milliseconds() -> None:
-    assert measure.timing([0.004]) == measure.Timing(4.0, 4.0, 4.0, 4.0, 1)
-    assert measure.timing([0.004, 0.001, 0.002, 0.003, 0.005]) == measure.Timing(3.0, 1.0, 2.0, 4.0, 5)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_scratch_is_what_a_call_takes_beyond_what_it_returns(device: str) -> None:
-    x = torch.zeros(1000, 1024, device=device)
-    scratch, returned = measure.scratch_bytes(lambda index: x.cos().exp(), torch.device(device))
-    assert (scratch, returned) == (pytest.approx(4_096_000, abs=20_000), 4_096_000)  # Python's objects count too
-    scratch, returned = measure.scratch_bytes(lambda index: x.cos().exp_(), torch.device(device))
-    assert (scratch, returned) == (pytest.approx(0, abs=20_000), 4_096_000)
-    if device == "cpu":
-        scratch, returned = measure.scratch_bytes(lambda index: x + float(np.ones(10**6).sum()), torch.device(device))
-        assert (scratch, returned) == (pytest.approx(8_000_000, abs=20_000), 4_096_000)
 
 
 def a_report() -> Report:
@@ -285,40 +231,3 @@ def test_bad_options_are_refused_before_anything_is_measured(tmp_path: Path) -> 
     assert "name a place that can be written to" in nowhere.stderr
     nothing = run_benches(tmp_path, str(tmp_path / "bench_it.py"), "-k", "nothing")
     assert "-k takes a group (table1, " in nothing.stdout
-
-
-@pytest.mark.skipif(HAS_GPU, reason="there is a GPU: make gpu-check checks it")
-def test_gpu_check_without_a_gpu_fails_and_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu_check"])
-    assert gpu_check.main() == 1
-    message = capsys.readouterr().err
-    assert message.startswith("NOTHING WAS CHECKED: there is no GPU")
-    assert "torch.cuda.is_available() is False: " in message
-
-
-def test_gpu_check_puts_its_checks_into_the_benchmarks_report(tmp_path: Path) -> None:
-    path = tmp_path / "nvidia-h100"
-    Report(CPU, [Group("Sampling")]).write(path)
-    render.write(Path(f"{path}.json"))
-    checks = [gpu_check.Check("tests", False, "1 failed", "the log"), gpu_check.Check("sanitizer", True, "NOT RUN")]
-    gpu_check.write(path, checks)
-    text = Path(f"{path}.md").read_text()
-    assert "### Sampling" in text
-    assert "| tests | **no** | 1 failed |" in text
-    assert "the log" in text
-    assert [check["passed"] for check in json.loads(Path(f"{path}.json").read_text())["checks"]] == [False, True]
-
-
-def test_gpu_check_counts_what_a_test_run_reports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_it.py").write_text(
-        "import pytest\n@pytest.mark.gpu\ndef test_passes(): pass\n@pytest.mark.gpu\ndef test_fails(): assert False\n"
-        "@pytest.mark.gpu\n@pytest.mark.skip\ndef test_skipped(): pass\ndef test_other(): assert False\n"
-    )
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    check = gpu_check.run_tests("gpu", "tests on the GPU")
-    assert (check.passed, check.summary) == (False, "1 passed, 1 failed, 1 skipped")
-    assert "def test_fails(): assert False" in check.output

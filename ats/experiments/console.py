@@ -1,15 +1,20 @@
 """What commands print. Nothing in it is markup: a folder may be called [/x], or :cat:."""
 
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what only reads data imports this, and needs no rich
+    from rich.console import Console
+    from rich.table import Table
 
 
-def plain_console(*, stderr: bool = False) -> Console:
+def plain_console(*, stderr: bool = False) -> "Console":
     """A console on which text appears as it is."""
+    from rich.console import Console
+
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
-def say(text: str | Table, *, stderr: bool = False) -> None:
+def say(text: "str | Table", *, stderr: bool = False) -> None:
     """Print a text, whose lines are left to the terminal to break, or a table."""
     if isinstance(text, str):
         text = printable(text)

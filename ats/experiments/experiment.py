@@ -6,9 +6,8 @@ Whatever differs between experiments is asked of these classes; `registry` says 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, cast
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,10 +21,21 @@ from ats.experiments.tables import Table
 
 Options = TypeVar("Options", bound=DataConfig)
 
+if TYPE_CHECKING:
+    from lightning import LightningDataModule as DataModule
+else:
+    try:
+        from lightning import LightningDataModule as DataModule
+    except ModuleNotFoundError:  # presets, networks and data are of use without what trains
+
+        class DataModule:
+            """Stands in for Lightning's."""
+
+
 Batch = tuple[Tensor, Tensor, Tensor]  # view (B, C, h, w), image (B, C, H, W), label (B,) or (B, …): what is true of it
 
 
-class ExperimentData(L.LightningDataModule, Generic[Options]):
+class ExperimentData(DataModule, Generic[Options]):
     """An experiment's data for Lightning: batches (view, image, label) of the splits "train", "validation" and "test".
 
     Loaders yield indices; images are made, on the device, once a batch is there.
