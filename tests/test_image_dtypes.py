@@ -188,7 +188,7 @@ def test_advice_makes_a_tensor(image):
     assert area_downsample(follow(str(error.value), image=image), 4).shape[-2:] == (4, 4)
 
 
-@pytest.mark.parametrize("image", [None, "a.png", object()], ids=str)
+@pytest.mark.parametrize("image", [None, "a.png", object()], ids=["nothing", "text", "object"])
 def test_no_advice_where_none_would_work(image):
     with pytest.raises(TypeError, match=rf"image must be a torch.Tensor, got {type(image).__name__}$"):
         area_downsample(image, 4)
