@@ -15,7 +15,8 @@ from ats.grid import Placement, make_grid
 from ats.sources.image_source import ImageSource
 from ats.sources.reading import Box, read_boxes
 from ats_kernels.checks import Normalisation, bits, check_choice, check_normalisation, output_dtype
-from ats_kernels.patches.op import PADDINGS, Reading, read
+from ats_kernels.patches.launch import Reading
+from ats_kernels.patches.op import PADDINGS, read
 
 
 def read_cells(

@@ -4,7 +4,8 @@ Each op lives in a folder of its own, beside a reference in plain PyTorch (``<op
 implementation is tested against. Nothing here knows of modules, models or data sets.
 """
 
-from ats_kernels.patches.op import extract_cells, extract_patches, extract_patches_ref
+from ats_kernels.patches.launch import extract_patches_ref
+from ats_kernels.patches.op import extract_cells, extract_patches
 from ats_kernels.pooling.op import (
     estimator_weights,
     expectation,

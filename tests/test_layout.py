@@ -164,9 +164,11 @@ def test_private_names_stay_in_their_package() -> None:
 
 
 def test_no_import_goes_in_a_circle() -> None:
+    """Nor does one within a function, which hides a circle and does not undo it; nor one for type checkers."""
     graph: dict[str, set[str]] = {module: set() for module in shipped()}
     for found in imports():
-        if found.module in graph and not found.late and found.module != found.importer:
+        lazy = found.late and (found.importer, found.module) in LAZY
+        if found.module in graph and not lazy and found.module != found.importer:
             graph[found.importer].add(found.module)
     done: set[str] = set()
 

@@ -7,8 +7,8 @@ whether memory is pinned. Eager calls do without these operators, which take the
 import torch
 from torch import Tensor
 
-from ats_kernels.patches import op
 from ats_kernels.patches.cells import CellMap
+from ats_kernels.patches.launch import ImageLike, Reading, empty_patches, launch, launch_scatter, read_by
 
 
 @torch.library.custom_op(
@@ -31,9 +31,8 @@ def _extract(
     if cells is not None:
         a, b, c, d, e, f, *grid_size = cells
         cell_map = CellMap((grid_size[0], grid_size[1]), (a, b, c), (d, e, f))
-    patches, offsets = op.read(
-        image.detach(), places, op.Reading((size[0], size[1]), padding, means, stds, dtype, cell_map)
-    )
+    how = Reading((size[0], size[1]), padding, means, stds, dtype, cell_map)
+    patches, offsets = read_by(launch, image.detach(), places, how)
     return patches, offsets.to(torch.int64, copy=True) if offsets is places else offsets
 
 
@@ -49,7 +48,7 @@ def _(
     cells: list[int] | None,
 ) -> tuple[Tensor, Tensor]:
     offsets = torch.empty((*places.shape[:2], 2), dtype=torch.int64, device=places.device)
-    return op.empty_patches(image, offsets, (size[0], size[1]), dtype), offsets
+    return empty_patches(image, offsets, (size[0], size[1]), dtype), offsets
 
 
 def extract(
@@ -84,8 +83,8 @@ def scatter(
     stds: list[float] | None,
 ) -> Tensor:
     """The gradient of the image."""
-    image = op.ImageLike(shape, dtype, grad_patches.device, channels_last)
-    return op.scatter_patches(grad_patches, offsets, image, padding, stds, "triton")
+    image = ImageLike(shape, dtype, grad_patches.device, channels_last)
+    return launch_scatter(grad_patches, offsets.long(), image, padding, stds, "triton")
 
 
 @scatter.register_fake
