@@ -67,6 +67,12 @@ class Ground:
             counts = (mask & inside[:, 0]).long()  # an element beyond an image would let cells beside it be drawn
             self.before = torch.nn.functional.pad(counts, (1, 0, 1, 0)).cumsum(-1).cumsum(-2)  # (B, mh + 1, mw + 1)
 
+    def some(self, images: Tensor) -> "Ground":
+        """That of some of the images (G,)."""
+        ground = Ground(self.sizes[images], self.origin, None, self.side)
+        ground.before = None if self.before is None else self.before[images]
+        return ground
+
     def live(self, regions: Tensor, cells: tuple[int, int], side: Sides | tuple[int, int]) -> Tensor:
         """Which cells of regions (B, M, 2) hold a pixel that may be looked at, (B, M, gh, gw) bool."""
         spans = []

@@ -7,7 +7,6 @@ with less variance.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,30 +14,30 @@ from torch import Tensor
 from ats._modules import check_evaluating
 from ats._renamed import renamed_option
 from ats.batches import Images, Maps, Views, each_size, is_many, sizes_of
+from ats.class_logits import Head, class_logits
 from ats.functional import estimate_pooled, pool, sample_cells
-from ats.nn import AttentionSampling
+from ats.nested_inference import anytime_nested, predict_nested
+from ats.nn import AttentionSampling, NestedAttentionSampling
 from ats.prediction import Prediction
 from ats.samples import BoxSample, CellSample, Estimator, Selection
 from ats_kernels.checks import check_choice, check_count, check_number
-from ats_kernels.pixels import NonFiniteError, blames_pixels
+from ats_kernels.pixels import blames_pixels
 from ats_kernels.pooling.op import check_estimator
 from ats_kernels.sampling.draws import METHODS
-
-Head = Callable[[Tensor], Tensor]
 
 
 @renamed_option("method", "selection")
 @blames_pixels
 @torch.no_grad()
 def predict(
-    sampling: AttentionSampling,
+    sampling: AttentionSampling | NestedAttentionSampling,
     head: Head,
-    view: Views,
+    view: Views | None,
     image: Images,
     *,
     selection: Selection = "sample",
     mask: Maps | None = None,
-    n_patches: int | None = None,
+    n_patches: int | tuple[int, ...] | None = None,
     replace: bool | None = None,
     estimator: Estimator | None = None,
     repeats: int = 1,
@@ -48,14 +47,14 @@ def predict(
 
     Args:
         sampling: the attention and feature networks, in evaluation mode. Networks of a loop of your own are wrapped by
-            ``ats.nn.AttentionSampling(attention, feature, n_patches, patch_size)``.
+            ``ats.nn.AttentionSampling(attention, feature, n_patches, patch_size)``. Or a nested model.
         head: pooled features (M, …) -> class logits (M, C), linear (with a bias, where it has one).
-        view: (B, C, h, w), or a sequence of views (C, h, w) of any sizes.
+        view: (B, C, h, w), or a sequence of views (C, h, w) of any sizes. A nested model reads it where None.
         image: (B, C, H, W), or a sequence of tensors (C, H, W) and `ats.ImageSource`s of any sizes.
         selection: "sample", or "topk": the most probable cells, weighted by their attention, no randomness.
         mask: bool, True where a cell may be drawn, as in `ats.sample_cells`.
         n_patches: patches a draw; what `sampling` has where None. An image with fewer live cells has all of them read,
-            which gives the full model's logits.
+            which gives the full model's logits. Of a nested model the draws of each level, e.g. (8, 4).
         replace, estimator: of a draw, in place of `sampling`'s own replace, and of the unordered estimator without
             replacement; `sampling` is left as it is. The most probable cells have no use for them.
         repeats: independent draws to average. One draw of as many patches without replacement says more: it reads
@@ -70,7 +69,21 @@ def predict(
     repeats = check_count("repeats", repeats)
     if selection == "topk" and repeats > 1:
         raise ValueError(f"selection='topk' draws nothing at random: repeats={repeats} would give the same every time")
-    _check_evaluating(sampling, head)
+    if isinstance(sampling, NestedAttentionSampling):
+        return predict_nested(
+            sampling,
+            head,
+            view,
+            image,
+            selection=selection,
+            mask=mask,
+            n_patches=n_patches,
+            replace=replace,
+            estimator=estimator,
+            repeats=repeats,
+            generator=generator,
+        )
+    view = _check_flat(sampling, head, view)
     count = sampling.n_patches if n_patches is None else check_count("n_patches", n_patches)
     replace = (sampling.replace if replace is None else replace) and selection == "sample"
     if estimator is None:
@@ -90,7 +103,7 @@ def predict(
         )
         drawn = sampling.read_sample(image, cells, sizes_of(view))
         features = sampling.patch_features(drawn.patches, drawn.offsets, sizes_of(image))
-        scores = _class_logits(head, features)  # (B, N, C)
+        scores = class_logits(head, features)  # (B, N, C)
         draws.append(drawn.boxes())
         if selection == "topk" or count == 1:
             values.append(pool(scores, cells, estimator=estimator))
@@ -111,9 +124,9 @@ def predict(
 @blames_pixels
 @torch.no_grad()
 def anytime(
-    sampling: AttentionSampling,
+    sampling: AttentionSampling | NestedAttentionSampling,
     head: Head,
-    view: Views,
+    view: Views | None,
     image: Images,
     *,
     budget: int,
@@ -140,6 +153,9 @@ def anytime(
             too small: it is from patches that happen to agree.
         chunk_size: patches an image between looks.
 
+    A nested model reads more regions, with as many patches each as its levels' `n` say, at least 2: at least four
+    before a first look, then one or more at a time.
+
     Raises:
         ValueError: neither criterion, impossible values, and what `predict` raises.
     """
@@ -151,7 +167,21 @@ def anytime(
             "anytime needs a tolerance or a lead to stop at; for a fixed number of patches call ats.predict"
         )
     tolerance, lead = _limit("tolerance", tolerance), _limit("lead", lead)
-    _check_evaluating(sampling, head)
+    if isinstance(sampling, NestedAttentionSampling):
+        return anytime_nested(
+            sampling,
+            head,
+            view,
+            image,
+            budget=budget,
+            mask=mask,
+            tolerance=tolerance,
+            lead=lead,
+            min_patches=min_patches,
+            chunk_size=chunk_size,
+            generator=generator,
+        )
+    view = _check_flat(sampling, head, view)
     logits, grids = sampling.attend(view, image, mask=mask)
     if budget < 2:
         raise ValueError(f"a budget of {budget} patch says nothing of the error; allow at least 2")
@@ -270,7 +300,7 @@ def _scores(
             image, cells.indices, cells, views if is_many(sizes_of(view)) else views[0]
         )
         features = sampling.patch_features(patches, offsets, sizes_of(image))
-        return _class_logits(head, features), offsets, (patches.shape[-2], patches.shape[-1])
+        return class_logits(head, features), offsets, (patches.shape[-2], patches.shape[-1])
     read = []
     for row, number in enumerate(range(len(chosen)) if whole else chosen):
         wanted = cells.indices[row : row + 1, ~surplus[row]]
@@ -279,47 +309,20 @@ def _scores(
     patches, found = (torch.cat(parts, dim=1) for parts in zip(*read, strict=True))  # (1, all of them, …)
     own = [size for size, count in zip(sizes, cells.counts.tolist(), strict=True) for _ in range(count)]
     features = sampling.patch_features(patches.transpose(0, 1), found.transpose(0, 1), own)  # (all of them, 1, …)
-    flat = _class_logits(head, features.transpose(0, 1)).squeeze(0)
+    flat = class_logits(head, features.transpose(0, 1)).squeeze(0)
     scores, offsets = flat.new_zeros(*surplus.shape, flat.shape[-1]), found.new_zeros(*surplus.shape, 2)
     scores[~surplus], offsets[~surplus] = flat, found.squeeze(0)
     return scores, offsets, (patches.shape[-2], patches.shape[-1])
 
 
-def _class_logits(head: Head, features: Tensor) -> Tensor:
-    """Features (G, M, …) -> class logits (G, M, C) in float64."""
-    scores = head(features.flatten(0, 1))
-    patches = features.shape[0] * features.shape[1]
-    if scores.ndim != 2 or len(scores) != patches:
-        raise ValueError(f"head must give class logits (M, C), got {tuple(scores.shape)} for M = {patches}")
-    scores = scores.double().unflatten(0, tuple(features.shape[:2]))  # (G, M, C)
-    _check_linear(head, features, scores)
-    return scores
-
-
-def _check_linear(head: Head, features: Tensor, scores: Tensor) -> None:
-    """Raise where the head of the mean is not the mean of the heads, or that of −8 times it what a line makes of it."""
-    if not scores.isfinite().all():
-        raise NonFiniteError(
-            f"head gives NaN or infinite class logits for {int((~scores.isfinite()).any(-1).sum())} of "
-            f"{scores.shape[0] * scores.shape[1]} patches; look for a diverged feature network"
-        )
-    mean = features.mean(1)
-    together, far, none = (head(scale * mean).double() for scale in (1, -8, 0))
-    precision = 1e-3 if features.dtype in (torch.float32, torch.float64) else 5e-2
-    pairs = (together, scores.mean(1)), (far, 9 * none - 8 * together)
-    if not all(
-        torch.allclose(got, want, rtol=precision, atol=precision * float(want.abs().max())) for got, want in pairs
-    ):
-        raise ValueError(
-            "head is not linear, so the estimate and its error do not pass through it; give the linear layer alone, "
-            "and apply what follows to the logits"
-        )
-
-
-def _check_evaluating(sampling: AttentionSampling, head: Head) -> None:
+def _check_flat(sampling: AttentionSampling, head: Head, view: Views | None) -> Views:
+    """The view, or raise unless it is there, and all networks behave as in evaluation."""
     if not isinstance(sampling, AttentionSampling):
         raise TypeError(
             f"sampling must be an ats.nn.AttentionSampling, got {type(sampling).__name__}; pass the model's own, e.g. "
             "model.sampling, or wrap its networks in one"
         )
     check_evaluating(sampling=sampling, head=head)
+    if view is None:
+        raise TypeError("view is None: only an ats.nn.NestedAttentionSampling reads it by itself; see ats.read_view")
+    return view

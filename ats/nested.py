@@ -10,6 +10,7 @@ backward: `ats.pool`, once a level. One level is `ats.nn.AttentionSampling`.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,15 @@ from ats_kernels.checks import Normalisation, check_choice, check_count
 from ats_kernels.pixels import blames_pixels, check_cause
 from ats_kernels.pooling.op import check_estimator
 from ats_kernels.sampling.draws import METHODS
+
+
+class Drawing(NamedTuple):
+    """How cells are drawn: as many at each level, and as in `ats.sample_cells`."""
+
+    n: tuple[int, ...]
+    replace: bool
+    selection: Selection
+    allow_fewer: bool | None
 
 
 class NestedAttentionSampling(NestedLevels):
@@ -132,32 +142,49 @@ class NestedAttentionSampling(NestedLevels):
         check_cause("image", image, pooled)
         return pooled, look.logits, NestedSample(levels=levels, entropy=self.tree_entropy(levels))
 
-    def draw_cells(self, depth: int, look: Look, generator: torch.Generator | None) -> CellSample:
+    def drawing(self) -> Drawing:
+        """How this module draws."""
+        n = tuple(self.zoom(depth).n for depth in range(len(self.levels)))
+        return Drawing(n, self.replace, self.selection, self.allow_fewer)
+
+    def draw_cells(self, depth: int, look: Look, how: Drawing, generator: torch.Generator | None) -> CellSample:
         """The cells drawn at level `depth` from what it saw: all draws are made here."""
         return sample_cells(
             look.logits,
-            self.zoom(depth).n,
-            replace=self.replace,
-            selection=self.selection,
-            allow_fewer=look.fewer if self.allow_fewer is None else self.allow_fewer,
+            how.n[depth],
+            replace=how.replace,
+            selection=how.selection,
+            allow_fewer=look.fewer if how.allow_fewer is None else how.allow_fewer,
             grid_sizes=look.grids,
             generator=generator,
         )
 
     def draw(
-        self, image: Images, look: Look, *, generator: torch.Generator | None = None
+        self,
+        image: Images,
+        look: Look,
+        *,
+        depth: int = 0,
+        how: Drawing | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, tuple[BoxSample, ...]]:
-        """From what the first level saw: features (R, n, …) of the patches in the last regions, and every draw."""
-        levels: list[BoxSample] = []
-        for depth in range(len(self.levels)):
-            cells = self.draw_cells(depth, look, generator)
-            boxes, size = self.boxes(depth, look, cells.readable())
-            if depth + 1 < len(self.levels):
-                levels.append(BoxSample(**vars(cells), offsets=boxes, patch_size=size))
-                look = self.look_into(depth + 1, image, boxes.view(len(image), -1, 2), size, look.ground)
+        """From what level `depth` saw: features (R, n, …) of patches in the last regions, and every draw from there on.
+
+        Args:
+            image: of as many images as `look` is of.
+            how: in place of the module's own way of drawing.
+        """
+        how = self.drawing() if how is None else how
+        drawn: list[BoxSample] = []
+        for level in range(depth, len(self.levels)):
+            cells = self.draw_cells(level, look, how, generator)
+            boxes, size = self.boxes(level, look, cells.readable())
+            if level + 1 < len(self.levels):
+                drawn.append(BoxSample(**vars(cells), offsets=boxes, patch_size=size))
+                look = self.look_into(level + 1, image, boxes.view(len(image), -1, 2), size, look.ground)
         patches, features = self.read_features(image, boxes)
-        levels.append(PatchSample.of(cells, patches, boxes))
-        return features, tuple(levels)
+        drawn.append(PatchSample.of(cells, patches, boxes))
+        return features, tuple(drawn)
 
     def pool_levels(self, features: Tensor, levels: Sequence[CellSample]) -> Tensor:
         """Features (R, n, …) of the last level's patches -> (B, …), pooled level by level."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ats.nested_sample import NestedSample
 from ats.samples import BoxSample, Estimator, PatchTable
 
 
@@ -22,14 +23,17 @@ class Prediction:
         samples: which patches were read: for each of the B images a `BoxSample` of one row (1, N) or, where draws were
             repeated, of one row a draw, each with as many patches as were read of that image.
         estimator: that the patches of the samples were pooled by.
+        degrees: (B,) of freedom that the standard error has; None: patches_used − 1. Of a nested model those of the
+            regions, which are fewer.
     """
 
     logits: Tensor
     standard_error: Tensor | None
     patches_used: Tensor
     stopped: Tensor
-    samples: tuple[BoxSample, ...] = ()
+    samples: tuple[BoxSample | NestedSample, ...] = ()
     estimator: Estimator = "unordered"
+    degrees: Tensor | None = None
 
     def table(self) -> PatchTable:
         """A row a patch that was read, as `BoxSample.table` has them: the weights of an image sum to 1.
@@ -45,15 +49,15 @@ class Prediction:
     def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
         """Lower and upper ends (B, C) of intervals that hold the full model's logits, each at this rate over draws.
 
-        Student's t with patches_used − 1 degrees of freedom, which makes up for the estimated standard error as far as
-        that can be: docs/inference.md gives the rates that were measured.
+        Student's t with patches_used − 1 degrees of freedom, or `degrees`, makes up for the estimated standard error as
+        far as that can be: docs/inference.md gives the rates that were measured.
         """
         if not 0 < confidence < 1:
             raise ValueError(f"confidence must be in (0, 1), got {confidence}; 0.95 covers 19 times in 20")
         if self.standard_error is None:
             raise ValueError("this prediction has no standard error: draw at least 2 patches by selection='sample'")
-        used = self.patches_used.tolist()
-        quantiles = [student_quantile(confidence, patches - 1) for patches in used]
+        degrees = self.patches_used - 1 if self.degrees is None else self.degrees
+        quantiles = [student_quantile(confidence, max(1, one)) for one in degrees.tolist()]
         half = self.standard_error.new_tensor(quantiles).unsqueeze(-1) * self.standard_error
         return self.logits - half, self.logits + half
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ats.nested import Drawing
 from ats.nested_levels import Look
 from ats.nn import NestedAttentionSampling, Zoom
 from ats.samples import CellSample
@@ -100,7 +101,7 @@ class EveryDraw(NestedAttentionSampling):
         self._probability = torch.ones(len(which), dtype=torch.float64)
         return len(which)
 
-    def draw_cells(self, depth: int, look: Look, generator: torch.Generator | None) -> CellSample:
+    def draw_cells(self, depth: int, look: Look, how: Drawing, generator: torch.Generator | None) -> CellSample:
         flat = look.logits.flatten(1)
         log_attention, indices = flat.log_softmax(-1), self._forced[depth]
         attention = log_attention.exp()

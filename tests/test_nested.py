@@ -108,8 +108,11 @@ def test_one_level_is_attention_sampling(options, masked):
         patches = sample.levels[0] if model is deep else sample
         results.append([pooled, logits, sample.entropy, patches.patches, patches.offsets, patches.indices, *gradients])
         results[-1] += [sample.weights(), model.full(view, image, mask=mask)]
-    for got, want in zip(*results, strict=True):
-        assert torch.equal(got, want)
+    for number, (got, want) in enumerate(zip(*results, strict=True)):
+        if number in (3, 4, 5):  # what was drawn and read, bit for bit
+            assert torch.equal(got, want)
+        else:
+            assert_close(got, want)
 
 
 def test_draws_follow_the_attention():
