@@ -13,7 +13,7 @@ from ats_kernels.backend import may_look
 from ats_kernels.checks import check_choice, check_count, check_flag, check_floating, check_tensor, compute_dtype
 from ats_kernels.pixels import NonFiniteError
 from ats_kernels.plausible import check_no_attention
-from ats_kernels.sampling.draws import METHODS
+from ats_kernels.sampling.draws import METHODS, any_failed
 
 
 def sample_cells(
@@ -75,7 +75,7 @@ def sample_cells(
     extended = _with_spare_cells(flat, n, looks=looks) if fewer else flat
     draw = ats_kernels.sample(extended, n, replace=replace, method=selection, generator=generator, validate=False)
     if looks if validate is None else validate:
-        if (draw.indices[:, 0] < 0).any():
+        if any_failed(draw.indices):
             _raise_for_few(flat.detach(), n, selection, fewest=1 if fewer or replace else n)
             ats_kernels.sample(extended, n, replace=replace, method=selection, validate=True)  # says what else is wrong
         check_no_attention(flat, draw.logsumexp)

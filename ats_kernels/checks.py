@@ -106,7 +106,7 @@ def check_log_probabilities(name: str, value: Tensor, *, distinct: bool = False)
     if not distinct:
         return
     slack = 1e-3 if value.dtype in (torch.float32, torch.float64) else 5e-2
-    totals = np.exp(numbers).sum(-1, dtype=np.float64)
+    totals = np.add.reduce(np.exp(numbers), -1, np.float64)
     if np.fmax.reduce(totals) > 1 + slack:
         row = int((totals > 1 + slack).argmax())
         raise ValueError(
@@ -161,6 +161,8 @@ def _whole(name: str, value: object) -> int:
 
 def check_pair(name: str, value: object) -> tuple[int, int]:
     """Return an int or a pair (height, width) as a pair, or raise unless both are at least 1."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int and min(value) > 0:
+        return value
     if isinstance(value, _ARRAYS) and value.ndim:
         value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -75,7 +75,9 @@ class _Windows:
         most = (batch - 1) * stride_b + (height - size[0]) * stride_h + (width - size[1]) * stride_w
         # Windows overlap in this view: element i of the image's memory is where window i begins.
         self.windows = bits(image.detach()).as_strided((most + 1, *window), (1, *strides))
-        starts = np.arange(batch)[:, None] * stride_b + corners @ np.array((stride_h, stride_w))
+        starts = corners @ np.array((stride_h, stride_w))  # (B, N)
+        if batch > 1:
+            starts += np.arange(batch)[:, None] * stride_b
         self.starts = torch.from_numpy(starts.ravel())  # (B·N,)
 
     def read(self, first: int, raw: Tensor) -> None:

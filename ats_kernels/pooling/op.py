@@ -239,9 +239,9 @@ def estimator_weights(log_attention: Tensor, *, replace: bool = False, estimator
     Source: paper, eq. 4 and 13-17; without replacement also Des Raj, 1956, and unordered Murthy, 1957.
     """
     check_estimator(estimator, replace=replace)
-    _check_log_attention(log_attention, replace=replace)
+    backend = _check_log_attention(log_attention, replace=replace)
     dtype = compute_dtype(log_attention.dtype)
-    return _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend=backend_for(log_attention))
+    return _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend=backend)
 
 
 def expectation(
@@ -279,7 +279,7 @@ def expectation(
     check_estimator(estimator, replace=replace)
     check_flag("control_variate", control_variate)
     check_floating("features", features)
-    _check_log_attention(log_attention, replace=replace)
+    backend = _check_log_attention(log_attention, replace=replace)
     if features.ndim < 2 or features.shape[:2] != log_attention.shape:
         raise ValueError(
             f"features must be (B, N, …) with (B, N) = {tuple(log_attention.shape)} as log_attention has, got "
@@ -295,7 +295,7 @@ def expectation(
         weights = _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend="reference")
         with _without_autocast(features):
             return expectation_ref(features, _grown_weights(weights, log_attention))
-    return _Expectation.apply(features, log_attention, replace, estimator, control_variate, backend_for(features))
+    return _Expectation.apply(features, log_attention, replace, estimator, control_variate, backend)
 
 
 def check_estimator(estimator: str, *, replace: bool) -> None:
@@ -309,9 +309,12 @@ def check_estimator(estimator: str, *, replace: bool) -> None:
         )
 
 
-def _check_log_attention(log_attention: Tensor, *, replace: bool) -> None:
+def _check_log_attention(log_attention: Tensor, *, replace: bool) -> str:
+    """Raise unless log_attention (B, N) can be one, and return the backend that it asks for."""
     check_floating("log_attention", log_attention)
     if log_attention.ndim != 2 or log_attention.shape[1] == 0:
         raise ValueError(f"log_attention must be (B, N) with N ≥ 1, got {tuple(log_attention.shape)}")
-    if backend_for(log_attention) != "triton":  # where kernels run nothing may read a value
+    backend = backend_for(log_attention)
+    if backend != "triton":  # where kernels run nothing may read a value
         check_log_probabilities("log_attention", log_attention, distinct=not replace)
+    return backend

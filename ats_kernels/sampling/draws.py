@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed
 
 from ats_kernels import philox
+from ats_kernels.backend import may_look
 from ats_kernels.sums import running_sum
 
 METHODS = ("sample", "topk")
@@ -30,6 +31,13 @@ class Statistics(NamedTuple):
     peak: Tensor  # (B,) the largest logit
     log_total: Tensor  # (B,) logsumexp − peak ≥ 0, which keeps its relative precision near 0
     entropy: Tensor  # (B,)
+
+
+def any_failed(indices: Tensor) -> bool:
+    """Whether a row of indices (B, N) could not be drawn from; the host waits for the answer."""
+    if may_look(indices):  # NumPy's small operations cost less
+        return bool((indices.numpy()[:, 0] < 0).any())
+    return bool((indices[:, 0] < 0).any())
 
 
 def block_size(cells: int) -> int:

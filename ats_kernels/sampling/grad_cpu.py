@@ -87,4 +87,6 @@ def _small_grad(logits: Tensor, indices: Tensor, statistics: Statistics, arrivin
         grad *= below
     if grad_log_attention is None:
         return torch.from_numpy(grad)
-    return torch.from_numpy(grad).scatter_add_(-1, indices.clamp(min=0), grad_log_attention)
+    # Where a row could not be drawn from, whose indices are −1, all is NaN as it is.
+    np.add.at(grad, (np.arange(len(grad))[:, None], indices.numpy()), grad_log_attention.numpy())
+    return torch.from_numpy(grad)

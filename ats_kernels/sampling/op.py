@@ -31,7 +31,7 @@ from ats_kernels.checks import check_choice, check_count, check_flag, check_floa
 from ats_kernels.pixels import NonFiniteError
 from ats_kernels.plausible import check_no_attention
 from ats_kernels.sampling.cpu import sample_cpu
-from ats_kernels.sampling.draws import METHODS, Draw, Statistics, draw_seed
+from ats_kernels.sampling.draws import METHODS, Draw, Statistics, any_failed, draw_seed
 from ats_kernels.sampling.grad_cpu import grad_cpu
 from ats_kernels.sampling.reference import draw_cells_ref, drawn_values, grad_again, grad_ref
 
@@ -167,9 +167,8 @@ def sample(
     if validate is None:
         validate = may_look(logits)
     if validate:
-        bad = draw.indices[:, 0] < 0
-        if bad.any():
-            _raise_for_bad_rows(logits.detach(), n, replace, method, bad)
+        if any_failed(draw.indices):
+            _raise_for_bad_rows(logits.detach(), n, replace, method, draw.indices[:, 0] < 0)
         check_no_attention(logits, draw.logsumexp)
     return draw
 
