@@ -198,7 +198,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 def message_of(report: pytest.TestReport | pytest.CollectReport) -> str:
     """Why something failed or was skipped, in a line."""
     if isinstance(report.longrepr, tuple):
-        return str(report.longrepr[2])
+        return str(report.longrepr[2]).removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
     return str(crash.message if crash else report.longrepr).partition("\n")[0]
 
