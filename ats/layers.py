@@ -10,16 +10,15 @@ from ats import functional
 from ats._modules import SealedModule
 from ats._renamed import renamed_attribute, renamed_option
 from ats.batches import GridSizes, Images, Maps, Sizes
-from ats.cells import check_goes_together
+from ats.draw_options import DrawOptions
 from ats.grid import Placement
 from ats.samples import CellSample, Estimator, PatchSample, Selection
 from ats_kernels.checks import Normalisation, check_choice, check_count, check_flag, check_pair
 from ats_kernels.patches.op import PADDINGS
 from ats_kernels.pooling.op import check_estimator
-from ats_kernels.sampling.draws import METHODS
 
 
-class SamplePatches(SealedModule):
+class SamplePatches(DrawOptions):
     """`ats.sample_patches` as a module: forward(image, logits) -> `PatchSample`. All options may be changed later."""
 
     @renamed_option("method", "selection")
@@ -38,8 +37,6 @@ class SamplePatches(SealedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._replace = False
-        self._selection: Selection = "sample"
         self.n_patches = n_patches
         self.patch_size = patch_size
         self.selection = selection
@@ -71,28 +68,6 @@ class SamplePatches(SealedModule):
     @patch_size.setter
     def patch_size(self, value: int | tuple[int, int]) -> None:
         self._patch_size = check_pair("patch_size", value)
-
-    @property
-    def selection(self) -> Selection:
-        """How cells are chosen: "sample" or "topk"."""
-        return self._selection
-
-    @selection.setter
-    def selection(self, value: Selection) -> None:
-        check_choice("selection", value, METHODS)
-        check_goes_together(value, replace=self._replace)
-        self._selection = value
-
-    @property
-    def replace(self) -> bool:
-        """Whether cells are drawn with replacement."""
-        return self._replace
-
-    @replace.setter
-    def replace(self, value: bool) -> None:
-        check_flag("replace", value)
-        check_goes_together(self._selection, replace=value)
-        self._replace = value
 
     @property
     def padding(self) -> str:

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from ats._modules import check_evaluating
 from ats.batches import Images, Maps, Views
-from ats.cells import check_drawable, check_flag, check_goes_together, sample_cells
+from ats.cells import check_drawable, sample_cells
+from ats.draw_options import DrawOptions
 from ats.nested_levels import Look, NestedLevels
 from ats.nested_sample import NestedSample
 from ats.pooling import pool
 from ats.regions import Reading
 from ats.samples import BoxSample, CellSample, Estimator, PatchSample, Selection
 from ats.zoom import Zoom
-from ats_kernels.checks import Normalisation, check_choice, check_count
+from ats_kernels.checks import Normalisation, check_count
 from ats_kernels.pixels import blames_pixels, check_cause
 from ats_kernels.pooling.op import check_estimator
-from ats_kernels.sampling.draws import METHODS
 
 
 class Drawing(NamedTuple):
@@ -39,7 +39,7 @@ class Drawing(NamedTuple):
     allow_fewer: bool | None
 
 
-class NestedAttentionSampling(NestedLevels):
+class NestedAttentionSampling(NestedLevels, DrawOptions):
     """Attention on a coarse view draws regions, attention on each region's own view draws patches, at any depth.
 
     Args:
@@ -74,37 +74,11 @@ class NestedAttentionSampling(NestedLevels):
     ) -> None:
         reading = Reading(padding, mean, std, dtype)
         super().__init__(levels, feature, patch_size, positions=positions, reading=reading)
-        check_choice("selection", selection, METHODS)
-        self._selection: Selection = selection
-        self._replace = False
-        self._estimator: Estimator = "ordered"
+        self.selection = selection
         self.replace = replace
         self.allow_fewer = allow_fewer
         self.estimator = estimator
         self.control_variate = control_variate
-
-    @property
-    def selection(self) -> Selection:
-        """How cells are chosen: "sample" or "topk"."""
-        return self._selection
-
-    @selection.setter
-    def selection(self, value: Selection) -> None:
-        check_choice("selection", value, METHODS)
-        check_goes_together(value, replace=self.replace)
-        self._selection = value
-
-    @property
-    def replace(self) -> bool:
-        """Whether cells are drawn with replacement."""
-        return self._replace
-
-    @replace.setter
-    def replace(self, value: bool) -> None:
-        check_flag("replace", value)
-        check_goes_together(self.selection, replace=value)
-        check_estimator(self.estimator, replace=value)
-        self._replace = value
 
     @property
     def estimator(self) -> Estimator:

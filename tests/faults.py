@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import traceback
@@ -43,6 +44,20 @@ def tiny(folder: Path, **trainer: Any) -> ExperimentConfig:
         optim=OptimConfig(epochs=2, batch_size=4, learning_rate=1e-2, schedule="cosine"),
         trainer=dataclasses.replace(options, **trainer),
     )
+
+
+def trained(place: Path) -> Path:
+    """A complete run's folder, not to be changed."""
+    config = tiny(place / "whole")
+    training.train(config)
+    return config.run_folder
+
+
+def stopped_copy(whole: Path, place: Path) -> ExperimentConfig:
+    """A copy of a run that was stopped after its last checkpoint, to be broken."""
+    shutil.copytree(whole, place / "run")
+    (place / "run" / "training.json").unlink()
+    return tiny(place / "run")
 
 
 def evaluated(devices: int) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,17 @@ from ats.experiments.config import ExperimentConfig, to_dict
 from ats.experiments.registry import from_dict
 from ats.experiments.trained import load
 from ats.experiments.training import train
-from tests.faults import equal, tiny
+from tests.faults import equal, stopped_copy, tiny, trained
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run's folder, not to be changed."""
-    config = tiny(tmp_path_factory.mktemp("faults") / "whole")
-    train(config)
-    return config.run_folder
+    return trained(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture
 def copy(whole: Path, tmp_path: Path) -> ExperimentConfig:
-    """A run that was stopped after its last checkpoint, to be broken."""
-    shutil.copytree(whole, tmp_path / "run")
-    (tmp_path / "run" / "training.json").unlink()
-    return tiny(tmp_path / "run")
+    return stopped_copy(whole, tmp_path)
 
 
 def ascii_start(text: str) -> str:

@@ -23,23 +23,17 @@ from ats.experiments.config import DiagnosticsConfig, ExperimentConfig
 from ats.experiments.run_folder import RunFolder
 from ats.experiments.schedule import learning_rate_factor
 from ats.experiments.training import InterruptedRunError, LostRankError, train
-from tests.faults import KILLED, equal, records, tiny
+from tests.faults import KILLED, equal, records, stopped_copy, tiny, trained
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run's folder, not to be changed."""
-    config = tiny(tmp_path_factory.mktemp("faults") / "whole")
-    train(config)
-    return config.run_folder
+    return trained(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture
 def copy(whole: Path, tmp_path: Path) -> ExperimentConfig:
-    """A run that was stopped after its last checkpoint, to be broken."""
-    shutil.copytree(whole, tmp_path / "run")
-    (tmp_path / "run" / "training.json").unlink()
-    return tiny(tmp_path / "run")
+    return stopped_copy(whole, tmp_path)
 
 
 @pytest.fixture(scope="module")

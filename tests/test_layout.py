@@ -34,7 +34,16 @@ LEVELS = (
         "ats.sources",
         "ats.regions",
     ),
-    ("ats.nn", "ats.layers", "ats.nested", "ats.nested_levels", "ats.nested_sample", "ats.ground", "ats.zoom"),
+    (
+        "ats.nn",
+        "ats.layers",
+        "ats.draw_options",
+        "ats.nested",
+        "ats.nested_levels",
+        "ats.nested_sample",
+        "ats.ground",
+        "ats.zoom",
+    ),
     (
         "ats.prediction",
         "ats.class_logits",
