@@ -65,7 +65,7 @@ class MegapixelMNIST(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"digits must hold every class 0-9, got {digits.labels.unique().tolist()}")
         self.image_size = image_size
         self.n_digits = n_digits
-        noise = _noise_glyphs(np.random.Philox(key=[seed, _key(split, 0, noise=True)]), _N_NOISE_GLYPHS)
+        noise = noise_glyphs(np.random.Philox(key=[seed, _key(split, 0, noise=True)]), _N_NOISE_GLYPHS)
         self.glyphs = torch.cat([digits.images, noise])  # (G, 28, 28)
         self.labels = torch.empty(n_images, dtype=torch.int64, device="cpu")
         self.glyph_ids = torch.empty(n_images, n_digits + n_noise, dtype=torch.int32, device="cpu")
@@ -130,7 +130,7 @@ def _places_apart(random: Integers, count: int, image_size: int) -> list[tuple[i
     )
 
 
-def _noise_glyphs(bits: np.random.Philox, count: int) -> Tensor:
+def noise_glyphs(bits: np.random.Philox, count: int) -> Tensor:
     """Patches (count, 28, 28) uint8 with two straight strokes each, about as thick as a digit's, soft-edged."""
     ends = torch.from_numpy((bits.random_raw(count * 8) % (GLYPH - 4)).astype(np.int64)) + 2
     start, end = ends.view(count, 2, 2, 2, 1, 1).unbind(2)  # each (count, stroke, yx, 1, 1)

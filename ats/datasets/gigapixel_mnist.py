@@ -1,0 +1,348 @@
+"""Gigapixel MNIST: five digits in a gigapixel, told apart from noise at full resolution only, found from afar.
+
+On a black image lie *places*, squares a shade lighter, some of them *inhabited* and a shade lighter still. Each
+inhabited place has one digit; three of the five are of the label's class. Noise glyphs lie in all places and, many
+more, everywhere else. From very far only places show; which are inhabited is a matter of a few grey levels; a digit is
+told from noise at about 1/8; which digit it is takes full resolution.
+
+An image is kept as glyphs and where they lie, of which no two overlap, and any box of it is rendered at any scale when
+asked for, without the pixels in between: 0.5 MB in place of a gigabyte. Each depends on nothing but the seed, the split
+and its index, and only on integer arithmetic: it is the same on every machine.
+"""
+
+import functools
+import operator
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ats.datasets.megapixel_mnist import GLYPH, N_CLASSES, noise_glyphs
+from ats.datasets.mnist import Digits
+from ats.sources.image_source import Level, check_box
+
+SHADE, INHABITED_SHADE = 16, 24
+"""Of places, as bytes; glyphs are up to 255."""
+
+FULL_SIZE = 32_768
+"""Pixels a side, of which `n_noise` glyphs elsewhere are counted."""
+
+_N_NOISE_GLYPHS = 2000
+_SPLITS = {"train": 0, "validation": 1, "test": 2}
+_SLOT = 2 * GLYPH  # a side of the squares in which one glyph lies at most
+_ROUNDS = 100
+_Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Scene(NamedTuple):
+    """What an image is made of.
+
+    Attributes:
+        glyph_ids: (G,) which glyphs; those of the digits first, then the noise in places, then that elsewhere.
+        corners: (G, 2) their top-left pixels (y, x).
+        shades: (G,) of the ground that they lie on, as a byte.
+        places: (P, 2) the top-left pixels of places, the inhabited ones first, in the order of their digits.
+        order: (G,) the glyphs from top to bottom.
+    """
+
+    glyph_ids: _Ints
+    corners: _Ints
+    shades: _Ints
+    places: _Ints
+    order: _Ints
+
+    def touched(self, top: int, left: int, height: int, width: int) -> _Ints:
+        """The glyphs that lie in a box, in part at least."""
+        begin, end = np.searchsorted(self.corners[:, 0], [top - GLYPH + 1, top + height], sorter=self.order)
+        some = self.order[begin:end]
+        columns = self.corners[some, 1]
+        return some[(columns > left - GLYPH) & (columns < left + width)]
+
+
+class GigapixelMNIST(Dataset["tuple[GigapixelImage, int]"]):
+    """`n_images` images of (1, image_size, image_size) and their labels, rendered box by box.
+
+    Args:
+        digits: the handwritten digits to place; take those of another split for testing.
+        n_images: images in the set. A longer set starts with the images of a shorter one.
+        image_size: pixels a side, e.g. 32,768 (a gigapixel) or 8,192.
+        n_places, place_size: squares of so many pixels a side that show from afar.
+        n_inhabited: how many of them have a digit.
+        n_target: how many of the digits are of the label's class; more than half.
+        place_noise: noise glyphs in each place.
+        n_noise: noise glyphs elsewhere; None: 20,000 in 32,768², in proportion to the area.
+        seed, split: which images; "train", "validation" or "test".
+        first: how many of the split's images to leave out before the first.
+
+    Raises:
+        ValueError: sizes that do not fit each other, an unknown split, a class without digits.
+    """
+
+    def __init__(
+        self,
+        digits: Digits,
+        n_images: int,
+        *,
+        image_size: int = FULL_SIZE,
+        n_places: int = 24,
+        place_size: int = 1024,
+        n_inhabited: int = 5,
+        n_target: int = 3,
+        place_noise: int = 40,
+        n_noise: int | None = None,
+        seed: int = 0,
+        split: str = "train",
+        first: int = 0,
+    ) -> None:
+        if split not in _SPLITS:
+            raise ValueError(f"unknown split {split!r}, expected one of {', '.join(map(repr, _SPLITS))}")
+        if min(n_images, place_noise, first, 0 if n_noise is None else n_noise) < 0:
+            raise ValueError(
+                "n_images, place_noise, n_noise and first must be at least 0, got "
+                f"{n_images}, {place_noise}, {n_noise} and {first}"
+            )
+        if not n_inhabited / 2 < n_target <= n_inhabited <= n_places:
+            raise ValueError(
+                f"n_target must be more than half of n_inhabited and that no more than n_places, got {n_target}, "
+                f"{n_inhabited} and {n_places}"
+            )
+        in_place, across = (place_size // _SLOT) ** 2, image_size // _spacing(place_size)
+        if in_place < place_noise + 1:
+            raise ValueError(
+                f"a place of {place_size}×{place_size} pixels has room for {in_place} glyphs, got place_noise="
+                f"{place_noise} and a digit; make places larger"
+            )
+        if across**2 < n_places:
+            raise ValueError(
+                f"{image_size}×{image_size} pixels have room for {across**2} places of {place_size}×{place_size}, got "
+                f"n_places={n_places}; make the image larger or the places smaller"
+            )
+        self._by_class = [(digits.labels == label).nonzero().flatten().numpy() for label in range(N_CLASSES)]
+        if any(len(members) == 0 for members in self._by_class):
+            raise ValueError(f"digits must hold every class 0-9, got {digits.labels.unique().tolist()}")
+        self.image_size, self.place_size = image_size, place_size
+        self.n_places, self.n_inhabited, self.n_target = n_places, n_inhabited, n_target
+        self.place_noise = place_noise
+        self.n_noise = 20_000 * image_size**2 // FULL_SIZE**2 if n_noise is None else n_noise
+        self.seed, self.split, self.first = seed, split, first
+        noise = noise_glyphs(np.random.Philox(key=[seed, _key(split, 0, noise=True)]), _N_NOISE_GLYPHS)
+        self.glyphs = torch.cat([digits.images, noise]).numpy()  # (G, 28, 28) uint8
+        self._sums = _summed(self.glyphs[len(digits.images) :].astype(np.int32))  # of noise on black, by far the most
+        self.n_digits = len(digits.images)
+        self.labels = torch.tensor([self._digits(index)[1] for index in range(n_images)], dtype=torch.int64)
+        self._scenes = functools.lru_cache(maxsize=256)(self._scene)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> "tuple[GigapixelImage, int]":
+        """The image, a source of boxes, and its label."""
+        number = range(len(self))[operator.index(index)]
+        return GigapixelImage(self, number), int(self.labels[number])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_scenes"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._scenes = functools.lru_cache(maxsize=256)(self._scene)
+
+    def scene(self, index: int) -> Scene:
+        """What an image is made of: where its places and its digits lie, for an oracle or a picture."""
+        return self._scenes(range(len(self))[index])
+
+    def _digits(self, index: int) -> tuple[np.random.Philox, int, list[int]]:
+        """The image's random numbers, its label, and its digits' numbers."""
+        bits = np.random.Philox(key=[self.seed, _key(self.split, self.first + index)])
+        label = int(_below(bits, N_CLASSES, 1)[0])
+        others = (label + 1 + _below(bits, N_CLASSES - 1, self.n_inhabited - self.n_target)) % N_CLASSES
+        picks = bits.random_raw(self.n_inhabited)
+        members = [self._by_class[one] for one in [label] * self.n_target + others.tolist()]
+        return bits, label, [int(some[int(pick) % len(some)]) for some, pick in zip(members, picks, strict=True)]
+
+    def _scene(self, index: int) -> Scene:
+        bits, _, digits = self._digits(index)
+        spacing, side = _spacing(self.place_size), self.image_size
+        places = _in_slots(bits, self.n_places, side // spacing, spacing, self.place_size)
+        inner = [
+            corner + _in_slots(bits, self.place_noise + 1, self.place_size // _SLOT, _SLOT, GLYPH) for corner in places
+        ]
+        # The first glyph of an inhabited place is its digit.
+        corners = [np.stack([some[0] for some in inner[: self.n_inhabited]])]
+        corners += [some[1:] for some in inner]
+        shades = [INHABITED_SHADE if number < self.n_inhabited else SHADE for number in range(self.n_places)]
+        corners.append(self._elsewhere(bits, places))
+        noise = self.n_places * self.place_noise + self.n_noise
+        ids = np.concatenate([np.array(digits), self.n_digits + _below(bits, _N_NOISE_GLYPHS, noise)])
+        grounds = np.concatenate([shades[: self.n_inhabited], np.repeat(shades, self.place_noise), [0] * self.n_noise])
+        every = np.concatenate(corners)
+        return Scene(ids, every, grounds.astype(np.int64), places, np.argsort(every[:, 0], kind="stable"))
+
+    def _elsewhere(self, bits: np.random.Philox, places: _Ints) -> _Ints:
+        """Where noise outside of places lies, (n_noise, 2)."""
+        found, slots = np.empty((0, 2), np.int64), np.empty(0, np.int64)
+        across = self.image_size // _SLOT
+        for _ in range(_ROUNDS):
+            if len(found) >= self.n_noise:
+                break
+            count = self.n_noise + self.n_noise // 4 + 16
+            some, jitter = _below(bits, across**2, count), _below(bits, (_SLOT - GLYPH + 1) ** 2, count)
+            _, order = np.unique(np.concatenate([slots, some]), return_index=True)
+            new = np.sort(order[order >= len(slots)]) - len(slots)  # of slots that were not taken, the first of each
+            slots = np.concatenate([slots, some[new]])
+            corners = _corners(some[new], jitter[new], across, _SLOT, _SLOT - GLYPH + 1)
+            beside = np.ones(len(corners), bool)
+            for y, x in places.tolist():
+                rows = (corners[:, 0] > y - GLYPH) & (corners[:, 0] < y + self.place_size)
+                beside &= ~(rows & (corners[:, 1] > x - GLYPH) & (corners[:, 1] < x + self.place_size))
+            found = np.concatenate([found, corners[beside]])
+        if len(found) < self.n_noise:
+            raise ValueError(
+                f"{self.n_noise} noise glyphs find no room outside of the places in {self.image_size}×"
+                f"{self.image_size} pixels; pass a smaller n_noise"
+            )
+        return found[: self.n_noise]
+
+    def render(self, index: int, top: int, left: int, height: int, width: int, *, scale: int = 1) -> Tensor:
+        """A box of an image, each pixel the mean over scale×scale of it: (1, height / scale, width / scale) float32.
+
+        Args:
+            index: of the image.
+            top, left, height, width: the box, in pixels at full resolution; beyond the image it is black.
+            scale: a whole number that divides height and width.
+
+        Returns:
+            Values in [0, 1], the same as `ats.area_downsample` gives of the box at full resolution.
+        """
+        if scale < 1 or height < 1 or width < 1 or height % scale or width % scale:
+            raise ValueError(f"the box, {height}×{width}, must be whole pixels of scale={scale}, one at least")
+        scene, corner = self.scene(index), np.array([top, left])
+        rows, columns = height // scale, width // scale
+        total = np.zeros((rows, columns), np.int64)
+        for number, place in enumerate(scene.places - corner):
+            if (place < (height, width)).all() and (place + self.place_size > 0).all():
+                shade = INHABITED_SHADE if number < self.n_inhabited else SHADE
+                down = _covered(int(place[0]), self.place_size, scale, rows)
+                across = _covered(int(place[1]), self.place_size, scale, columns)
+                total += shade * down[:, None] * across
+        seen = scene.touched(top, left, height, width)
+        on_black = scene.shades[seen] == 0
+        for some, sums, which in (
+            (seen[on_black], self._sums, scene.glyph_ids[seen[on_black]] - self.n_digits),
+            (seen[~on_black], self._over_shade(scene, seen[~on_black]), np.arange((~on_black).sum())),
+        ):
+            _add_glyphs(total, sums, which, scene.corners[some] - corner, scale)
+        return torch.from_numpy((total / (255 * scale * scale)).astype(np.float32))[None]
+
+    def _over_shade(self, scene: Scene, some: _Ints) -> "np.ndarray[Any, np.dtype[np.int32]]":
+        """What glyphs in places add to the ground that they lie on: the brighter wins."""
+        pixels = self.glyphs[scene.glyph_ids[some]].astype(np.int32) - scene.shades[some, None, None].astype(np.int32)
+        return _summed(np.maximum(pixels, 0))
+
+
+@dataclass(frozen=True)
+class GigapixelImage:
+    """An image as an `ats.ImageSource`, whose levels halve down to 1/256 and are rendered as they are read."""
+
+    dataset: GigapixelMNIST
+    index: int
+    channels: int = 1
+    dtype: torch.dtype = torch.float32
+    mpp: tuple[float, float] | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"Gigapixel MNIST {self.dataset.split} {self.dataset.first + self.index}"
+
+    @property
+    def levels(self) -> Sequence[Level]:
+        """See `ats.sources.ImageSource`."""
+        return _levels(self.dataset.image_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """All that the pixels depend on."""
+        data = self.dataset
+        numbers = (
+            *(data.image_size, data.n_places, data.place_size, data.n_inhabited, data.n_target, data.place_noise),
+            *(data.n_noise, data.seed, data.split, data.first + self.index, zlib.crc32(data.glyphs.tobytes())),
+        )
+        return f"gigapixel-mnist:{':'.join(map(str, numbers))}"
+
+    def read(self, level: int, top: int, left: int, height: int, width: int) -> Tensor:
+        """See `ats.sources.ImageSource`."""
+        level, top, left, height, width = check_box(self, level, top, left, height, width)
+        scale = 2**level
+        box = (side * scale for side in (top, left, height, width))
+        return self.dataset.render(self.index, *box, scale=scale)
+
+
+@functools.cache
+def _levels(image_size: int) -> tuple[Level, ...]:
+    halves = [image_size]
+    while len(halves) < 9 and halves[-1] % 2 == 0:
+        halves.append(halves[-1] // 2)
+    return tuple(Level(side, side) for side in halves)
+
+
+def _key(split: str, index: int, *, noise: bool = False) -> int:
+    return (_SPLITS[split] * 2 + noise + 16) << 48 | index  # beside those of Megapixel MNIST
+
+
+def _spacing(place_size: int) -> int:
+    """A side of the squares in which one place lies at most."""
+    return place_size + place_size // 3
+
+
+def _below(bits: np.random.Philox, bound: int, count: int) -> _Ints:
+    return (bits.random_raw(count) % bound).astype(np.int64) if count else np.empty(0, np.int64)
+
+
+def _in_slots(bits: np.random.Philox, count: int, across: int, slot: int, size: int) -> _Ints:
+    """The corners (count, 2) of as many squares, each anywhere within a slot of its own of across×across."""
+    taken: dict[int, None] = {}
+    while len(taken) < count:
+        taken.update(dict.fromkeys(_below(bits, across**2, count + 4).tolist()))
+    slots = np.array(list(taken)[:count], np.int64)
+    free = slot - size + 1
+    return _corners(slots, _below(bits, free**2, count), across, slot, free)
+
+
+def _corners(slots: _Ints, jitter: _Ints, across: int, slot: int, free: int) -> _Ints:
+    return np.stack([slots // across * slot + jitter // free, slots % across * slot + jitter % free], -1)
+
+
+def _summed(pixels: "np.ndarray[Any, np.dtype[np.int32]]") -> "np.ndarray[Any, np.dtype[np.int32]]":
+    """(G, 28, 28) -> the sums over all pixels above and left of each corner, (G, 29, 29)."""
+    return np.pad(pixels.cumsum(1, dtype=np.int32).cumsum(2, dtype=np.int32), ((0, 0), (1, 0), (1, 0)))
+
+
+def _covered(begin: int, size: int, scale: int, count: int) -> _Ints:
+    """How many pixels of [begin, begin + size) lie in each of `count` stretches of `scale` pixels."""
+    edges = np.clip(np.arange(count + 1) * scale - begin, 0, size)
+    return np.diff(edges)
+
+
+def _add_glyphs(
+    total: _Ints, sums: "np.ndarray[Any, np.dtype[np.int32]]", which: _Ints, begin: _Ints, scale: int
+) -> None:
+    """Add what glyphs at (G, 2) pixels of the box hold to the view's pixels (h, w)."""
+    if not len(which):
+        return
+    most = (GLYPH - 1) // scale + 2  # view pixels that a glyph can lie in, along an axis
+    first = begin // scale  # (G, 2), of the view
+    steps = np.arange(most + 1) * scale
+    edges = np.clip(steps - (begin - first * scale)[..., None], 0, GLYPH)  # (G, 2, most + 1)
+    corners = sums[which[:, None, None], edges[:, 0, :, None], edges[:, 1, None, :]]
+    parts = np.diff(np.diff(corners, axis=1), axis=2)  # (G, most, most)
+    rows, columns = (first[:, axis, None] + np.arange(most) for axis in (0, 1))  # (G, most) each
+    down, across = (rows >= 0) & (rows < total.shape[0]), (columns >= 0) & (columns < total.shape[1])
+    inside = down[:, :, None] & across[:, None]
+    flat = (rows[:, :, None] * total.shape[1] + columns[:, None])[inside]
+    total += np.bincount(flat, parts[inside], total.size).astype(np.int64).reshape(total.shape)
