@@ -17,7 +17,7 @@ EVERY = 50  # steps between looks, as in docs/diagnostics.md
 def bench_diagnostics_in_a_training_step(report: Report) -> None:
     config = published("megapixel-mnist")
     images = cost.random_images(config, batch=BATCH)
-    views = [cost.make_view(config, images[0], report.device)]
+    views = [cost.view_on(report.device, config, images[0])]
     step = cost.training_step(config, report.device, images=images, views=views)
     sampling = channels_last_model(config).to(report.device).sampling
     with torch.no_grad():

@@ -51,7 +51,7 @@ def bench_estimators_in_a_training_step(report: Report) -> None:
     draws, features = inputs(report, BATCH, N_PATCHES)
     config = published("megapixel-mnist")
     images = cost.random_images(config, batch=BATCH)
-    views = [cost.make_view(config, images[0], report.device)]
+    views = [cost.view_on(report.device, config, images[0])]
     step = cost.training_step(config, report.device, images=images, views=views)
     methods: dict[str, Method] = {name: pooling(draws, features, options) for name, options in WAYS.items()}
     methods["a training step"] = lambda index: step()

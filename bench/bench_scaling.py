@@ -52,7 +52,7 @@ def bench_image_size(report: Report) -> None:
 
     def step(line: str, side: int) -> cost.Step:
         config = config_at(side, LINES[line])
-        views = [cost.make_view(config, image, device) for image in images[side]] if line == ATS else None
+        views = [cost.view_on(device, config, image) for image in images[side]] if line == ATS else None
         return cost.training_step(config, device, images=images[side], views=views)
 
     measure_memory(group, [(line, sides[0]) for line in READ_ALL], device)

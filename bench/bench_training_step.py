@@ -159,7 +159,7 @@ class SplitStep:
 
     def make_view(self) -> Tensor:
         """(B, C, h, w) on the model's device."""
-        return cost.make_view(self.config, self.image, self.model.head.weight.device)
+        return cost.view_on(self.model.head.weight.device, self.config, self.image)
 
 
 def split_steps(steps: dict[str, SplitStep], rounds: int) -> dict[str, Rounds]:
