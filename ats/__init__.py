@@ -25,6 +25,7 @@ from ats.functional import (
 from ats.grid import Placement, cell_offsets, patch_positions
 from ats.heatmap import heatmap
 from ats.inference import anytime, predict
+from ats.nested_sample import NestedSample
 from ats.prediction import Prediction
 from ats.probe import measure_placement, receptive_field
 from ats.sources import ImageSource, mask_cells, open_image, read_view, tissue_mask
@@ -39,6 +40,7 @@ __all__ = [
     "CellSample",
     "Estimate",
     "ImageSource",
+    "NestedSample",
     "PatchSample",
     "Placement",
     "Prediction",
