@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +19,13 @@ _COUNT = itertools.count()
 _STARTED = time.time()
 
 
-def write_whole(path: Path, data: bytes | memoryview) -> None:
+def write_whole(path: Path, data: bytes | memoryview, *, overwrite: bool = True) -> None:
     """Write `data` beside `path`, flush it to the disk, then put it in its place.
 
     A reader finds the old file or the new one, never half, whenever the process is killed or the power goes.
 
     Raises:
+        FileExistsError: not `overwrite`, and there is a file, even one that another process wrote just now.
         OSError: it cannot be written, e.g. to a full disk; `filename` is `path`, and what was there is untouched.
     """
     with _named(path):
@@ -36,15 +38,29 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, path)
+            if overwrite:
+                os.replace(part, path)
+            else:
+                _put_new(part, path)
         finally:
             part.unlink(missing_ok=True)
         sync_folder(path.parent)
 
 
-def write_json(path: Path, values: dict[str, Any] | list[dict[str, Any]]) -> None:
+def _put_new(part: Path, path: Path) -> None:
+    try:
+        os.link(part, path)  # which, unlike a rename, fails where there is a file
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: two processes may both pass here, and one file is whole still
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        os.replace(part, path)
+
+
+def write_json(path: Path, values: dict[str, Any] | list[dict[str, Any]], *, overwrite: bool = True) -> None:
     """Write `values` as JSON, as `write_whole` does."""
-    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode(), overwrite=overwrite)
 
 
 def read_json(path: Path) -> Any:
@@ -60,6 +76,21 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read (its brackets are nested too deep)") from error
     except ValueError as error:  # JSON's errors are some, and those of decoding, too
         raise ValueError(f"{path} cannot be read ({error})") from error
+
+
+def read_object(path: Path, *names: str) -> dict[str, Any]:
+    """What a JSON file holds, an object with at least these names.
+
+    Raises:
+        OSError: there is none that can be read.
+        ValueError: it holds something else; the message names the file.
+    """
+    values = read_json(path)
+    missing = [name for name in names if not isinstance(values, dict) or name not in values]
+    if missing or not isinstance(values, dict):
+        lacks = f"it lacks {', '.join(missing)}" if missing else "it holds no object"
+        raise ValueError(f"{path} cannot be read ({lacks})")
+    return values
 
 
 def sync_folder(folder: Path) -> None:
@@ -89,6 +120,27 @@ def remove_parts(folder: Path) -> None:
             continue
         if not _writes(int(found["process"] or found["alone"]), path):
             path.unlink(missing_ok=True)
+
+
+_UNFINISHED = re.compile(r"\.unfinished(?:\.(?P<host>[\w-]+)\.(?P<process>\d+))?")
+
+
+def unfinished(folder: Path) -> Path:
+    """Where this process writes what is to be in `folder` once it is whole."""
+    return folder / f".unfinished.{_host()}.{os.getpid()}"
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes of this machine that were killed left `unfinished`; others' is left alone."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = _UNFINISHED.fullmatch(path.name)
+        # Earlier versions did not say whose it is.
+        if (
+            found
+            and found["host"] in (None, _host())
+            and not (found["process"] and _writes(int(found["process"]), path))
+        ):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _writes(process: int, path: Path) -> bool:

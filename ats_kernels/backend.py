@@ -80,6 +80,15 @@ def may_look(value: Tensor) -> bool:
     return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
 
 
+def check_not_to_onnx(what: str) -> None:
+    """Raise while a model is being exported to ONNX, which has no operators for what cannot be exported."""
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            f"{what} cannot be exported to ONNX; export the attention and the feature network, each by itself, and "
+            "keep what is between them in Python (docs/compatibility.md)"
+        )
+
+
 def wants_graph() -> bool:
     """Inside of a backward: whether it was called with ``create_graph=True``, so that it must be differentiable itself.
 

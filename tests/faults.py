@@ -29,6 +29,8 @@ from ats.experiments.megapixel_mnist import MegapixelMNISTConfig
 from ats.experiments.registry import EXPERIMENTS, experiment_data
 
 KILLED = 9
+EVENTS = [("open", "config.json"), ("write", "last.ckpt"), ("fsync", "step-0000004.ckpt"), ("folder", "last.ckpt"),
+          ("write", "training.json")]  # fmt: skip
 
 
 def tiny(folder: Path, **trainer: Any) -> ExperimentConfig:
@@ -120,6 +122,51 @@ def kill_at(replacement: int) -> None:
     ats._files.os.replace = replace  # type: ignore[attr-defined]
 
 
+def kill_in(event: str, file: str, nth: int = 1) -> None:
+    """Kill this process as it opens, writes half of, flushes or puts in its place the n-th file of that name.
+
+    With "folder": as it flushes the folder's list of names, once the file is in its place.
+    """
+    real_open, real_fsync, counted = Path.open, os.fsync, [0]
+    path = [""]
+
+    def opened(self: Path, mode: str = "r", **more: Any) -> Any:
+        part = mode == "wb" and ats._files.is_part(self) and self.name.startswith(f".{file}.")
+        counted[0] += part
+        path[0] = str(self) if part and counted[0] == nth else ""
+        if not path[0]:
+            return real_open(self, mode, **more)
+        if event == "open":
+            os._exit(KILLED)
+        found: Any = real_open(self, mode, **more)
+        if event == "write":
+            real = found.write
+
+            class Half:
+                fileno, flush = found.fileno, found.flush
+
+                def __enter__(self) -> "Half":
+                    return self
+
+                def __exit__(self, *_: object) -> None: ...
+
+                def write(self, data: Any) -> None:
+                    real(data[: len(data) // 2])
+                    found.flush()
+                    os._exit(KILLED)
+
+            return Half()
+        return found
+
+    def fsync(descriptor: int) -> None:
+        real_fsync(descriptor)
+        if path[0] and event == ("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "fsync"):
+            os._exit(KILLED)
+
+    Path.open = opened  # type: ignore[method-assign, assignment]
+    ats._files.os.fsync = fsync  # type: ignore[attr-defined]
+
+
 def fill_disk(config: ExperimentConfig) -> None:
     """Train where no file may have more than 50 kB, as near as a test comes to a full disk; the first checkpoint has.
 
@@ -159,6 +206,15 @@ def main(place: Path) -> None:
     print(
         json.dumps({"full": forked(lambda: fill_disk(full)), "after": forked(lambda: training.train(full))}), flush=True
     )
+    for event, file in EVENTS:
+        again = dataclasses.replace(config, output=place / f"{event} {file}")
+
+        def killed_in(again: ExperimentConfig = again, event: str = event, file: str = file) -> None:
+            kill_in(event, file)
+            training.train(again)
+
+        statuses = {"killed": forked(killed_in), "resumed": forked(lambda again=again: training.train(again))}
+        print(json.dumps({"folder": str(again.run_folder)} | statuses), flush=True)
     for number in itertools.count(1):
         again = dataclasses.replace(config, output=place / str(number))
 

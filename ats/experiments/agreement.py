@@ -22,6 +22,8 @@ class Agreement(Callback):
         """What must be the same on every rank, by its name for people; any plain values."""
         self.complete = False
         """Whether there is nothing to train; rank 0's counts."""
+        self.agreed = False
+        """Whether all ranks see the same."""
         self.trains = False
         """Whether everything was restored, and training began."""
 
@@ -29,6 +31,7 @@ class Agreement(Callback):
         if trainer.strategy.broadcast(self.complete):
             raise RunCompleteError
         if trainer.world_size == 1:
+            self.agreed = True
             return
         first = trainer.strategy.broadcast(self.seen)
         other = [name for name, value in first.items() if self.seen[name] != value]
@@ -40,6 +43,7 @@ class Agreement(Callback):
                     f"rank {rank} sees another run than rank 0: {' and '.join(names)} differ. Share one disk, or copy "
                     "the run's folder and the data from rank 0's machine to the same place on the others"
                 )
+        self.agreed = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.trains = True

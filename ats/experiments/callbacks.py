@@ -44,6 +44,7 @@ class AttentionDiagnostics(Callback):
         gradient_draws: draws for that measurement; each costs a forward and a backward pass in evaluation mode.
         patience: looks in a row before attention is warned of.
         plateau_steps: steps in a row before a plateau is.
+        labels: batch -> the images' classes (B,) int64; without it, attention that explains one class only is not told.
 
     A LightningModule whose training_step returns a dict may give the loss without regularisers as "task_loss".
     """
@@ -57,6 +58,7 @@ class AttentionDiagnostics(Callback):
         gradient_draws: int = 4,
         patience: int = 3,
         plateau_steps: int = 500,
+        labels: Callable[[Any], Tensor] | None = None,
     ) -> None:
         counts = {"every": every, "patience": patience, "plateau_steps": plateau_steps}
         for name, value in (*counts.items(), ("gradient_draws", gradient_draws)):
@@ -66,7 +68,7 @@ class AttentionDiagnostics(Callback):
         if chance is not None and not chance > 0:
             raise ValueError(f"chance is a loss in nats, e.g. math.log(classes), and must be positive, got {chance}")
         self.every, self.chance, self.loss, self.gradient_draws = every, chance, loss, gradient_draws
-        self.patience, self.plateau_steps = patience, plateau_steps
+        self.patience, self.plateau_steps, self.labels = patience, plateau_steps, labels
         self._streaks = dict.fromkeys(diagnostics.CAUSES, 0)  # looks in a row at which a cause was there
         self._warned: list[str] = []
         self._losses: list[Tensor] = []  # since the last look
@@ -119,7 +121,7 @@ class AttentionDiagnostics(Callback):
         loss = float(torch.stack(self._losses).mean()) if self._losses else math.nan
         self._losses = []
         _, logits, sample = look.output
-        self._judge(logits, sample, loss)
+        self._judge(logits, sample, loss, None if self.labels is None else self.labels(batch))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         while self._handles:
@@ -150,9 +152,9 @@ class AttentionDiagnostics(Callback):
             metrics["repeated_error"] = float(diagnostics.repeated_error(torch.stack(pooled)).mean())
         return metrics
 
-    def _judge(self, logits: Tensor, sample: PatchSample, loss: float) -> None:
+    def _judge(self, logits: Tensor, sample: PatchSample, loss: float, labels: Tensor | None) -> None:
         found = diagnostics.warning_signs(
-            logits, loss=None if math.isnan(loss) else loss, chance=self.chance, sample=sample
+            logits, loss=None if math.isnan(loss) else loss, chance=self.chance, sample=sample, labels=labels
         )
         for cause in self._streaks:
             self._streaks[cause] = self._streaks[cause] + 1 if cause in found else 0

@@ -97,11 +97,24 @@ def check_resumable(path: Path, content: Mapping[str, Any], model: nn.Module) ->
     for name, kind in _PARTS.items():
         if not isinstance(content.get(name), kind):
             raise ValueError(f"{path} is no checkpoint that `ats train` wrote: it has no {name!r}")
-    state, expected = content["state_dict"], model.state_dict()
-    for name in [*expected, *state]:
-        found = state.get(name)
-        if name not in expected or not isinstance(found, torch.Tensor) or found.shape != expected[name].shape:
+    if min(content["epoch"], content["global_step"]) < 0 or not isinstance(content.get("ran_on", {}), Mapping):
+        raise ValueError(f"{path} is damaged: its epoch, step or what it ran on cannot be")
+    check_weights(path, content["state_dict"], model)
+
+
+def check_weights(path: Path, state: Any, model: nn.Module) -> None:
+    """Raise ValueError unless a checkpoint's weights are those of a model, of the same kind of numbers."""
+    expected = model.state_dict()
+    for name in [*expected, *state] if isinstance(state, Mapping) else [None]:
+        found, wanted = None if name is None else state.get(name), expected.get(str(name))
+        if wanted is None or not _fits(found, wanted):
             raise ValueError(f"{path} is of another model, or of another version of ats: {name!r} does not fit")
+
+
+def _fits(found: Any, wanted: torch.Tensor) -> bool:
+    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:
+        return False
+    return (found.is_floating_point(), found.is_complex()) == (wanted.is_floating_point(), wanted.is_complex())
 
 
 class WholeCheckpoints(CheckpointIO):

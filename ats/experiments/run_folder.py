@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ats._files import is_part, read_json, remove_parts, write_json
+from ats._files import is_part, read_json, read_object, remove_parts, write_json
 from ats.experiments.config import ExperimentConfig, differences, to_dict
 from ats.experiments.experiment import ExperimentData
 from ats.experiments.registry import from_dict
@@ -146,7 +146,7 @@ class RunFolder:
         if self.started() and (before := self.recorded()) is not None:
             if not is_longer(before, config):
                 return
-            steps = read_json(self.summary).get("steps") if self.summary.exists() else None
+            steps = read_object(self.summary, "steps")["steps"] if self.summary.exists() else None
             for name in _OF_THE_END:
                 if (self.path / name).exists():
                     (self.path / f"until-step-{steps}").mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ats.experiments.build import Classifier, build_model, make_view
-from ats.experiments.checkpoints import read_checkpoint
+from ats.experiments.checkpoints import check_weights, read_checkpoint
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.registry import from_dict
 from ats.inference import Prediction, anytime, predict
@@ -155,8 +155,12 @@ def load(run: Path | str, *, device: torch.device | str = "cpu") -> TrainedModel
         config = from_dict(values)
         with torch.random.fork_rng(devices=[]):  # the fresh weights, which are written over, are nobody's draws
             model = build_model(config)
-        model.load_state_dict({name.removeprefix("model."): value for name, value in content["state_dict"].items()})
+        state = {name.removeprefix("model."): value for name, value in content["state_dict"].items()}
+        check_weights(path, state, model)
+        model.load_state_dict(state)
         classes = tuple(content["classes"])
+        if len(classes) != config.data.n_classes or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"{config.data.n_classes} classes have the names {classes!r:.80}")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} was written by another version of ats, or is damaged: {error}") from error
     return TrainedModel(config, model.to(device).eval(), classes)

@@ -101,8 +101,8 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
             raise InterruptedRunError(
                 f"stopped in {folder.path}; the same command goes on from its last checkpoint"
             ) from stop
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            if checkpoint is not None and not start.trains:
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+            if checkpoint is not None and start.agreed and not start.trains:
                 raise ValueError(
                     f"{checkpoint} is damaged, or was written by another version of ats ({error!r}); {_MEND}"
                 ) from error
@@ -191,7 +191,12 @@ def _diagnostics(config: ExperimentConfig) -> list[Callback]:
     # What guessing costs where classes are equal, by number or by weight; elsewhere it costs less.
     chance = config.data.objective.chance(config.data.n_classes)
     loss = _drawn_loss if options.gradient_draws else None
-    return [AttentionDiagnostics(options.every, chance=chance, loss=loss, gradient_draws=options.gradient_draws or 2)]
+    draws = options.gradient_draws or 2
+    return [AttentionDiagnostics(options.every, chance=chance, loss=loss, gradient_draws=draws, labels=_labels_of)]
+
+
+def _labels_of(batch: Batch) -> Tensor:
+    return batch[2]
 
 
 def _drawn_loss(task: L.LightningModule, batch: Batch, generator: torch.Generator) -> Tensor:

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ats_kernels.backend import backend_for, device_guard, is_transformed, may_look, wants_graph
+from ats_kernels.backend import backend_for, check_not_to_onnx, device_guard, is_transformed, may_look, wants_graph
 from ats_kernels.checks import check_choice, check_count, check_flag, check_floating, check_generator, compute_dtype
 from ats_kernels.pixels import NonFiniteError
 from ats_kernels.plausible import check_no_attention
@@ -145,6 +145,8 @@ def sample(
         )
     if not replace and n > logits.shape[1]:
         raise ValueError(f"cannot draw n={n} cells without replacement from K={logits.shape[1]}; {_advice(method)}")
+    if method == "sample" or torch.jit.is_tracing():
+        check_not_to_onnx("the draw of attention sampling")
     if is_transformed():  # nor can it look at values
         try:
             seed = draw_seed(logits, method, generator)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ats_kernels.backend import backend_for, is_transformed, wants_graph
+from ats_kernels.backend import backend_for, check_not_to_onnx, is_transformed, wants_graph
 from ats_kernels.checks import (
     Normalisation,
     check_image,
@@ -169,6 +169,8 @@ def area_downsample(
             f"size {(height, width)} is larger than the image, {tuple(image.shape[2:])}; "
             "a view has at most the image's resolution"
         )
+    if torch.jit.is_tracing() and (image.shape[2] % height or image.shape[3] % width):
+        check_not_to_onnx(f"a view of {(height, width)} pixels, which do not divide the image's,")
     means, stds = check_normalisation(mean, std, image)
     out_dtype = output_dtype(image, dtype)
     learns = image.requires_grad and torch.is_grad_enabled()

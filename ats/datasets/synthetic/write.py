@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ats._files import write_whole
+from ats._files import remove_unfinished, unfinished, write_whole
 from ats.datasets import painting
 from ats.datasets.colon_cancer import NUCLEI
 from ats.datasets.image_files import SYNTHETIC_MARKER, needed
@@ -201,9 +201,10 @@ def _save(image: "Image", path: Path) -> None:
 def _new_folder(folder: str | os.PathLike[str], content: str) -> Iterator[Path]:
     """A place to write to; once all is there, it moves into `folder`, the mark that says it is synthetic first."""
     folder = user_path(folder)
+    remove_unfinished(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there and not an empty folder; name a new one, nothing is overwritten")
-    place = folder / ".unfinished"
+    place = unfinished(folder)
     place.mkdir(parents=True)
     try:
         text = f"Synthetic images, made up by torch-ats {__version__}: {content}. Only the layout is real.\n"

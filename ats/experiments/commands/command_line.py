@@ -1,6 +1,7 @@
 """The commands behind ``ats``: their options, and errors as one line rather than a traceback."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,6 +112,9 @@ def run(arguments: Sequence[str]) -> int:
     if command not in commands:
         say(f"ats: unknown command {command!r}, expected one of {', '.join(commands)}", stderr=True)
         return 2
+    rank = os.environ.get("RANK", "0")
+    if command != "train" and rank.isdecimal() and int(rank) > 0:  # torchrun starts it as often as there are devices
+        return 0
     try:
         commands[command](rest)
     except SystemExit as stop:  # the options' parser has said what is wrong, or helped
@@ -190,7 +194,12 @@ def _evaluate(arguments: list[str]) -> None:
             say(_evaluation_table(checkpoint, result))
             found.append({"checkpoint": str(checkpoint), "seed": options.seed} | result.to_dict())
     if options.output is not None:
-        write_json(options.output, found)
+        try:
+            write_json(options.output, found, overwrite=False)
+        except FileExistsError as error:  # another command was quicker
+            raise FileExistsError(
+                f"{options.output} is there by now, of another command; what this one found is above"
+            ) from error
 
 
 def _evaluation_table(checkpoint: Path, result: Evaluation) -> Table:

@@ -1,14 +1,13 @@
 """The demo: attention sampling beside uniform sampling on Megapixel MNIST, from scratch, in minutes on a CPU."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Literal
 
 import torch
 from rich.table import Table
 
-from ats._files import write_json
+from ats._files import read_object, write_json
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.console import plain_console
 from ats.experiments.evaluation import Evaluation, evaluate
@@ -61,7 +60,7 @@ def run_demo(
             f"{run.optim.epochs} epochs, {run.model.n_patches} patches an image"
         )
         checkpoint = train(run)
-        seconds = json.loads((folder / attention / "training.json").read_text())["seconds"]
+        seconds = read_object(folder / attention / "training.json", "seconds")["seconds"]
         tested = evaluate(load(checkpoint), n_patches=_TEST_PATCHES, repeats=_REPEATS, seed=seed, data=data)
         results[attention] = tested, seconds
 

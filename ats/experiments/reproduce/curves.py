@@ -1,13 +1,12 @@
 """Loss and test error over a training, from the snapshots that it kept."""
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ats._files import write_json
+from ats._files import read_object, write_json
 from ats.experiments.checkpoints import read_checkpoint
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.evaluation import evaluate, held_out_data
@@ -30,7 +29,7 @@ def curve_of(config: ExperimentConfig) -> list[dict[str, Any]]:
     losses = _losses(folder)
     points: list[dict[str, Any]] = []
     data: ExperimentData | None = None
-    images = min(IMAGES, json.loads((folder / "training.json").read_text())["test_images"])
+    images = min(IMAGES, read_object(folder / "training.json", "test_images")["test_images"])
     for path in sorted((folder / "checkpoints").glob("step-*.ckpt")):
         content = read_checkpoint(path)
         step = int(content["global_step"])

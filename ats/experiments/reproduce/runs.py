@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ats._files import write_json
+from ats._files import read_object, write_json
 from ats.experiments.config import ExperimentConfig, differences, to_dict
 from ats.experiments.console import plain_console
 from ats.experiments.evaluation import evaluate, held_out_data
@@ -170,11 +170,11 @@ def _complete_on_a_gpu(job: Job, free: "queue.Queue[int]") -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, or None where there is no file."""
     try:
-        return json.loads(path.read_text())
+        return read_object(path)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); remove it to have it made again") from error
+        raise ValueError(f"{error}; remove it to have it made again") from error
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from ats._files import write_whole
+from ats._files import read_object, write_whole
 from ats.experiments.markdown import wrap
 
 # Okabe and Ito's colours, apart for every kind of colour vision; markers tell them apart in grey as well.
@@ -52,7 +52,7 @@ def earlier_rows(folder: Path, study: str, options: Any) -> list[dict[str, Any]]
     if not record.exists():
         raise ValueError(f"{existing[0]} is there, but not {record}, which `ats study {study}` writes with it; {mend}")
     try:
-        found = json.loads(record.read_text())
+        found = read_object(record)
         rows = list(found["rows"])
         same = found["command"] == f"ats study {study}" and found["options"] == plain(options)
     except (ValueError, KeyError, TypeError):  # JSON's errors and those of decoding are ValueErrors
