@@ -89,7 +89,7 @@ def test_scale_mpp_and_size():
         ({}, "give one of scale, mpp and size"),
         ({"scale": 0.5, "size": 3}, "give one of scale, mpp and size"),
         ({"scale": 2}, "scale must be above 0 and at most 1"),
-        ({"scale": float("nan")}, "scale must be above 0"),
+        ({"scale": float("nan")}, "scale must be a finite number, got nan"),
         ({"size": (301, 5)}, r"301×5 pixels is larger than x\.svs, 300×201"),
         ({"mpp": 0.4}, r"0\.4 micrometres a pixel is finer than x\.svs itself, \(0\.25, 0\.5\)"),
         ({"mpp": -1}, "mpp must be micrometres a pixel"),
