@@ -90,6 +90,8 @@ def predict(
         estimator = "ordered" if replace else "unordered"
     check_estimator(estimator, replace=replace)
     logits, grids = sampling.attend(view, image, mask=mask)
+    if not replace and count > 1:
+        count = min(count, max(2, logits[0].numel()))  # no more can be read
     values, variances, draws = [], [], []
     for _ in range(repeats):
         cells = sample_cells(

@@ -266,6 +266,8 @@ class ExperimentConfig:
         """Refuse values that no run can have."""
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, got {self.seed}")
         self.data.check_run(self)
 
     @property

@@ -11,8 +11,16 @@ Options = TypeVar("Options")
 
 
 def parse(kind: type[Options], program: str, arguments: Sequence[str], **how: Any) -> Options:
-    """Read a command's options as `tyro.cli` does; in paths, ~ is the user's home, where no shell has seen to it."""
-    return expanded(tyro.cli(kind, prog=program, args=list(arguments), **how))
+    """Read a command's options as `tyro.cli` does; in paths, ~ is the user's home, where no shell has seen to it.
+
+    Raises:
+        ValueError: a seed that no generator takes, the home of somebody unknown.
+    """
+    options = expanded(tyro.cli(kind, prog=program, args=list(arguments), **how))
+    seed = getattr(options, "seed", 0)
+    if not -(2**63) <= seed < 2**64:  # what generators take
+        raise ValueError(f"--seed must be a number of 64 bits, got {seed}")
+    return options
 
 
 def expanded(value: Any) -> Any:

@@ -132,6 +132,8 @@ def sample(
     """
     check_floating("logits", logits)
     n = check_count("n", n)
+    if n >= 2**31:
+        raise ValueError(f"n must be below 2**31, got {n}")
     check_choice("method", method, METHODS)
     check_flag("replace", replace)
     check_generator(generator, logits.device)
