@@ -134,7 +134,8 @@ class GigapixelMNIST(Dataset["tuple[GigapixelImage, int]"]):
         self.glyphs = torch.cat([digits.images, noise]).numpy()  # (G, 28, 28) uint8
         self._sums = _summed(self.glyphs[len(digits.images) :].astype(np.int32))  # of noise on black, by far the most
         self.n_digits = len(digits.images)
-        self.labels = torch.tensor([self._digits(index)[1] for index in range(n_images)], dtype=torch.int64)
+        labels = [self._digits(index)[1] for index in range(n_images)]
+        self.labels = torch.tensor(labels, dtype=torch.int64, device="cpu")
         self._scenes = functools.lru_cache(maxsize=256)(self._scene)
 
     def __len__(self) -> int:
