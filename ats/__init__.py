@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ats import diagnostics, nn, sources
+from ats import diagnostics, export, nn, sources
 from ats.functional import (
     BoxSample,
     CellSample,
@@ -52,6 +52,7 @@ __all__ = [
     "estimate",
     "estimator_weights",
     "expectation",
+    "export",
     "heatmap",
     "load",
     "mask_cells",

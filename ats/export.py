@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -99,7 +98,7 @@ def heatmap_tiff(
     receptive_field: int | Placement = 0,
     overwrite: bool = False,
 ) -> None:
-    """Write attention as a tiled, pyramidal OME-TIFF of floats, where 1 is what every pixel would have if all were alike.
+    """Write attention as a tiled, pyramidal OME-TIFF of floats, where 1 is what pixels would have if all were alike.
 
     It covers the whole image with fewer pixels, whose size in micrometres it says where the image's mpp is known, so
     that viewers lay it over the slide.

@@ -238,12 +238,10 @@ def test_what_labels_are_refused(tmp_path: Path) -> None:
     assert data_of(tiny(manifest, output, classes=("red", "blue"))).labels("train").tolist() == [0, 1] * 6
 
 
-def test_images_of_other_sizes_channels_and_depths_are_named(tmp_path: Path) -> None:
+def test_images_of_other_channels_and_depths_are_named(tmp_path: Path) -> None:
     manifest = write_images(tmp_path, TWO, {"split": ["train"] * 12})
     Image.fromarray(np.zeros((SIDE, SIDE), np.uint8)).save(tmp_path / "1.png")  # grey is read as colours
     assert data_of(tiny(manifest, tmp_path / "run")).load("train", torch.tensor([1]))[1].shape[1] == 3
-    Image.fromarray(np.zeros((SIDE, 40, 3), np.uint8)).save(tmp_path / "5.png")
-    assert f"{manifest}, line 7: {tmp_path / '5.png'} is 48×40 pixels, but" in refused(tiny(manifest, tmp_path / "run"))
     Image.fromarray(np.zeros((SIDE, SIDE), np.uint16)).save(tmp_path / "5.png")
     assert "line 7: " in (text := refused(tiny(manifest, tmp_path / "run")))
     assert "holds torch.uint16 and not bytes, whose range is not known; say with --data.mean" in text

@@ -1,12 +1,18 @@
 """From a configuration to a model with fresh weights, and to the size of what it looks at."""
 
+from collections.abc import Sequence
+from typing import overload
+
+import torch
 from torch import Tensor, nn
 
+from ats.batches import Images
 from ats.experiments.config import ExperimentConfig
 from ats.functional import area_downsample
 from ats.models import ATSClassifier, CNNClassifier, MILClassifier, UniformAttention
 from ats.models.classifier import PlacedFeatures
 from ats.nn import AttentionSampling
+from ats.sources import ImageSource, read_view
 
 Classifier = ATSClassifier | MILClassifier | CNNClassifier
 
@@ -82,10 +88,42 @@ def view_size(config: ExperimentConfig, image_size: tuple[int, int]) -> tuple[in
     return config.data.networks_for(model).view_size(image_size, model.view_scale)
 
 
-def make_view(config: ExperimentConfig, image: Tensor) -> Tensor:
-    """What a model looks at of images (B, C, H, W): normalised (B, C, h, w), or the images themselves."""
+@overload
+def make_view(config: ExperimentConfig, image: Tensor) -> Tensor: ...
+@overload
+def make_view(config: ExperimentConfig, image: Sequence[Tensor | ImageSource]) -> Tensor | list[Tensor]: ...
+def make_view(config: ExperimentConfig, image: Images) -> Tensor | list[Tensor]:
+    """What a model looks at of images (B, C, H, W): normalised (B, C, h, w), or the images themselves.
+
+    Of a sequence of images, in memory or on disk, it is a list where their views differ in size.
+    """
+    if not isinstance(image, Tensor):
+        return stacked([_view_of_one(config, one) for one in image])
     size = view_size(config, (image.shape[2], image.shape[3]))
     if size is None:
         return image
     networks = config.data.networks_for(config.model)
     return area_downsample(image, size, mean=networks.mean, std=networks.std)
+
+
+def _view_of_one(config: ExperimentConfig, image: Tensor | ImageSource) -> Tensor:
+    if isinstance(image, Tensor):
+        return make_view(config, image[None])[0]
+    size = view_size(config, (image.levels[0].height, image.levels[0].width))
+    if size is None:
+        raise ValueError(f"{config.model.method} reads whole images: {image.name} must be in memory, as a tensor")
+    return normalise(config, read_view(image, size=size))
+
+
+def normalise(config: ExperimentConfig, view: Tensor) -> Tensor:
+    """A view (C, h, w) as the model takes it, from one as `read_view` gives it; bytes, Deep MIL's images, stay."""
+    networks = config.data.networks_for(config.model)
+    if networks.mean is None or networks.std is None or not view.is_floating_point():
+        return view
+    mean, std = (view.new_tensor(values).view(-1, 1, 1) for values in (networks.mean, networks.std))
+    return (view - mean) / std
+
+
+def stacked(maps: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """One tensor (B, …) where all have one shape, else a list."""
+    return torch.stack(list(maps)) if len({each.shape for each in maps}) == 1 else list(maps)

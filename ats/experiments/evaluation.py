@@ -94,9 +94,9 @@ def evaluate(
         options = {"budget": budget, "tolerance": tolerance, "lead": lead}
     generator = torch.Generator(trained.device).manual_seed(seed)
     logits, labels, used = [], [], []
-    for view, image, label in _batches(data, images, batch_size or (50 if draws else 1), trained.device):
+    for view, image, label, mask in _batches(data, images, batch_size or (50 if draws else 1), trained.device):
         predictions = [
-            predict_with(trained.model, view, image, method=method, generator=generator, **options)
+            predict_with(trained.model, view, image, mask=mask, method=method, generator=generator, **options)
             for _ in range(repeats)
         ]
         logits.append(torch.stack([prediction.logits for prediction in predictions]))
@@ -152,4 +152,5 @@ def _batches(data: ExperimentData, images: int | None, size: int, device: torch.
     console = plain_console(stderr=True)
     # Where there is no terminal, all that is left of a bar is empty lines.
     for indices in track(batches, "evaluating", console=console, transient=True, disable=not console.is_terminal):
-        yield data.load("test", indices.to(device))
+        on_device = indices.to(device)
+        yield Batch(*data.load("test", on_device), data.masks("test", on_device))

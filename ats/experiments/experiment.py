@@ -6,7 +6,7 @@ Whatever differs between experiments is asked of these classes; `registry` says 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -32,7 +32,24 @@ else:
             """Stands in for Lightning's."""
 
 
-Batch = tuple[Tensor, Tensor, Tensor]  # view (B, C, h, w), image (B, C, H, W), label (B,) or (B, …): what is true of it
+Loaded = tuple[Any, Any, Tensor]
+"""View, image and label of a `Batch`."""
+
+
+class Batch(NamedTuple):
+    """What a step takes: tensors or, where images differ in size or are on disk, lists for view, image and mask.
+
+    Attributes:
+        view: (B, C, h, w), or a list of (C, h, w).
+        image: (B, C, H, W), or a list of tensors (C, H, W) and sources.
+        label: (B,) classes, or (B, …) what else is true of an image.
+        mask: (B, gh, gw) bool, or a list of (gh, gw), True where a cell may be drawn; None: everywhere.
+    """
+
+    view: Any
+    image: Any
+    label: Tensor
+    mask: Any = None
 
 
 class ExperimentData(DataModule, Generic[Options]):
@@ -96,10 +113,14 @@ class ExperimentData(DataModule, Generic[Options]):
         """Training images of each class, (classes,) float64: as many as an epoch is expected to have."""
         return torch.bincount(self.labels("train"), minlength=self.config.data.n_classes).double()
 
-    def load(self, name: str, indices: Tensor, epoch: int | None = None) -> Batch:
+    def load(self, name: str, indices: Tensor, epoch: int | None = None) -> Loaded:
         """Images of a split with their views and labels, on the indices' device."""
         image, label = self.examples(name, indices, epoch)
         return make_view(self.config, image), image, label
+
+    def masks(self, name: str, indices: Tensor) -> Any:
+        """Where attention may look in images of a split, as in a `Batch`, on the indices' device; None: everywhere."""
+        return None
 
     def class_weights(self) -> Tensor:
         """The inverse of the classes' shares of the training images, (classes,), scaled to be 1 for equal shares; of
@@ -143,12 +164,13 @@ class ExperimentData(DataModule, Generic[Options]):
             return self._evaluated("test", batch)
         if trainer.validating or trainer.sanity_checking:
             return self._evaluated("validation", batch)
-        return self.load("train", batch, epoch=trainer.current_epoch)
+        return Batch(*self.load("train", batch, epoch=trainer.current_epoch), self.masks("train", batch))
 
     def _evaluated(self, name: str, indices: Tensor) -> Batch:
         indices, counted = read_and_counted(indices)
         view, image, label = self.load(name, indices)
-        return view, image, self.config.data.objective.uncounted(label, counted)
+        label = self.config.data.objective.uncounted(label, counted)
+        return Batch(view, image, label, self.masks(name, indices))
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ats.datasets.manifest import Manifest, Row, read_manifest
-from ats.experiments.augmentation import ImageConfig, apply_change, draw_change
+from ats.experiments.augmentation import ImageConfig
+from ats.experiments.build import stacked
 from ats.experiments.config import LESS_NOISE, SHORT_EPOCHS, ExperimentConfig, ModelConfig, OptimConfig, check_least
-from ats.experiments.console import say
-from ats.experiments.experiment import Experiment, ExperimentData
+from ats.experiments.experiment import Experiment, ExperimentData, Loaded
+from ats.experiments.image_store import ImageStore
 from ats.experiments.manifest_splits import Splits, read_truth, split_rows
 from ats.experiments.objectives import Classes, Labels, Objective, Task, Value
 from ats.models.images import image_networks
@@ -44,6 +45,10 @@ class ImagesConfig(ImageConfig):
     """Without rows for validation in the manifest: keep one of FOLDS parts of the training images for it."""
     unreadable: Literal["stop", "skip"] = "stop"
     """Files that cannot be read are named; then stop, or leave them out."""
+    storage: Literal["auto", "memory", "disk"] = "auto"
+    """Keep images in memory, or read views and patches from their files; auto: in memory up to 4 GiB a split."""
+    cache: Path | None = None
+    """Folder that keeps the views of images on disk from run to run. Default: a run keeps them in memory."""
     mean: tuple[float, ...] = ()
     """Of the images, by channel, where a byte of 255 is 1 and other numbers are in their own unit: networks see (x −
     mean) / std. Default: 0.5, of bytes."""
@@ -133,14 +138,13 @@ def _opened(row: Row, manifest: Manifest) -> ImageSource | None:
 
 
 class ImagesData(ExperimentData[ImagesConfig]):
-    """What a manifest lists, decoded once and kept in memory as it is stored."""
+    """What a manifest lists: kept in memory as it is stored, or read from its files."""
 
     on_disk: ClassVar[bool] = True
 
     def __init__(self, config: ExperimentConfig) -> None:
         super().__init__(config)
-        self._images: dict[str, list[Tensor]] = {}
-        self._rows: dict[str, tuple[Row, ...]] = {}
+        self._stores: dict[str, ImageStore] = {}
 
     @cached_property
     def splits(self) -> Splits:
@@ -162,87 +166,38 @@ class ImagesData(ExperimentData[ImagesConfig]):
     def classes(self) -> tuple[str, ...]:
         return self.splits.truth.classes or ("value",)
 
-    def rows(self, name: str) -> tuple[Row, ...]:
-        """The rows of a split whose images can be read; they are read."""
-        if name not in self._rows:
-            self._read(name)
-        return self._rows[name]
+    def store(self, name: str) -> ImageStore:
+        """The images of a split that can be read."""
+        if name not in self._stores:
+            store = ImageStore(self.splits.manifest, self.splits.rows(name), self.config, self.options, name)
+            self.splits.check_classes(store.rows, name)
+            self._stores[name] = store
+        return self._stores[name]
 
     def labels(self, name: str) -> Tensor:
-        return self.splits.truth.values(self.rows(name))
+        return self.splits.truth.values(self.store(name).rows)
 
     def examples(self, name: str, indices: Tensor, epoch: int | None = None) -> tuple[Tensor, Tensor]:
-        truth = self.labels(name)
-        made = []
-        for index in indices.tolist():
-            image = self._images[name][index].to(indices.device)
-            if epoch is not None:
-                image = apply_change(image, draw_change(self.options, self.config.seed, epoch, index))
-            made.append(image)
-        return torch.stack(made), truth[indices.cpu()].to(indices.device)
+        _, image, label = self.load(name, indices, epoch)
+        if not isinstance(image, Tensor):
+            raise ValueError(f"the {name} images are on disk or differ in size, and make no tensor; see load")
+        return image, label
 
-    def _read(self, name: str) -> None:
-        """Decode a split's images.
+    def load(self, name: str, indices: Tensor, epoch: int | None = None) -> Loaded:
+        """Images of a split, sources where they are on disk, with their views and labels, on the indices' device."""
+        store, device, chosen = self.store(name), indices.device, indices.tolist()
+        images, views = store.batch(chosen, epoch)
+        in_memory = [image.to(device) for image in images if isinstance(image, Tensor)]
+        labels = self.labels(name)[indices.cpu()].to(device)
+        return _on(stacked(views), device), stacked(in_memory) if in_memory else images, labels
 
-        Raises:
-            ValueError: files that cannot be read, if so asked; images that do not go together.
-        """
-        manifest, images, kept, unread = self.splits.manifest, [], [], []
-        for row in self.splits.rows(name):
-            try:
-                source = open_image(row.path, mpp=row.mpp)
-                image = source.read(0, 0, 0, source.levels[0].height, source.levels[0].width)
-            except (ValueError, OSError) as error:
-                unread.append(f"{manifest.where(row)}: {error}")
-                continue
-            images.append(self._fitted(image, row))
-            kept.append(row)
-        self._report(name, unread, len(kept))
-        for row, image in zip(kept, images, strict=True):
-            if image.shape != images[0].shape:
-                raise ValueError(
-                    f"{manifest.where(row)}: {row.path} is {image.shape[1]}×{image.shape[2]} pixels, but "
-                    f"{kept[0].path} is {images[0].shape[1]}×{images[0].shape[2]} (height × width); crop both alike"
-                )
-        self._images[name], self._rows[name] = images, tuple(kept)
-        self.splits.check_classes(self._rows[name], name)
+    def masks(self, name: str, indices: Tensor) -> Any:
+        return _on(self.store(name).mask(indices.tolist()), indices.device)
 
-    def _report(self, name: str, unread: list[str], kept: int) -> None:
-        if not unread:
-            return
-        few = "; ".join(unread[:10]) + (f"; and {len(unread) - 10} more" if len(unread) > 10 else "")
-        if self.options.unreadable == "stop":
-            raise ValueError(
-                f"{len(unread)} of {kept + len(unread)} {name} images cannot be read: {few}. Mend them, or leave them "
-                "out with --data.unreadable skip"
-            )
-        for line in unread:
-            say(f"left out: {line}", stderr=True)
 
-    def _fitted(self, image: Tensor, row: Row) -> Tensor:
-        """An image with the channels and in the unit that the model takes."""
-        data, where = self.options, self.splits.manifest.where(row)
-        if image.shape[0] == 1 and data.channels == 3:
-            image = image.expand(3, -1, -1)
-        if image.shape[0] != data.channels:
-            raise ValueError(
-                f"{where}: {row.path} has {image.shape[0]} channels, expected {data.channels} as in the first image; "
-                "convert it, or set --data.bands"
-            )
-        if image.dtype != torch.uint8:
-            if not data.mean:
-                raise ValueError(
-                    f"{where}: {row.path} holds {image.dtype} and not bytes, whose range is not known; say with "
-                    "--data.mean and --data.std, a number a channel, what its values are like"
-                )
-            if data.contrast or data.brightness or data.tint or data.zoom != 1 or data.stretch != 1:
-                raise ValueError(
-                    f"{where}: {row.path} holds {image.dtype}, and random colours and sizes are of bytes alone; "
-                    "set --data.contrast 0 --data.brightness 0 --data.tint 0 --data.zoom 1 --data.stretch 1"
-                )
-        if data.channels != 3 and data.tint:
-            raise ValueError(f"data.tint is for images of three colours, and these have {data.channels}; set it to 0")
-        return image
+def _on(maps: Tensor | list[Tensor] | None, device: torch.device) -> Any:
+    """Maps on a device."""
+    return [each.to(device) for each in maps] if isinstance(maps, list) else None if maps is None else maps.to(device)
 
 
 _MODEL = ModelConfig(n_patches=10, patch_size=64, view_scale=0.2, grid_step=64, **LESS_NOISE)

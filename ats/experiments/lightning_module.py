@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from ats.batches import Images, Maps, Views
 from ats.experiments.build import build_model, patch_features
 from ats.experiments.config import ExperimentConfig, to_dict
 from ats.experiments.experiment import Batch
@@ -78,31 +79,31 @@ class ClassificationTask(L.LightningModule):
         self.classes = tuple(checkpoint["classes"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        view, image, label = batch
+        view, image, label, mask = batch
         generator = self.draw_generator(0, self.global_step)
         if self.has_dropout:  # it draws from the global stream only
             torch.manual_seed(self.draw_generator(2, self.global_step).initial_seed())
-        logits, sample = self._several_draws(view, image, generator)
+        logits, sample = self._several_draws(view, image, mask, generator)
         label = label.repeat(len(logits) // len(label), *[1] * (label.ndim - 1))
         loss = self.loss(logits, label)
         self.train_loss.update(loss.detach())
         self.train_error.update(self.objective.errors(logits.detach(), label))
-        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
-        self.log("train/error", self.train_error, on_step=False, on_epoch=True, prog_bar=True)
+        mean: dict[str, Any] = {"on_step": False, "on_epoch": True}
+        self.log("train/loss", self.train_loss, batch_size=len(batch.label), **mean, prog_bar=True)
+        self.log("train/error", self.train_error, batch_size=len(batch.label), **mean, prog_bar=True)
         if sample is None:  # nothing was drawn
             return {"loss": loss}
         entropy = mean_entropy(sample)
-        self.log("train/entropy", entropy.detach(), on_step=False, on_epoch=True, sync_dist=True)
+        self.log("train/entropy", entropy.detach(), batch_size=len(batch.label), **mean, sync_dist=True)
         bonus = entropy_weight(self.global_step, self.total_steps(), self.config.optim) * entropy
         return {"loss": loss - bonus, "task_loss": loss.detach()}
 
     def _several_draws(
-        self, view: Tensor, image: Tensor, generator: torch.Generator
+        self, view: Views, image: Images, mask: Maps | None, generator: torch.Generator
     ) -> tuple[Tensor, PatchSample | None]:
-        draws = self.config.optim.draws
-        if draws == 1 or not isinstance(self.model, ATSClassifier):
+        if not isinstance(self.model, ATSClassifier):
             return self.model(view, image, generator=generator)
-        return self.model(view, image, generator=generator, draws=draws)
+        return self.model(view, image, mask=mask, generator=generator, draws=self.config.optim.draws)
 
     def loss(self, logits: Tensor, label: Tensor) -> Tensor:
         """The mean loss, weighted by class if so configured: the mean weight is 1 over the training images."""
@@ -117,15 +118,16 @@ class ClassificationTask(L.LightningModule):
 
     def _evaluate(self, name: str, batch: Batch, batch_idx: int, loss: MeanMetric, error: MeanMetric) -> None:
         """Count the images of a batch that no other process counts; the metrics sum up over processes in the end."""
-        view, image, label = batch
-        logits, _ = self.model(view, image, generator=self.draw_generator(1, batch_idx))
+        view, image, label, mask = batch
+        masked = {} if mask is None else {"mask": mask}
+        logits, _ = self.model(view, image, generator=self.draw_generator(1, batch_idx), **masked)
         counted = self.objective.counts(label)
         if bool(counted.any()):
             logits, label = logits[counted], label[counted]
             loss.update(self.objective.losses(logits, label))
             error.update(self.objective.errors(logits, label))
-        self.log(f"{name}/loss", loss, prog_bar=True)
-        self.log(f"{name}/error", error, prog_bar=True)
+        self.log(f"{name}/loss", loss, batch_size=len(batch.label), prog_bar=True)
+        self.log(f"{name}/error", error, batch_size=len(batch.label), prog_bar=True)
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole training."""

@@ -13,12 +13,14 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision
 
 import ats_kernels
+from ats.batches import size_of
 from ats.datasets.image_dataset import Region
 from ats.experiments.build import Classifier
 from ats.experiments.experiment import ExperimentData
 from ats.experiments.trained import TrainedModel
 from ats.grid import cell_offsets
 from ats.models import ATSClassifier, MILClassifier
+from ats.sources import ImageSource
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,22 @@ class Localisation:
 
 
 @torch.no_grad()
-def attention_map(model: Classifier, view: Tensor, image: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+def attention_map(
+    model: Classifier, view: Tensor, image: Tensor | Sequence[ImageSource]
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """Attention (B, K) over a model's cells, their patches' top-left pixels (K, 2), and the patches' size.
 
     Args:
         model: in evaluation mode.
         view: (B, C, h, w), as the model takes it.
-        image: (B, C, H, W).
+        image: (B, C, H, W), or a list of one source.
 
     Raises:
         ValueError: the model has no attention.
     """
-    size = (image.shape[2], image.shape[3])
+    size = size_of(image if isinstance(image, Tensor) else image[0])
     if isinstance(model, MILClassifier):
+        assert isinstance(image, Tensor)  # whose views are the images themselves
         _, log_attention, offsets = model.pool(image)
         return log_attention.exp(), offsets, (model.patch_size, model.patch_size)
     if not isinstance(model, ATSClassifier):

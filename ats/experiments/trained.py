@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from ats.batches import Images, Maps, Views
 from ats.experiments.build import Classifier, build_model, make_view
 from ats.experiments.checkpoints import check_weights, read_checkpoint
 from ats.experiments.config import ExperimentConfig
@@ -14,6 +15,7 @@ from ats.experiments.registry import from_dict
 from ats.inference import Prediction, anytime, predict
 from ats.models import ATSClassifier, MILClassifier
 from ats.paths import user_path
+from ats.sources import ImageSource
 
 Method = Literal["sample", "topk", "anytime"]
 
@@ -45,18 +47,26 @@ class TrainedModel:
         self.model.to(device)
         return self
 
-    def view(self, image: Tensor) -> Tensor:
-        """What the model looks at of images (B, C, H, W) or (C, H, W): (B, C, h, w); a Deep MIL's is the image."""
+    @overload
+    def view(self, image: Tensor) -> Tensor: ...
+    @overload
+    def view(self, image: Images | ImageSource) -> Views: ...
+    def view(self, image: Images | ImageSource) -> Views:
+        """What the model looks at of images (B, C, H, W) or (C, H, W): (B, C, h, w); a Deep MIL's is the image.
+
+        Images may be sources or a list, as for `predict`; views of different sizes are a list.
+        """
         return make_view(self.config, self._batch(image))
 
-    def __call__(self, image: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, image: Images | ImageSource, *, generator: torch.Generator | None = None) -> Tensor:
         """Class logits (B, classes) float64 of images (B, C, H, W) or (C, H, W), from one draw of patches."""
         return self.predict(image, generator=generator).logits
 
     def predict(
         self,
-        image: Tensor,
+        image: Images | ImageSource,
         *,
+        mask: Maps | None = None,
         method: Method = "sample",
         n_patches: int | None = None,
         budget: int = 100,
@@ -67,7 +77,9 @@ class TrainedModel:
         """Class logits and what is known of their error, as `ats evaluate` has them.
 
         Args:
-            image: (B, C, H, W) or (C, H, W), on the model's device or in main memory.
+            image: (B, C, H, W) or (C, H, W), on the model's device or in main memory; an image on disk, as
+                `ats.open_image` gives it; or a list of either, of any sizes.
+            mask: bool, True where a cell may be drawn, as in `ats.sample_cells`.
             method, n_patches, budget, tolerance, lead: as in `ats.predict` and `ats.anytime`. A draw is pooled by the
                 estimator that the run was trained with.
             generator: of the draws, on the model's device.
@@ -79,10 +91,19 @@ class TrainedModel:
         options: dict[str, Any] = {"budget": budget, "tolerance": tolerance, "lead": lead}
         options = options if method == "anytime" else {"n_patches": n_patches}
         view = make_view(self.config, image)
-        return predict_with(self.model, view, image, method=method, generator=generator, **options)
+        view = view.to(self.device) if isinstance(view, Tensor) else [each.to(self.device) for each in view]
+        return predict_with(self.model, view, image, mask=mask, method=method, generator=generator, **options)
 
-    def _batch(self, image: Tensor) -> Tensor:
+    def _batch(self, image: Images | ImageSource) -> Images:
         channels = self.config.data.channels
+        if not isinstance(image, Tensor):
+            images = [image] if isinstance(image, ImageSource) else list(image)
+            for one in images:
+                found = one.shape[0] if isinstance(one, Tensor) else one.channels
+                if found != channels:
+                    name = "an image" if isinstance(one, Tensor) else one.name
+                    raise ValueError(f"this model takes images of {channels} channels, and {name} has {found}")
+            return images
         batch = image.unsqueeze(0) if image.ndim == 3 else image
         if batch.ndim != 4 or batch.shape[1] != channels:
             raise ValueError(
@@ -94,9 +115,10 @@ class TrainedModel:
 @torch.no_grad()
 def predict_with(
     model: Classifier,
-    view: Tensor,
-    image: Tensor,
+    view: Views,
+    image: Images,
     *,
+    mask: Maps | None = None,
     method: Method = "sample",
     n_patches: int | None = None,
     generator: torch.Generator | None = None,
@@ -110,6 +132,7 @@ def predict_with(
         model: in evaluation mode.
         view: (B, C, h, w), as the model takes it.
         image: (B, C, H, W).
+        mask: where it may look, as in `ats.sample_cells`. Views, images and masks may be sequences.
         method: "sample", "topk" or "anytime".
         n_patches: patches an image, not with "anytime"; what it was trained with where None.
         generator: of the draws.
@@ -121,9 +144,9 @@ def predict_with(
     if isinstance(model, ATSClassifier):
         inputs = model.sampling, model.classify, view, image
         if method == "anytime":
-            return anytime(*inputs, generator=generator, **stop)
+            return anytime(*inputs, mask=mask, generator=generator, **stop)
         own = model.sampling.estimator if method == "sample" else None
-        return predict(*inputs, selection=method, n_patches=n_patches, estimator=own, generator=generator)
+        return predict(*inputs, mask=mask, selection=method, n_patches=n_patches, estimator=own, generator=generator)
     if (method, n_patches) != ("sample", None):
         kind = "Deep MIL" if isinstance(model, MILClassifier) else "a CNN"
         raise ValueError(f"{kind} draws no patches: method and n_patches do not apply to it")

@@ -201,8 +201,9 @@ def _labels_of(batch: Batch) -> Tensor:
 
 def _drawn_loss(task: L.LightningModule, batch: Batch, generator: torch.Generator) -> Tensor:
     assert isinstance(task, ClassificationTask)
-    view, image, label = batch
-    return task.loss(task.model(view, image, generator=generator)[0], label)
+    view, image, label, mask = batch
+    masked = {} if mask is None else {"mask": mask}
+    return task.loss(task.model(view, image, generator=generator, **masked)[0], label)
 
 
 def _trainer(config: ExperimentConfig, record: MetricsRecord, callbacks: Sequence[Callback]) -> L.Trainer:

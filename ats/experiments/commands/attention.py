@@ -1,48 +1,60 @@
-"""`ats attention`: where a trained model looks in an image of yours."""
+"""`ats attention`: where a trained model looks in an image of yours: a picture, a table, or for other programs."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 from torch import Tensor
 
-from ats.datasets.image_files import read_image
+from ats import export
+from ats.experiments.inputs import answer, open_for, probabilities
 from ats.experiments.localisation import attention_map
 from ats.experiments.plotting.overlay import Attention, draw_overlay
-from ats.experiments.trained import TrainedModel, load
+from ats.experiments.trained import load
 from ats.models import ATSClassifier
+from ats.sources import ImageSource, read_view
+
+_SHOWN = 3000  # pixels of the longer side of a picture's image, at most
 
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """A picture of where a trained model looks in an image, which may have any size."""
+    """Where a trained model looks in an image, which may have any size."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A run's folder, or its checkpoints/last.ckpt, as `ats train` wrote it."""
     image: tyro.conf.Positional[Path]
-    """An image file."""
-    output: Path = Path("attention.png")
-    """Where the picture goes. A file that is there is not overwritten."""
+    """An image file, or a slide."""
+    format: Literal["png", "csv", "geojson", "tiff"] = "png"
+    """A picture; a table of the patches read; these as detections for QuPath; or a pyramidal OME-TIFF heatmap."""
+    output: Path | None = None
+    """Where it goes; default: attention.FORMAT here. A file that is there is not overwritten."""
     n_patches: int | None = None
     """Patches to draw; default: what the model was trained with. Deep MIL reads them all, and draws none."""
+    mpp: float | None = None
+    """Micrometres a pixel of the image, in place of what it says."""
     seed: int = 0
     """Decides the draw."""
 
 
 @torch.no_grad()
 def draw_image(options: AttentionOptions) -> str:
-    """Draw the picture, and return what the model makes of the image.
+    """Write the file, and return what the model makes of the image.
 
     Raises:
         ValueError: a model without attention, an image that is too small for it.
-        FileExistsError: there is a file where the picture would go.
+        FileExistsError: there is a file where it would go.
     """
-    if options.output.exists():
-        raise FileExistsError(f"{options.output} is there already; name another file with --output")
+    output = options.output or Path(f"attention.{options.format}")
+    if output.exists():
+        raise FileExistsError(f"{output} is there already; name another file with --output")
     trained = load(options.checkpoint)
-    image = _read(options.image, trained)
+    source, image = open_for(trained, options.image, options.mpp)
+    full = source.levels[0]
     view = trained.view(image)
+    assert isinstance(view, Tensor)  # of one image
     weights, offsets, patch_size = attention_map(trained.model, view, image)
     count = None
     if isinstance(trained.model, ATSClassifier):
@@ -50,22 +62,58 @@ def draw_image(options: AttentionOptions) -> str:
         count = sampling.n_patches if options.n_patches is None else options.n_patches
         if count > weights.shape[1] and not sampling.replace:
             raise ValueError(
-                f"the attention on {options.image}, {image.shape[2]}×{image.shape[3]} pixels, has {weights.shape[1]} "
+                f"the attention on {options.image}, {full.height}×{full.width} pixels, has {weights.shape[1]} "
                 f"cells, too few for {count} patches; choose fewer with --n-patches, or a larger image"
             )
+    elif options.format != "png":
+        raise ValueError(f"{trained.config.model.method} draws no patches: --format {options.format} is for ats")
     generator = torch.Generator().manual_seed(options.seed)
     prediction = trained.predict(image, n_patches=count, generator=generator)
-    drawn = [(int(patch["top"]), int(patch["left"])) for patch in prediction.table()]
-    chosen, probability = int(prediction.logits.argmax()), float(prediction.logits.softmax(-1).max())
-    answer = f'class "{trained.classes[chosen]}" with probability {probability:.2f}'
-    title = f"{options.image.name}, {image.shape[2]}×{image.shape[3]}: {answer}"
-    draw_overlay(image[0], Attention(weights[0], offsets, patch_size), options.output, title=title, drawn=drawn)
-    return f"{answer}; where it looked: {options.output}"
+    found = _in_words(
+        trained.config.data, answer(trained, prediction.logits[0]), probabilities(trained, prediction.logits[0])
+    )
+    if options.format == "csv":
+        prediction.table().to_csv(output)
+    elif options.format == "geojson":
+        export.geojson(output, source, prediction.samples[0], estimator=prediction.estimator)
+    elif options.format == "tiff":
+        assert isinstance(trained.model, ATSClassifier)
+        sampling = trained.model.sampling
+        export.heatmap_tiff(
+            output,
+            source,
+            sampling.attention(view),
+            view_size=(view.shape[-2], view.shape[-1]),
+            receptive_field=sampling.sampler.receptive_field,
+        )
+    else:
+        drawn = [(int(patch["top"]), int(patch["left"])) for patch in prediction.table()]
+        title = f"{options.image.name}, {full.height}×{full.width}: {found}"
+        shown, scale = _shown(source, image)
+        small = (max(1, round(patch_size[0] * scale)), max(1, round(patch_size[1] * scale)))
+        places = (offsets * scale).round().long() if scale != 1 else offsets
+        corners = [(round(top * scale), round(left * scale)) for top, left in drawn]
+        draw_overlay(shown, Attention(weights[0], places, small), output, title=title, drawn=corners)
+    return f"{found}; where it looked: {output}"
 
 
-def _read(path: Path, trained: TrainedModel) -> Tensor:
-    """The image (1, C, H, W) uint8, with as many channels as the model takes."""
-    image = read_image(path)
-    if trained.config.data.channels == 1:
-        image = image.float().mean(0, keepdim=True).round().to(torch.uint8)
-    return image.unsqueeze(0)
+def _in_words(data: object, label: str, likely: "object") -> str:
+    if getattr(data, "task", "classes") == "value":
+        return f"value {label}"
+    if getattr(data, "task", "classes") == "labels":
+        return f'labels "{label}"'
+    assert isinstance(likely, list)
+    return f'class "{label}" with probability {max(likely):.2f}'
+
+
+def _shown(source: ImageSource, image: Tensor | list[ImageSource]) -> tuple[Tensor, float]:
+    """The image (C, h, w) in bytes for a picture, and its size relative to the image's."""
+    if isinstance(image, Tensor) and image.dtype == torch.uint8:
+        return image[0], 1.0
+    full = source.levels[0]
+    scale = min(1.0, _SHOWN / max(full.height, full.width))
+    view = read_view(source, scale=scale)
+    if source.dtype != torch.uint8:  # between the least and the most there is
+        view = (view - view.amin()) / (view.amax() - view.amin()).clamp(min=1e-12)
+    view = view[:3] if view.shape[0] >= 3 else view[:1]
+    return (view * 255).round().to(torch.uint8), scale

@@ -16,6 +16,7 @@ from rich.table import Table
 from ats._files import write_json
 from ats.experiments.commands.attention import AttentionOptions, draw_image
 from ats.experiments.commands.demo import run_demo
+from ats.experiments.commands.predict import PredictOptions, predict_files
 from ats.experiments.commands.synthesise import SynthesiseOptions, synthesise
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.console import printable, say
@@ -35,7 +36,8 @@ Attention sampling: learn from images too large to process whole.
 commands:
   train EXPERIMENT      train a model; experiments: {", ".join(EXPERIMENTS)}
   evaluate CHECKPOINT   error and loss on images that were not trained on
-  attention RUN IMAGE   where a trained model looks in any image, as a picture
+  predict RUN IMAGES    what a trained model makes of any images, as a table
+  attention RUN IMAGE   where a trained model looks in any image, as a picture, a table or for QuPath
   reproduce TABLE       the paper's tables: table1, table2, mnist, figures or all; runs what is missing
   synthesise DATA TO    write a small synthetic data set, laid out as a real one is
   demo                  attention sampling beside uniform sampling, in minutes on a CPU
@@ -97,6 +99,7 @@ def run(arguments: Sequence[str]) -> int:
     commands = {
         "train": _train,
         "evaluate": _evaluate,
+        "predict": _predict,
         "attention": _attention,
         "reproduce": _reproduce,
         "synthesise": _synthesise,
@@ -221,6 +224,10 @@ def _evaluation_table(checkpoint: Path, result: Evaluation) -> Table:
 def _attention(arguments: list[str]) -> None:
     answer = draw_image(parse(AttentionOptions, "ats attention", arguments))
     say(answer)
+
+
+def _predict(arguments: list[str]) -> None:
+    say(predict_files(parse(PredictOptions, "ats predict", arguments)))
 
 
 def _reproduce(arguments: list[str]) -> None:

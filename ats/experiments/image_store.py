@@ -1,0 +1,200 @@
+"""The images of one split of a manifest: in memory, or read from their files as they are needed."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ats.datasets.manifest import Manifest, Row
+from ats.experiments.augmentation import apply_change, draw_change
+from ats.experiments.build import normalise, stacked, view_size
+from ats.experiments.changed_source import ChangedSource, changed_view
+from ats.experiments.config import ExperimentConfig
+from ats.experiments.console import say
+from ats.functional import area_downsample
+from ats.probe import measure_placement
+from ats.sources import ImageSource, mask_cells, open_image, read_view
+
+if TYPE_CHECKING:
+    from ats.experiments.images import ImagesConfig
+
+IN_MEMORY = 4 << 30
+"""Bytes of a split's images up to which they are kept in memory, where it is not said."""
+
+
+class ImageStore:
+    """Images that can be read, checked as they are opened.
+
+    Args:
+        manifest: which the rows are of.
+        rows: the images wanted.
+        config: of the run.
+        data: its data's options.
+        name: of the split, for messages.
+
+    Raises:
+        ValueError: files that cannot be read, unless they are to be left out; images that the model cannot take.
+    """
+
+    def __init__(
+        self, manifest: Manifest, rows: Sequence[Row], config: ExperimentConfig, data: "ImagesConfig", name: str
+    ) -> None:
+        self.manifest, self.config, self.data, self.name = manifest, config, data, name
+        self._unread: list[str] = []
+        opened = [(row, source) for row in rows if (source := self._opened(row)) is not None]
+        for row, source in opened:
+            self._check(row, source)
+        self.in_memory = self._fits_memory([source for _, source in opened])
+        if not self.in_memory:
+            self._check_on_disk()
+        self.rows: tuple[Row, ...] = ()
+        self.images: list[Tensor | ImageSource] = []
+        self._views: list[Tensor | None] = []
+        for row, source in opened:
+            self._keep(row, source)
+        self._report(len(self.rows))
+        self.masks = self._masks()
+
+    def batch(self, indices: Sequence[int], epoch: int | None) -> tuple[list[Tensor | ImageSource], list[Tensor]]:
+        """Images, as an epoch changes them, and their views, normalised."""
+        pairs = [self._one(index, epoch) for index in indices]
+        return [image for image, _ in pairs], [view for _, view in pairs]
+
+    def mask(self, indices: Sequence[int]) -> Tensor | list[Tensor] | None:
+        """Which cells may be drawn, (B, gh, gw) bool or a list; None: all, everywhere."""
+        return None if self.masks is None else stacked([self.masks[index] for index in indices])
+
+    def _one(self, index: int, epoch: int | None) -> tuple[Tensor | ImageSource, Tensor]:
+        image = self.images[index]
+        change = None if epoch is None else draw_change(self.data, self.config.seed, epoch, index)
+        if isinstance(image, Tensor):
+            image = image if change is None else apply_change(image, change)
+            return image, normalise(self.config, self._shrunk(image))
+        view = self._views[index]
+        view = self._read_view(image) if view is None else view
+        if change is not None:
+            image, view = ChangedSource(image, change), changed_view(view, change)
+        return image, normalise(self.config, view)
+
+    def _shrunk(self, image: Tensor) -> Tensor:
+        size = view_size(self.config, (image.shape[-2], image.shape[-1]))
+        return image if size is None else area_downsample(image[None], size)[0]
+
+    def _read_view(self, source: ImageSource) -> Tensor:
+        size = view_size(self.config, (source.levels[0].height, source.levels[0].width))
+        assert size is not None  # `_check_on_disk`
+        return read_view(source, size=size, cache=self.data.cache)
+
+    def _opened(self, row: Row) -> ImageSource | None:
+        try:
+            return open_image(row.path, mpp=row.mpp)
+        except (ValueError, OSError) as error:
+            self._unread.append(f"{self.manifest.where(row)}: {error}")
+            return None
+
+    def _keep(self, row: Row, source: ImageSource) -> None:
+        """Read what is kept of an image, by which it shows whether it can be read."""
+        try:
+            if self.in_memory:
+                full = source.levels[0]
+                image = source.read(0, 0, 0, full.height, full.width)
+                grey = image.shape[0] == 1 < self.data.channels
+                self.images.append(image.expand(3, -1, -1) if grey else image)
+            else:
+                view = self._read_view(source)
+                self._views.append(view if self.data.cache is None else None)
+                self.images.append(source)
+        except (ValueError, OSError) as error:
+            self._unread.append(f"{self.manifest.where(row)}: {error}")
+            return
+        self.rows = (*self.rows, row)
+
+    def _report(self, kept: int) -> None:
+        unread = self._unread
+        if unread and self.data.unreadable == "stop":
+            few = "; ".join(unread[:10]) + (f"; and {len(unread) - 10} more" if len(unread) > 10 else "")
+            raise ValueError(
+                f"{len(unread)} of {kept + len(unread)} {self.name} images cannot be read: {few}. Mend them, or leave "
+                "them out with --data.unreadable skip"
+            )
+        for line in unread:
+            say(f"left out: {line}", stderr=True)
+
+    def _check(self, row: Row, source: ImageSource) -> None:
+        """Raise ValueError where an image is not of the kind that the model takes."""
+        data, where = self.data, f"{self.manifest.where(row)}: {row.path}"
+        if source.channels != data.channels and not (source.channels == 1 and data.channels == 3):
+            raise ValueError(
+                f"{where} has {source.channels} channels, expected {data.channels} as in the first image; convert it, "
+                "or set --data.bands"
+            )
+        if data.channels != 3 and data.tint:
+            raise ValueError(f"data.tint is for images of three colours, and these have {data.channels}; set it to 0")
+        if source.dtype == torch.uint8:
+            return
+        if not data.mean:
+            raise ValueError(
+                f"{where} holds {source.dtype} and not bytes, whose range is not known; say with --data.mean and "
+                "--data.std, a number a channel, what its values are like"
+            )
+        if data.contrast or data.brightness or data.tint or data.zoom != 1 or data.stretch != 1:
+            raise ValueError(
+                f"{where} holds {source.dtype}, and random colours and sizes are of bytes alone; set --data.contrast 0 "
+                "--data.brightness 0 --data.tint 0 --data.zoom 1 --data.stretch 1"
+            )
+
+    def _fits_memory(self, sources: Sequence[ImageSource]) -> bool:
+        """Whether images are kept in memory: as asked, or as many as fit there."""
+        if self.data.storage != "auto":
+            return self.data.storage == "memory"
+        needed = sum(
+            each.levels[0].height * each.levels[0].width * self.data.channels * each.dtype.itemsize for each in sources
+        )
+        return needed <= IN_MEMORY
+
+    def _check_on_disk(self) -> None:
+        data, method = self.data, self.config.model.method
+        if method not in ("ats", "uniform"):
+            raise ValueError(
+                f"model.method={method} reads whole images, and these are read from disk in parts; choose ats or "
+                "uniform, or keep images in memory with --data.storage memory"
+            )
+        if data.translation or data.zoom != 1 or data.stretch != 1:
+            raise ValueError(
+                "images that stay on disk cannot be moved or enlarged at random; set --data.translation 0 --data.zoom "
+                "1 --data.stretch 1, or --data.storage memory"
+            )
+
+    def _masks(self) -> list[Tensor] | None:
+        if all(row.mask is None for row in self.rows):
+            return None
+        data = self.data
+        if self.config.model.method not in ("ats", "uniform"):
+            raise ValueError(f"{self.manifest.path}: masks are for attention sampling, not {self.config.model.method}")
+        if data.translation or data.zoom != 1 or data.stretch != 1 or data.symmetries:
+            raise ValueError(
+                f"{self.manifest.path}: masks stay where they are, so that images cannot be moved, turned or enlarged; "
+                "set --data.translation 0 --data.zoom 1 --data.stretch 1 --data.no-symmetries"
+            )
+        networks = self.config.data.networks_for(self.config.model)
+        with torch.random.fork_rng(devices=[]):
+            placed = measure_placement(networks.attention()) if self.config.model.method == "ats" else networks.lost
+        found = []
+        for row, image in zip(self.rows, self.images, strict=True):
+            full = tuple(image.shape[-2:]) if isinstance(image, Tensor) else image.levels[0]
+            size = full if isinstance(full, tuple) else (full.height, full.width)
+            view = view_size(self.config, (size[0], size[1]))
+            assert view is not None  # of attention sampling
+            grid = ((view[0] - networks.lost) // networks.stride, (view[1] - networks.lost) // networks.stride)
+            if row.mask is None:
+                found.append(torch.ones(grid, dtype=torch.bool))
+                continue
+            try:
+                cells = mask_cells(row.mask, grid, (size[0], size[1]), view_size=view, receptive_field=placed)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{self.manifest.where(row)}: {error}") from error
+            if not cells.any():
+                raise ValueError(f"{self.manifest.where(row)}: the mask {row.mask} leaves nothing of the image")
+            found.append(cells)
+        return found
