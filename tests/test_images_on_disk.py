@@ -110,7 +110,7 @@ def test_masks_keep_attention_where_they_say(tmp_path: Path) -> None:
     assert view.shape == (1, 3, 24, 24)
     assert "masks stay where they are" in refused(tiny(manifest, tmp_path / "run", symmetries=True))
     Image.fromarray(np.zeros((48, 48), np.uint8)).save(tmp_path / "left.png")
-    assert f"{manifest}, line 2: the mask {tmp_path / 'left.png'} leaves nothing" in refused(config)
+    assert f"{manifest}, line 2: {tmp_path / 'left.png'} leaves none of 12×12 cells" in refused(config)
 
 
 def test_predictions_of_any_files(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,7 +194,5 @@ class ImageStore:
                 cells = mask_cells(row.mask, grid, (size[0], size[1]), view_size=view, receptive_field=placed)
             except (ValueError, OSError) as error:
                 raise ValueError(f"{self.manifest.where(row)}: {error}") from error
-            if not cells.any():
-                raise ValueError(f"{self.manifest.where(row)}: the mask {row.mask} leaves nothing of the image")
             found.append(cells)
         return found
