@@ -1,7 +1,6 @@
 """The images of one split of a manifest: in memory, or read from their files as they are needed."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,12 +11,10 @@ from ats.experiments.build import normalise, stacked, view_size
 from ats.experiments.changed_source import ChangedSource, changed_view
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.console import say
+from ats.experiments.images_config import ImagesConfig
 from ats.functional import area_downsample
 from ats.probe import measure_placement
 from ats.sources import ImageSource, mask_cells, open_image, read_view
-
-if TYPE_CHECKING:
-    from ats.experiments.images import ImagesConfig
 
 IN_MEMORY = 4 << 30
 """Bytes of a split's images up to which they are kept in memory, where it is not said."""
@@ -38,7 +35,7 @@ class ImageStore:
     """
 
     def __init__(
-        self, manifest: Manifest, rows: Sequence[Row], config: ExperimentConfig, data: "ImagesConfig", name: str
+        self, manifest: Manifest, rows: Sequence[Row], config: ExperimentConfig, data: ImagesConfig, name: str
     ) -> None:
         self.manifest, self.config, self.data, self.name = manifest, config, data, name
         self._unread: list[str] = []
