@@ -14,6 +14,7 @@ from ats.experiments.localisation import attention_map
 from ats.experiments.plotting.overlay import Attention, draw_overlay
 from ats.experiments.trained import load
 from ats.models import ATSClassifier
+from ats.samples import BoxSample
 from ats.sources import ImageSource, read_view
 
 _SHOWN = 3000  # pixels of the longer side of a picture's image, at most
@@ -75,7 +76,9 @@ def draw_image(options: AttentionOptions) -> str:
     if options.format == "csv":
         prediction.table().to_csv(output)
     elif options.format == "geojson":
-        export.geojson(output, source, prediction.samples[0], estimator=prediction.estimator)
+        sample = prediction.samples[0]
+        assert isinstance(sample, BoxSample)  # no experiment has nested attention
+        export.geojson(output, source, sample, estimator=prediction.estimator)
     elif options.format == "tiff":
         assert isinstance(trained.model, ATSClassifier)
         sampling = trained.model.sampling
