@@ -9,6 +9,12 @@ import triton.language as tl
 
 from ats_kernels.device import of_channel
 
+# What nothing is gained from knowing more closely must not start another compilation: a data set has many sizes.
+_SIZES = (
+    "in_height", "in_width", "out_height", "out_width", "out_columns", "units_image_b", "units_image_c",
+    "units_image_h", "stride_image_w", "stride_out_b", "stride_out_c", "stride_out_h",
+)  # fmt: skip
+
 
 @triton.jit
 def _bin_length(rest, length, bins):
@@ -24,7 +30,7 @@ def _next_rest(rest, length, bins):
     return tl.where(beyond >= bins, beyond - bins, beyond)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=("stride_out_w",))
 def area_downsample_fwd_kernel(
     image_ptr,  # (B, C, H, W)
     out_ptr,  # (B, C, h, w), written
@@ -32,6 +38,7 @@ def area_downsample_fwd_kernel(
     in_width,
     out_height,
     out_width,
+    out_columns,  # output pixels a row of a program
     units_image_b,  # strides in units of UNIT elements
     units_image_c,
     units_image_h,
@@ -58,23 +65,22 @@ def area_downsample_fwd_kernel(
     TOTAL: tl.constexpr,  # type of a bin's sum
     INDEX: tl.constexpr,  # type of a product of two sizes
     WIDE: tl.constexpr,  # whether a bin may be longer than BLOCK_W
-    COLUMNS: tl.constexpr,  # output pixels a row of a program
     OUT_ROWS: tl.constexpr,
-    BLOCK_J: tl.constexpr,
+    BLOCK_J: tl.constexpr,  # at least out_columns
     BLOCK_K: tl.constexpr,  # at least a bin's columns
-    BLOCK_W: tl.constexpr,  # at least the elements of COLUMNS bins, or else WIDE
+    BLOCK_W: tl.constexpr,  # at least the elements of out_columns bins, or else WIDE
     ROWS: tl.constexpr,  # loads that a thread has in flight
 ):
-    """One program computes COLUMNS neighbouring pixels of OUT_ROWS output rows, in all interleaved channels."""
+    """One program computes out_columns neighbouring pixels of OUT_ROWS output rows, in all interleaved channels."""
     program = tl.program_id(0)
-    tiles = (out_width + COLUMNS - 1) // COLUMNS
+    tiles = (out_width + out_columns - 1) // out_columns
     groups = (out_height + OUT_ROWS - 1) // OUT_ROWS
     plane = program // tiles // groups
     channel = plane % PLANES
     batch = (plane // PLANES).to(tl.int64)
 
     # Columns relative to that where the program's first bin begins.
-    first = program % tiles * COLUMNS
+    first = program % tiles * out_columns
     product = first.to(INDEX) * in_width
     left = product // out_width
     j = tl.arange(0, BLOCK_J)
@@ -85,7 +91,10 @@ def area_downsample_fwd_kernel(
     begin = left * INTERLEAVED // UNIT * UNIT
     skipped = (left * INTERLEAVED - begin).to(tl.int32)
     end = skipped + tl.sum(tl.where(j == 0, lengths, 0), axis=0)  # of the one bin of a WIDE program
-    row_end = in_width * INTERLEAVED // UNIT * UNIT
+    # Where the last bin ends, up to a whole unit: what lies behind it is not read.
+    product = tl.minimum(first + out_columns, out_width).to(INDEX) * in_width
+    right = (product + out_width - 1) // out_width
+    row_end = (right.to(tl.int32) * INTERLEAVED + UNIT - 1) // UNIT * UNIT
     image_ptr += (batch * units_image_b + channel.to(tl.int64) * units_image_c) * UNIT
     index = tl.arange(0, BLOCK_W)
     k = tl.arange(0, BLOCK_K)[:, None]
@@ -136,7 +145,7 @@ def area_downsample_fwd_kernel(
                 std = of_channel(c, std_0, std_1, std_2, std_3).to(COMPUTE)
                 view = tl.div_rn(view - mean, std + tl.zeros_like(view))
             out_ptrs = out_row_ptr + c.to(tl.int64) * stride_out_c + (first + j).to(tl.int64) * stride_out_w
-            in_view = (j < COLUMNS) & (first + j < out_width) & (i < out_height)
+            in_view = (j < out_columns) & (first + j < out_width) & (i < out_height)
             tl.store(out_ptrs, view.to(out_ptr.dtype.element_ty), mask=in_view)
 
         next_rest = _next_rest(rest, in_height, out_height)
@@ -144,7 +153,7 @@ def area_downsample_fwd_kernel(
         rest = next_rest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=("stride_out_w",))
 def area_downsample_bwd_kernel(
     grad_out_ptr,  # (B, C, h, w)
     grad_image_ptr,  # (B, C, H, W), written

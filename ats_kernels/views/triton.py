@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,16 +42,15 @@ def area_downsample_triton(
     interleaved = _interleaved(image)
     contiguous = image.stride(3) == interleaved
     unit = _unit(image, interleaved) if contiguous else 1
-    longest = longest_bin(in_width, size[1])
-    wide, columns, block_w, num_warps = fwd_blocks(in_width, size[1], interleaved, unit, image.element_size())
-    if wide:
+    tile = fwd_tile(in_width, size[1], interleaved, unit, image.element_size())
+    if tile.wide:
         interleaved, contiguous, unit = 1, image.stride(3) == 1, unit if interleaved == 1 else 1
     planes = 1 if interleaved > 1 else channels
     is_byte = image.dtype == torch.uint8
     tall = longest_bin(in_height, size[0])
-    short = tall * longest < SHORT_TOTAL
+    short = tall * longest_bin(in_width, size[1]) < SHORT_TOTAL
     float_type = tl.float64 if compute == torch.float64 else tl.float32
-    grid = (image.shape[0] * planes * triton.cdiv(size[0], OUT_ROWS) * triton.cdiv(size[1], columns),)
+    grid = (image.shape[0] * planes * triton.cdiv(size[0], OUT_ROWS) * triton.cdiv(size[1], tile.columns),)
     with device_guard(image):
         area_downsample_fwd_kernel[grid](
             image,
@@ -59,6 +58,7 @@ def area_downsample_triton(
             in_height,
             in_width,
             *size,
+            tile.columns,
             *(stride // unit for stride in image.stride()[:3]),
             image.stride(3),
             *out.stride(),
@@ -73,14 +73,13 @@ def area_downsample_triton(
             COMPUTE=float_type,
             TOTAL=(tl.int32 if short else tl.int64) if is_byte else float_type,
             INDEX=_index_type(image.shape, size),
-            WIDE=wide,
-            COLUMNS=columns,
+            WIDE=tile.wide,
             OUT_ROWS=OUT_ROWS,
-            BLOCK_J=triton.next_power_of_2(columns),
-            BLOCK_K=1 if wide else triton.next_power_of_2(longest),
-            BLOCK_W=block_w,
-            ROWS=rows_in_flight(tall, block_w // (32 * num_warps), image.element_size(), unit, contiguous),
-            num_warps=num_warps,
+            BLOCK_J=tile.block_j,
+            BLOCK_K=tile.block_k,
+            BLOCK_W=tile.block_w,
+            ROWS=rows_in_flight(tall, tile, image.element_size(), unit, contiguous),
+            num_warps=tile.num_warps,
         )
     if affine and not fused:
         _normalise_(out, means, stds)
@@ -143,10 +142,19 @@ def _interleaved(image: Tensor) -> int:
 
 
 def _unit(image: Tensor, interleaved: int) -> int:
-    """Elements of the widest load, 16 bytes at most, that begins every row and divides its length."""
-    widest = 16 // image.element_size()
+    """Elements of the widest load that begins every row and divides its length; see row_unit."""
     stride_c = image.stride(1) if interleaved == 1 else 0
-    return math.gcd(widest, image.shape[3] * interleaved, image.stride(0), stride_c, image.stride(2))
+    common = math.gcd(image.stride(0), stride_c, image.stride(2))
+    return row_unit(image.shape[3] * interleaved, common, image.element_size())
+
+
+def row_unit(length: int, strides: int, item: int) -> int:
+    """Elements of a load, of rows of that many elements whose strides have a common divisor: one, four bytes of them,
+    or 16 bytes where rows have 2,048. Each is a variant to compile, and short rows gain little by another."""
+    for size in (16, 4) if length * item >= 2048 else (4,):
+        if item < size and math.gcd(size // item, length, strides) == size // item:
+            return size // item
+    return 1
 
 
 def longest_bin(length: int, bins: int) -> int:
@@ -156,24 +164,38 @@ def longest_bin(length: int, bins: int) -> int:
     return length // bins + min(2, length % bins // math.gcd(length, bins))
 
 
-def fwd_blocks(in_width: int, out_width: int, interleaved: int, unit: int, item: int) -> tuple[bool, int, int, int]:
-    """Whether a bin may be wider than a tile; output pixels a program, elements of its tile, and warps."""
-    fits = []
-    for block_w in (256, 512, 1024, 2048):
-        pixels = (block_w - unit) // interleaved - 2  # what remains where first and last bin begin and end anyhow
-        columns = min(128, out_width, pixels * out_width // in_width)
-        if columns > 0:
-            fits.append((triton.cdiv(out_width, columns) * block_w, -block_w, columns))
-    # The tile that leaves the fewest lanes without work, among equals the largest.
-    _, block_w, columns = min(fits, default=(0, -2048, 1))
-    num_warps = min(8, max(2, -block_w * item // 512)) if fits else 8  # 16 bytes a thread and row
-    return not fits, columns, -block_w, num_warps
+class Tile(NamedTuple):
+    """What a program of the forward works on; all but `columns` are compiled into the kernel."""
+
+    wide: bool  # a bin may be wider than a tile
+    columns: int  # output pixels
+    block_j: int  # a power of two that holds them
+    block_k: int  # a power of two that holds a bin's columns
+    block_w: int  # elements of the image
+    num_warps: int
 
 
-def rows_in_flight(rows: int, elements: int, item: int, unit: int, contiguous: bool) -> int:
-    """Of a bin's rows, those that a thread loads its elements of before it adds up: 16 at most, in 64 registers."""
+def fwd_tile(in_width: int, out_width: int, interleaved: int, unit: int, item: int) -> Tile:
+    """The tile for a ratio and a memory order. It depends on the ratio only by the power of two that holds a bin, and
+    on no size: data sets of many sizes take few variants."""
+    block_k = max(4, triton.next_power_of_2(longest_bin(in_width, out_width)))
+    # Rows of units are long ones; in others, small tiles leave fewer lanes without work.
+    block_w = min(2048, max(256, min(1024, 128 * unit), triton.next_power_of_2(8 * block_k * interleaved)))
+    # What remains where first and last bin begin and end anyhow.
+    columns = ((block_w - unit) // interleaved - 2) * out_width // in_width
+    if columns < 1:
+        return Tile(True, 1, 1, 1, 2048, 8)
+    block_j = min(block_w, triton.next_power_of_2(max(1, 2 * block_w // (block_k * interleaved))))
+    num_warps = min(8, max(2 if block_w > 256 else 1, block_w * item // 512))  # 16 bytes a thread and row
+    return Tile(False, min(columns, out_width, block_j), block_j, block_k, block_w, num_warps)
+
+
+def rows_in_flight(rows: int, tile: Tile, item: int, unit: int, contiguous: bool) -> int:
+    """Of a bin's rows, those that a thread loads its elements of before it adds up: a power of two, 4 at most, in 64
+    registers. Few rows that a bin does not have are then passed over, and bins of any height share a variant."""
     held = max(item, 4 if unit * item < 4 else 1) if contiguous else 8  # bytes an element: its value, or its address
-    return min(rows, 16, max(1, 256 // (elements * held)))
+    elements = tile.block_w // (32 * tile.num_warps)
+    return min(4, triton.next_power_of_2(rows), max(1, 256 // (elements * held)))
 
 
 def _index_type(image_shape: torch.Size, size: Sequence[int]) -> Any:

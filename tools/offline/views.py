@@ -1,8 +1,5 @@
 """How `area_downsample`'s kernels are launched, for `tools.offline.compile`."""
 
-import math
-
-import triton
 import triton.language as tl
 
 from ats_kernels.device import SCALARS
@@ -10,8 +7,9 @@ from ats_kernels.views.kernels import area_downsample_bwd_kernel, area_downsampl
 from ats_kernels.views.triton import (
     BWD_TILE,
     OUT_ROWS,
-    fwd_blocks,
+    fwd_tile,
     longest_bin,
+    row_unit,
     rows_in_flight,
 )
 from tools.offline.compile import OfflineCase
@@ -29,9 +27,9 @@ def offline_cases() -> list[OfflineCase]:
     cases = []
     for name, image, side, view, channels, interleaved, workload in launches:
         item = {"u8": 1, "bf16": 2, "fp32": 4}[image]
-        unit = math.gcd(16 // item, side * interleaved)
-        _, columns, block_w, num_warps = fwd_blocks(side, view, interleaved, unit, item)
-        longest = longest_bin(side, view)
+        unit = row_unit(side * interleaved, side * interleaved, item)
+        tile = fwd_tile(side, view, interleaved, unit, item)
+        rows = rows_in_flight(longest_bin(side, view), tile, item, unit, True)
         sizes = dict.fromkeys(("in_height", "in_width", "out_height", "out_width"), "i32")
         strides = dict.fromkeys(("units_image_b", "units_image_c", "units_image_h"), "i32")
         out_strides = dict.fromkeys(("stride_out_b", "stride_out_c", "stride_out_h"), "i32")
@@ -45,13 +43,15 @@ def offline_cases() -> list[OfflineCase]:
                     "image_ptr": f"*{image}",
                     "out_ptr": "*fp32",
                     **sizes,
+                    "out_columns": "i32",
                     **strides,
                     "stride_image_w": "i32",
                     **out_strides,
-                    "stride_out_w": "i32",
+                    **({} if interleaved == 1 else {"stride_out_w": "i32"}),
                     **constants,
                 },
                 constexprs={
+                    **({"stride_out_w": 1} if interleaved == 1 else {}),
                     **layout,
                     "CONTIGUOUS": True,
                     "BYTES": image == "u8",
@@ -60,19 +60,19 @@ def offline_cases() -> list[OfflineCase]:
                     "TOTAL": tl.int32 if image == "u8" else tl.float32,
                     "INDEX": tl.int32,
                     "WIDE": False,
-                    "COLUMNS": columns,
                     "OUT_ROWS": OUT_ROWS,
-                    "BLOCK_J": triton.next_power_of_2(columns),
-                    "BLOCK_K": triton.next_power_of_2(longest),
-                    "BLOCK_W": block_w,
-                    "ROWS": rows_in_flight(longest, block_w // (32 * num_warps), item, unit, True),
+                    "BLOCK_J": tile.block_j,
+                    "BLOCK_K": tile.block_k,
+                    "BLOCK_W": tile.block_w,
+                    "ROWS": rows,
                 },
                 divisible_by_16=("image_ptr", "out_ptr"),
-                num_warps=num_warps,
-                elements=columns * interleaved * side // view * longest,
+                num_warps=tile.num_warps,
+                elements=tile.columns * interleaved * side // view * rows,
                 bytes_per_element=item + 4 * (view / side) ** 2,
-                # What depends on columns only counts whole, though it runs once for OUT_ROWS rows.
-                budget=14 if image == "u8" else 50,
+                # What depends on columns only counts whole, though it runs once for OUT_ROWS rows; what is done once
+                # for a bin counts as if each bin had ROWS rows.
+                budget=50 if image != "u8" else (24 if unit < 16 else 18),
                 needs=(r"ld\.global\S*\.v4\.b32",) if unit * item == 16 else (r"ld\.global\S*\.b32",),
                 workload=workload,
             )
