@@ -27,9 +27,11 @@ def read_view(
     size: int | tuple[int, int] | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Tensor:
-    """Read an image's view, the mean over each of its pixels' area: what `ats.area_downsample` gives of it in memory.
+    """Read an image's view, the mean over each of its pixels' area.
 
-    It is averaged from the coarsest level that is not coarser than asked. Only one of scale, mpp and size is given.
+    It is `ats.area_downsample` of the coarsest level that is not coarser than asked: the same as of the image in memory
+    where the view's sides divide that level's, and close to it elsewhere, as bins that begin amid a level's pixel take
+    all of that pixel. Only one of scale, mpp and size is given.
 
     Args:
         source: the image.
