@@ -175,4 +175,4 @@ class EpochCheckpoint(Checkpoint):
 def is_last_epoch(trainer: L.Trainer) -> bool:
     """Whether the training ends with the current epoch."""
     epochs, steps = trainer.max_epochs or -1, trainer.max_steps
-    return 0 < epochs <= trainer.current_epoch + 1 or 0 < steps <= trainer.global_step
+    return trainer.should_stop or 0 < epochs <= trainer.current_epoch + 1 or 0 < steps <= trainer.global_step

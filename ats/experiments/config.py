@@ -110,11 +110,15 @@ class OptimConfig:
     """Weight the cross-entropy by the inverse of the classes' shares of the training images."""
     average: float = 0.0
     """Evaluate an exponential average of the weights, with this decay a step, e.g. 0.99; 0: the last weights."""
+    keep: Literal["last", "best"] = "last"
+    """Evaluate the weights of the last epoch, or of the one with the least loss on images for validation."""
+    patience: int = 0
+    """Epochs without a lower loss on images for validation after which training ends; 0: it goes on to the end."""
 
     def __post_init__(self) -> None:
         """Refuse values that no training can have."""
         check_least(self, "optim", 1, "epochs", "batch_size", "draws")
-        check_least(self, "optim", 0, "updates")
+        check_least(self, "optim", 0, "updates", "patience")
         if self.learning_rate <= 0:
             raise ValueError(f"optim.learning_rate must be positive, got {self.learning_rate}")
         if not 0 <= self.average < 1:
@@ -144,6 +148,8 @@ class TrainerConfig:
     sync_batchnorm: bool = False
     """On several GPUs: batch normalisation's statistics are those of all of a step's images, which makes steps wait
     for each other; else each GPU has those of its own images, and rank 0's are what is evaluated."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """Loggers of Lightning's beside our own CSV: tensorboard, wandb, mlflow, …, each with its package."""
     extend: bool = False
     """Train a run on that had fewer epochs, or updates. The schedule is the longer training's, from the step at which
     the run is: a learning rate that had fallen along a cosine rises to where the longer one has it."""

@@ -30,6 +30,7 @@ class RunFolder:
         self.config, self.data, self.summary = (path / f"{name}.json" for name in ("config", "data", "training"))
         self.checkpoints = path / "checkpoints"
         self.last, self.taught = self.checkpoints / "last.ckpt", self.checkpoints / "taught.ckpt"
+        self.best = self.checkpoints / "best.ckpt"
         self._lock, self._holder = path / ".lock", path / ".holder.json"
 
     def recorded(self) -> ExperimentConfig | None:
@@ -45,6 +46,11 @@ class RunFolder:
         except ValueError as error:
             text = str(error) if str(self.config) in str(error) else f"{self.config} cannot be read ({error})"
             raise ValueError(f"{text}; name another folder with --output") from error
+
+    @property
+    def evaluated(self) -> Path:
+        """The checkpoint that is evaluated."""
+        return self.best if self.best.exists() else self.last
 
     def started(self) -> bool:
         """Whether the folder holds anything that was learned."""

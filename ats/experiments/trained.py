@@ -190,5 +190,8 @@ def load(run: Path | str, *, device: torch.device | str = "cpu") -> TrainedModel
 
 
 def checkpoint_of(run: Path) -> Path:
-    """The checkpoint of a run's folder, or the file itself."""
-    return run / "checkpoints" / "last.ckpt" if run.is_dir() else run
+    """The checkpoint of a run's folder that is evaluated, or the file itself."""
+    if not run.is_dir():
+        return run
+    best = run / "checkpoints" / "best.ckpt"
+    return best if best.is_file() else run / "checkpoints" / "last.ckpt"

@@ -12,18 +12,19 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar, Timer, WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from ats._files import write_json
 from ats.experiments.agreement import Agreement, RunCompleteError
+from ats.experiments.best_checkpoint import BestCheckpoint
 from ats.experiments.callbacks import AttentionDiagnostics
 from ats.experiments.checkpoints import EpochCheckpoint, WholeCheckpoints, check_resumable, fingerprint, read_checkpoint
 from ats.experiments.config import PLACES, ExperimentConfig, differences, to_dict
-from ats.experiments.console import printable, say
+from ats.experiments.console import say
 from ats.experiments.environment import hardware
 from ats.experiments.experiment import Batch, ExperimentData
 from ats.experiments.lightning_module import ClassificationTask, ran_on
+from ats.experiments.loggers import make_loggers
 from ats.experiments.pretrain_features import teach_features
 from ats.experiments.progress import ProgressLines
 from ats.experiments.records import MetricsRecord
@@ -71,6 +72,11 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
     if not same and first:
         data.prepare_data()
         data.labels("train")  # data that are not there, or impossible, leave no folder behind
+        if _validates(config) and not len(data.labels("validation")):
+            raise ValueError(
+                "optim.keep best and optim.patience need images for validation, and there are none; the data's options "
+                "say how to keep some (--data.validation …)"
+            )
     data_description = None if same else described(data)
     with folder.held() if first else nullcontext():
         if first:
@@ -79,7 +85,7 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
         if complete:
             say(f"{folder.path} is complete: nothing to train.")
             if not told:
-                return folder.last
+                return folder.evaluated
         L.seed_everything(config.seed, workers=True, verbose=False)
         task = ClassificationTask(config)
         checkpoint = folder.last if folder.last.exists() else None
@@ -96,7 +102,7 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
                 teach_features(task.model.to(trainer.strategy.root_device), data, folder.taught)
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except RunCompleteError:
-            return folder.last
+            return folder.evaluated
         except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into an exit
             raise InterruptedRunError(
                 f"stopped in {folder.path}; the same command goes on from its last checkpoint"
@@ -114,7 +120,7 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
             raise
         if first:
             write_json(folder.summary, _summary(config, trainer, data, record, timer))
-    return folder.last
+    return folder.evaluated
 
 
 def _places(config: ExperimentConfig | None) -> list[Any] | None:
@@ -184,6 +190,11 @@ def _summary(
     }
 
 
+def _validates(config: ExperimentConfig) -> bool:
+    """Whether the loss on images for validation decides anything."""
+    return config.optim.keep == "best" or config.optim.patience > 0
+
+
 def _diagnostics(config: ExperimentConfig) -> list[Callback]:
     options = config.diagnostics
     if not options.every:
@@ -210,6 +221,7 @@ def _trainer(config: ExperimentConfig, record: MetricsRecord, callbacks: Sequenc
     folder = config.run_folder
     _quiet()
     options = config.trainer
+    best = folder / "checkpoints" / "best.ckpt" if config.optim.keep == "best" else None
     return L.Trainer(
         accelerator=options.accelerator,
         devices=int(options.devices) if options.devices.isdigit() else options.devices,
@@ -226,11 +238,11 @@ def _trainer(config: ExperimentConfig, record: MetricsRecord, callbacks: Sequenc
         default_root_dir=folder,
         sync_batchnorm=options.sync_batchnorm,
         plugins=[WholeCheckpoints()],
-        # TensorBoard takes no names but Unicode's.
-        logger=[record, *([TensorBoardLogger(folder, name="tensorboard")] if printable(folder) == str(folder) else [])],
+        logger=[record, *make_loggers(options.loggers, folder)],
         callbacks=[
             *callbacks,
             *([AveragedWeights(config.optim.average)] if config.optim.average else []),
+            *([BestCheckpoint(best, config.optim.patience)] if _validates(config) else []),
             EpochCheckpoint(folder / "checkpoints", record, options.checkpoint_seconds, options.snapshots),
             LearningRateMonitor(),
             RichProgressBar() if sys.stdout.isatty() else ProgressLines(),
