@@ -8,6 +8,23 @@ from ats_kernels.pooling.op import check_estimator
 from ats_kernels.sampling.draws import METHODS
 
 
+class EstimatorOption(SealedModule):
+    """`estimator`, which must go with the class's own `replace`."""
+
+    _estimator: Estimator = "ordered"
+    replace: bool
+
+    @property
+    def estimator(self) -> Estimator:
+        """What random draws are pooled by: "ordered" or "unordered"."""
+        return self._estimator
+
+    @estimator.setter
+    def estimator(self, value: Estimator) -> None:
+        check_estimator(value, replace=self.replace)
+        self._estimator = value
+
+
 class DrawOptions(SealedModule):
     """`selection` and `replace`, of which the second must go with the first and with `_estimator`."""
 

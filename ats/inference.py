@@ -248,18 +248,10 @@ def _of(draw: CellSample, images: Tensor, begin: int, end: int) -> CellSample:
 
 def _first(cells: CellSample, n: int, offsets: Tensor, patch_size: tuple[int, int]) -> BoxSample:
     """The first n draws of one image, a whole draw of its own: all live cells are weighted by their attention."""
-    return BoxSample(
-        indices=cells.indices[:, :n],
-        log_attention=cells.log_attention[:, :n],
-        logsumexp=cells.logsumexp,
-        entropy=cells.entropy,
-        replace=cells.replace,
-        selection=cells.selection,
-        grid_size=cells.grid_size,
-        grid_sizes=cells.grid_sizes,
-        offsets=offsets[None, :n],
-        patch_size=patch_size,
+    first = dataclasses.replace(
+        cells, indices=cells.indices[:, :n], log_attention=cells.log_attention[:, :n], padded=False
     )
+    return BoxSample.at(first, offsets[None, :n], patch_size)
 
 
 def _decided(value: Tensor, scores: Tensor, cells: CellSample, lead: float) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ats._modules import check_evaluating
 from ats.batches import Images, Maps, Views
 from ats.cells import check_drawable, sample_cells
-from ats.draw_options import DrawOptions
+from ats.draw_options import DrawOptions, EstimatorOption
 from ats.nested_levels import Look, NestedLevels
 from ats.nested_sample import NestedSample
 from ats.pooling import pool
@@ -27,7 +27,6 @@ from ats.samples import BoxSample, CellSample, Estimator, PatchSample, Selection
 from ats.zoom import Zoom
 from ats_kernels.checks import Normalisation, check_count
 from ats_kernels.pixels import blames_pixels, check_cause
-from ats_kernels.pooling.op import check_estimator
 
 
 class Drawing(NamedTuple):
@@ -39,7 +38,7 @@ class Drawing(NamedTuple):
     allow_fewer: bool | None
 
 
-class NestedAttentionSampling(NestedLevels, DrawOptions):
+class NestedAttentionSampling(NestedLevels, DrawOptions, EstimatorOption):
     """Attention on a coarse view draws regions, attention on each region's own view draws patches, at any depth.
 
     Args:
@@ -79,16 +78,6 @@ class NestedAttentionSampling(NestedLevels, DrawOptions):
         self.allow_fewer = allow_fewer
         self.estimator = estimator
         self.control_variate = control_variate
-
-    @property
-    def estimator(self) -> Estimator:
-        """What random draws are pooled by: "ordered" or "unordered"."""
-        return self._estimator
-
-    @estimator.setter
-    def estimator(self, value: Estimator) -> None:
-        check_estimator(value, replace=self.replace)
-        self._estimator = value
 
     @blames_pixels
     def forward(

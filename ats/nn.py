@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ats import functional
-from ats._modules import SealedModule, check_evaluating, run_network
+from ats._modules import check_evaluating, run_network
 from ats._renamed import renamed_option
 from ats.batches import GridSizes, Images, Maps, Sizes, Views, each_size, is_many, pad_logits, sizes_of
 from ats.cells import check_drawable
+from ats.draw_options import EstimatorOption
 from ats.grid import Placement, patch_positions
 from ats.layers import Expectation, SamplePatches
 from ats.nested import NestedAttentionSampling
@@ -25,7 +26,7 @@ from ats_kernels.pooling.op import check_estimator
 __all__ = ["AttentionSampling", "Expectation", "NestedAttentionSampling", "SamplePatches", "Zoom"]
 
 
-class AttentionSampling(SealedModule):
+class AttentionSampling(EstimatorOption):
     """Attention on a low-resolution view, features of the patches drawn from it, pooled without bias.
 
     Args:
@@ -123,16 +124,6 @@ class AttentionSampling(SealedModule):
         if value is True:
             check_estimator(self.estimator, replace=True)
         self.sampler.replace = value
-
-    @property
-    def estimator(self) -> Estimator:
-        """What random draws are pooled by: "ordered" or "unordered"."""
-        return self._estimator
-
-    @estimator.setter
-    def estimator(self, value: Estimator) -> None:
-        check_estimator(value, replace=self.replace)
-        self._estimator = value
 
     @blames_pixels
     def forward(

@@ -256,6 +256,11 @@ class CellSample:
         return {name: v if v.is_leaf else v.detach() for name, v in values.items()} | self._how()
 
 
+def _fields(sample: CellSample, kind: type[CellSample]) -> dict[str, Any]:
+    """What `kind` has of a sample."""
+    return {name: getattr(sample, name) for name in kind._tensors + kind._static}
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class BoxSample(CellSample):
     """Drawn cells and the boxes of pixels that they stand for: where something was looked at.
@@ -268,6 +273,11 @@ class BoxSample(CellSample):
     offsets: Tensor
     patch_size: tuple[int, int]
 
+    @classmethod
+    def at(cls, cells: CellSample, offsets: Tensor, patch_size: tuple[int, int]) -> "BoxSample":
+        """What was drawn, with the boxes at offsets (B, N, 2) that it stands for."""
+        return BoxSample(**_fields(cells, CellSample), offsets=offsets, patch_size=patch_size)
+
     def table(self, estimator: Estimator = "ordered") -> PatchTable:
         """A row a drawn patch: image, draw, cell row and column, box, attention, and its weight in the estimate.
 
@@ -278,7 +288,7 @@ class BoxSample(CellSample):
 
     def boxes(self) -> "BoxSample":
         """The sample without its patches."""
-        return BoxSample(**{name: getattr(self, name) for name in BoxSample._tensors + BoxSample._static})
+        return BoxSample(**_fields(self, BoxSample))
 
     def _boxes(self) -> dict[str, Tensor]:
         height, width = (torch.full_like(self.indices, side) for side in self.patch_size)
@@ -298,20 +308,8 @@ class PatchSample(BoxSample):
     @classmethod
     def of(cls, cells: CellSample, patches: Tensor, offsets: Tensor) -> "PatchSample":
         """What was drawn, with the patches (B, N, C, ph, pw) read for its `readable` cells at offsets (B, N, 2)."""
-        return cls(
-            indices=cells.indices,
-            log_attention=cells.log_attention,
-            logsumexp=cells.logsumexp,
-            entropy=cells.entropy,
-            replace=cells.replace,
-            selection=cells.selection,
-            grid_size=cells.grid_size,
-            padded=cells.padded,
-            grid_sizes=cells.grid_sizes,
-            offsets=offsets,
-            patch_size=(patches.shape[-2], patches.shape[-1]),
-            patches=patches,
-        )
+        size = (patches.shape[-2], patches.shape[-1])
+        return cls(**_fields(cells, CellSample), offsets=offsets, patch_size=size, patches=patches)
 
 
 def _register(cls: type[CellSample]) -> None:

@@ -114,7 +114,8 @@ def _plan(once: float, share: float, settle: bool, slow_rounds: int) -> _Plan:
 def timing(seconds: list[float]) -> Timing:
     """Measurements in seconds, put together."""
     if len(seconds) == 1:
-        return Timing(*[1e3 * seconds[0]] * 4, 1)
+        only = 1e3 * seconds[0]
+        return Timing(only, only, only, only, 1)
     low, median, high = (1e3 * value for value in statistics.quantiles(seconds, n=4, method="inclusive"))
     return Timing(median, 1e3 * min(seconds), low, high, len(seconds))
 

@@ -53,11 +53,12 @@ def test_published_networks_of_the_image_experiments_have_the_published_layers()
 def test_cnns_are_residual_networks_of_the_published_depth(
     networks: ModuleType, channels: int, depth: int, widths: set[int]
 ) -> None:
-    layers, n_features = networks.image_network("paper")
+    image_network = networks.NETWORKS["paper"].image
+    layers, n_features = image_network(32)
     assert len([c for c in convolutions(layers) if c[0] == 3]) == depth
     assert {outputs for _, _, outputs in convolutions(layers)} == widths
     assert layers(torch.rand(2, channels, 33, 47)).shape == (2, n_features)
-    slim, n_slim = networks.image_network("paper", channels=16)
+    slim, n_slim = image_network(16)
     assert n_slim == n_features // 2
     assert {outputs for _, _, outputs in convolutions(slim)} == {width // 2 for width in widths}
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ats.datasets.megapixel_mnist import GLYPH, N_CLASSES, noise_glyphs
+from ats.datasets.megapixel_mnist import GLYPH, N_CLASSES, members_by_class, noise_glyphs
 from ats.datasets.mnist import Digits
 from ats.sources.image_source import Level, check_box
 
@@ -122,9 +122,7 @@ class GigapixelMNIST(Dataset["tuple[GigapixelImage, int]"]):
                 f"{image_size}×{image_size} pixels have room for {across**2} places of {place_size}×{place_size}, got "
                 f"n_places={n_places}; make the image larger or the places smaller"
             )
-        self._by_class = [(digits.labels == label).nonzero().flatten().numpy() for label in range(N_CLASSES)]
-        if any(len(members) == 0 for members in self._by_class):
-            raise ValueError(f"digits must hold every class 0-9, got {digits.labels.unique().tolist()}")
+        self._by_class = members_by_class(digits)
         self.image_size, self.place_size = image_size, place_size
         self.n_places, self.n_inhabited, self.n_target = n_places, n_inhabited, n_target
         self.place_noise = place_noise

@@ -22,6 +22,14 @@ _N_NOISE_GLYPHS = 2000
 _TRIES = 1000
 
 
+def members_by_class(digits: Digits) -> list[np.ndarray]:
+    """Where the digits of each class are, an int64 array a class; ValueError where a class has none."""
+    members = [(digits.labels == label).nonzero().flatten().numpy() for label in range(N_CLASSES)]
+    if any(len(each) == 0 for each in members):
+        raise ValueError(f"digits must hold every class 0-9, got {digits.labels.unique().tolist()}")
+    return members
+
+
 class MegapixelMNIST(Dataset[tuple[Tensor, int]]):
     """`n_images` images of (1, image_size, image_size) uint8 and their labels.
 
@@ -60,9 +68,7 @@ class MegapixelMNIST(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"image_size must be at least {GLYPH}, a digit's size, got {image_size}")
         if not n_digits / 2 < n_target <= n_digits:
             raise ValueError(f"n_target must be more than half of n_digits={n_digits} and no more, got {n_target}")
-        by_class = [(digits.labels == label).nonzero().flatten().numpy() for label in range(N_CLASSES)]
-        if any(len(members) == 0 for members in by_class):
-            raise ValueError(f"digits must hold every class 0-9, got {digits.labels.unique().tolist()}")
+        by_class = members_by_class(digits)
         self.image_size = image_size
         self.n_digits = n_digits
         noise = noise_glyphs(np.random.Philox(key=[seed, _key(split, 0, noise=True)]), _N_NOISE_GLYPHS)

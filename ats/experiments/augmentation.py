@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ats.experiments.config import DataConfig, check_least
+from ats.experiments.config import DataConfig, OptimConfig, check_least
+
+PHOTOGRAPHS_OPTIM = OptimConfig(learning_rate=3e-3, weight_decay=0.05, warmup=0.05, schedule="cosine", average=0.99)
+"""How networks learn from a few hundred images that are changed as these are."""
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,8 @@ from typing import ClassVar
 
 from ats.datasets.colon_cancer import colon_cancer_folds, load_colon_cancer
 from ats.datasets.image_dataset import ImageDataset
-from ats.experiments.augmentation import ImageConfig
-from ats.experiments.config import (
-    LESS_NOISE,
-    SHORT_EPOCHS,
-    ExperimentConfig,
-    ModelConfig,
-    OptimConfig,
-    check_least,
-)
+from ats.experiments.augmentation import PHOTOGRAPHS_OPTIM, ImageConfig
+from ats.experiments.config import LESS_NOISE, SHORT_EPOCHS, ExperimentConfig, ModelConfig, OptimConfig, check_least
 from ats.experiments.experiment import Experiment
 from ats.experiments.photographs import ImageData
 from ats.experiments.tables import Row, Table, as_published, cnn_row, draws_row
@@ -55,17 +48,10 @@ class ColonCancerData(ImageData[ColonCancerConfig]):
 
 
 _MODEL = ModelConfig(n_patches=10, patch_size=27, view_scale=0.2, grid_step=10)
-_OPTIM = OptimConfig(
-    epochs=300,
-    batch_size=14,
-    learning_rate=3e-3,
-    weight_decay=0.05,
-    warmup=0.05,
-    schedule="cosine",
-    entropy_weight=1e-3,
-    average=0.99,
-)
+_OPTIM = replace(PHOTOGRAPHS_OPTIM, epochs=300, batch_size=14, entropy_weight=1e-3)
 _IMAGES = ColonCancerConfig(symmetries=True, translation=25, tint=0.05)
+_QUIET = replace(_MODEL, **LESS_NOISE)
+_MODERN = ExperimentConfig(preset="modern", data=_IMAGES, model=_QUIET, optim=_OPTIM, trainer=SHORT_EPOCHS)
 PRESETS = {
     "paper": ExperimentConfig(
         preset="paper",
@@ -74,19 +60,13 @@ PRESETS = {
         optim=OptimConfig(updates=30_000, batch_size=5, entropy_weight=0.01),
         trainer=SHORT_EPOCHS,
     ),
-    "modern": ExperimentConfig(
-        preset="modern",
-        data=_IMAGES,
-        model=replace(_MODEL, **LESS_NOISE),
-        optim=_OPTIM,
-        trainer=SHORT_EPOCHS,
-    ),
-    "quick": ExperimentConfig(
+    "modern": _MODERN,
+    "quick": replace(
+        _MODERN,
         preset="quick",
         data=replace(_IMAGES, folds=5),
-        model=replace(_MODEL, grid_step=27, **LESS_NOISE),
+        model=replace(_QUIET, grid_step=27),
         optim=replace(_OPTIM, epochs=120),
-        trainer=SHORT_EPOCHS,
     ),
 }
 

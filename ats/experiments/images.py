@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ats.experiments.augmentation import PHOTOGRAPHS_OPTIM
 from ats.experiments.build import stacked
-from ats.experiments.config import LESS_NOISE, SHORT_EPOCHS, ExperimentConfig, ModelConfig, OptimConfig
+from ats.experiments.config import LESS_NOISE, SHORT_EPOCHS, ExperimentConfig, ModelConfig
 from ats.experiments.experiment import Experiment, ExperimentData, Loaded
 from ats.experiments.image_store import ImageStore
 from ats.experiments.images_config import ImagesConfig
@@ -80,17 +81,7 @@ def _on(maps: Tensor | list[Tensor] | None, device: torch.device) -> Any:
 
 
 _MODEL = ModelConfig(n_patches=10, patch_size=64, view_scale=0.2, grid_step=64, **LESS_NOISE)
-_OPTIM = OptimConfig(
-    epochs=100,
-    batch_size=8,
-    draws=2,
-    learning_rate=3e-3,
-    weight_decay=0.05,
-    warmup=0.05,
-    schedule="cosine",
-    entropy_weight=1e-3,
-    average=0.99,
-)
+_OPTIM = replace(PHOTOGRAPHS_OPTIM, epochs=100, batch_size=8, draws=2, entropy_weight=1e-3)
 _MODERN = ExperimentConfig(preset="modern", data=ImagesConfig(), model=_MODEL, optim=_OPTIM, trainer=SHORT_EPOCHS)
 PRESETS = {
     "modern": _MODERN,

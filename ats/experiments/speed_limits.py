@@ -11,15 +11,8 @@ from torch import Tensor
 from ats.datasets.image_dataset import ImageDataset
 from ats.datasets.painted_signs import MOST, SIDES, put_limit, within
 from ats.datasets.speed_limits import load_speed_limits
-from ats.experiments.augmentation import Change, ImageConfig, apply_change, draw_change
-from ats.experiments.config import (
-    LESS_NOISE,
-    SHORT_EPOCHS,
-    ExperimentConfig,
-    ModelConfig,
-    OptimConfig,
-    check_least,
-)
+from ats.experiments.augmentation import PHOTOGRAPHS_OPTIM, Change, ImageConfig, apply_change, draw_change
+from ats.experiments.config import LESS_NOISE, SHORT_EPOCHS, ExperimentConfig, ModelConfig, OptimConfig, check_least
 from ats.experiments.experiment import Experiment
 from ats.experiments.photographs import ImageData
 from ats.experiments.tables import Row, Table, as_published, cnn_row, draws_row
@@ -160,18 +153,7 @@ def painted_patches(
 
 
 _MODEL = ModelConfig(n_patches=5, patch_size=100, view_scale=0.3, grid_step=80)
-_OPTIM = OptimConfig(
-    epochs=300,
-    batch_size=8,
-    draws=4,
-    learning_rate=3e-3,
-    weight_decay=0.05,
-    warmup=0.05,
-    schedule="cosine",
-    entropy_weight=5e-4,
-    class_weights=True,
-    average=0.99,
-)
+_OPTIM = replace(PHOTOGRAPHS_OPTIM, epochs=300, batch_size=8, draws=4, entropy_weight=5e-4, class_weights=True)
 _IMAGES = SpeedLimitsConfig(
     contrast=0.3,
     brightness=0.15,
@@ -182,29 +164,22 @@ _IMAGES = SpeedLimitsConfig(
     drawn_limits=0.5,
     drawn_patches=28_800,
 )
-PRESETS = {
-    "paper": ExperimentConfig(
-        preset="paper",
-        data=SpeedLimitsConfig(),
-        model=replace(_MODEL, networks="paper", feature_scale=1.0),
-        optim=OptimConfig(updates=300_000, batch_size=32, entropy_weight=0.05, class_weights=True),
-        trainer=SHORT_EPOCHS,
-    ),
-    "modern": ExperimentConfig(
-        preset="modern",
-        data=_IMAGES,
-        model=replace(_MODEL, **LESS_NOISE),
-        optim=_OPTIM,
-        trainer=SHORT_EPOCHS,
-    ),
-    "quick": ExperimentConfig(
-        preset="quick",
-        data=_IMAGES,
-        model=replace(_MODEL, patch_size=64, grid_step=64, **LESS_NOISE),
-        optim=replace(_OPTIM, epochs=150),
-        trainer=SHORT_EPOCHS,
-    ),
-}
+_PAPER = ExperimentConfig(
+    preset="paper",
+    data=SpeedLimitsConfig(),
+    model=replace(_MODEL, networks="paper", feature_scale=1.0),
+    optim=OptimConfig(updates=300_000, batch_size=32, entropy_weight=0.05, class_weights=True),
+    trainer=SHORT_EPOCHS,
+)
+_QUIET = replace(_MODEL, **LESS_NOISE)
+_MODERN = ExperimentConfig(preset="modern", data=_IMAGES, model=_QUIET, optim=_OPTIM, trainer=SHORT_EPOCHS)
+_QUICK = replace(
+    _MODERN,
+    preset="quick",
+    model=replace(_QUIET, patch_size=64, grid_step=64),
+    optim=replace(_OPTIM, epochs=150),
+)
+PRESETS = {"paper": _PAPER, "modern": _MODERN, "quick": _QUICK}
 
 _SLIMMER = {"optim.epochs": 12, "model.cnn_channels": 16}
 _FEWER = {"optim.epochs": 20}  # of bags of 286 patches

@@ -17,6 +17,19 @@ class L2Normalise(nn.Module):
         return F.normalize(features.flatten(1), dim=1)
 
 
+def three_convolutions(channels: int, activation: type[nn.Module]) -> nn.Sequential:
+    """A published attention network: view (B, channels, h, w) -> logits (B, 1, h, w)."""
+    network = nn.Sequential(
+        nn.Conv2d(channels, 8, 3, padding=1),
+        activation(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        activation(),
+        nn.Conv2d(8, 1, 3, padding=1),
+    )
+    # Convolved as the parameters lie, grey images too.
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 class ChannelsLast(nn.Module):
     """Bring (M, C, H, W) to channels-last memory, in which CPUs and GPUs convolve faster."""
 

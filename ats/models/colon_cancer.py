@@ -6,7 +6,6 @@ stands in docs/experiments.md.
 
 from functools import partial
 
-import torch
 from torch import nn
 
 from ats.models.classifier import (
@@ -15,25 +14,17 @@ from ats.models.classifier import (
     L2Normalise,
     SoftBound,
     conv_norm,
+    three_convolutions,
 )
 from ats.models.networks import Networks, check_networks
-from ats.models.resnet import RESNET_8, resnet
+from ats.models.resnet import RESNET_8, image_network
 
 
 def attention_network(networks: str) -> nn.Sequential:
     """View (B, 3, h, w) -> logits (B, 1, h // stride, w // stride)."""
     check_networks(networks)
     if networks == "paper":
-        network = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(8, 1, 3, padding=1),
-        )
-        # Convolved as the parameters lie.
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return network
+        return three_convolutions(3, nn.ReLU)
     return nn.Sequential(
         ChannelsLast(),
         *conv_norm(3, 16, kernel=3),
@@ -77,23 +68,9 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
     return nn.Sequential(ChannelsLast(), *layers, *([L2Normalise()] if normalised else []))
 
 
-def image_network(networks: str, channels: int = 32) -> tuple[nn.Sequential, int]:
-    """The CNN's layers from images (B, 3, H, W) to features, and how many these are: the same for both `networks`.
-
-    It starts with `channels`; 32 are the paper's.
-    """
-    check_networks(networks)
-    widths = [width * channels // 32 for width in RESNET_8["widths"]]
-    return nn.Sequential(ChannelsLast(), *resnet(3, widths, RESNET_8["strides"])), widths[-1]
-
-
+_IMAGE = partial(image_network, RESNET_8, 3)  # the same in both
 NETWORKS = {
-    "paper": Networks(
-        partial(attention_network, "paper"),
-        partial(feature_network, "paper"),
-        512,
-        image=partial(image_network, "paper"),
-    ),
+    "paper": Networks(partial(attention_network, "paper"), partial(feature_network, "paper"), 512, image=_IMAGE),
     "modern": Networks(
         partial(attention_network, "modern"),
         partial(feature_network, "modern"),
@@ -101,6 +78,6 @@ NETWORKS = {
         stride=2,
         mean=[0.76, 0.6, 0.75],
         std=[0.15, 0.2, 0.15],
-        image=partial(image_network, "modern"),
+        image=_IMAGE,
     ),
 }

@@ -10,7 +10,7 @@ from torch import nn
 
 from ats.models.classifier import ChannelsLast, GlobalMaxPool, L2Normalise, SoftBound, conv_norm
 from ats.models.networks import Networks
-from ats.models.resnet import RESNET_8, resnet
+from ats.models.resnet import RESNET_8, image_network
 
 _FEATURES = 128
 
@@ -44,12 +44,6 @@ def feature_network(channels: int, *, normalised: bool = True) -> nn.Sequential:
     )
 
 
-def image_network(channels: int, width: int) -> tuple[nn.Sequential, int]:
-    """A CNN's layers from images (B, channels, H, W) to features, and how many these are; it starts with `width`."""
-    widths = [each * width // 32 for each in RESNET_8["widths"]]
-    return nn.Sequential(ChannelsLast(), *resnet(channels, widths, RESNET_8["strides"])), widths[-1]
-
-
 def image_networks(channels: int, mean: Sequence[float], std: Sequence[float]) -> Networks:
     """The networks for images of so many channels, of this mean and standard deviation each."""
     return Networks(
@@ -59,5 +53,5 @@ def image_networks(channels: int, mean: Sequence[float], std: Sequence[float]) -
         stride=2,
         mean=mean,
         std=std,
-        image=partial(image_network, channels),
+        image=partial(image_network, RESNET_8, channels),
     )

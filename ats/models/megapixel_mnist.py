@@ -15,9 +15,10 @@ from ats.models.classifier import (
     L2Normalise,
     SoftBound,
     conv_norm,
+    three_convolutions,
 )
 from ats.models.networks import Networks, check_networks
-from ats.models.resnet import RESNET_16, resnet
+from ats.models.resnet import RESNET_16, image_network
 
 _MODERN_STRIDE = 3  # view pixels a cell
 _MODERN_FEATURES = 128
@@ -41,16 +42,7 @@ def attention_network(networks: str) -> nn.Sequential:
     """View (B, 1, h, w) -> logits (B, 1, h // stride, w // stride)."""
     check_networks(networks)
     if networks == "paper":
-        network = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1),
-            nn.Tanh(),
-            nn.Conv2d(8, 8, 3, padding=1),
-            nn.Tanh(),
-            nn.Conv2d(8, 1, 3, padding=1),
-        )
-        # Grey images are convolved as the parameters lie.
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return network
+        return three_convolutions(1, nn.Tanh)
     layers = [
         ChannelsLast(),
         *conv_norm(1, 16, kernel=3),
@@ -82,28 +74,14 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
     return nn.Sequential(ChannelsLast(), *layers, *([L2Normalise()] if normalised else []))
 
 
-def image_network(networks: str, channels: int = 32) -> tuple[nn.Sequential, int]:
-    """The CNN's layers from images (B, 1, H, W) to features, and how many these are: the same for both `networks`.
-
-    It starts with `channels`; 32 are the paper's.
-    """
-    check_networks(networks)
-    widths = [width * channels // 32 for width in RESNET_16["widths"]]
-    return nn.Sequential(ChannelsLast(), *resnet(1, widths, RESNET_16["strides"])), widths[-1]
-
-
+_IMAGE = partial(image_network, RESNET_16, 1)  # the same in both
 NETWORKS = {
-    "paper": Networks(
-        partial(attention_network, "paper"),
-        partial(feature_network, "paper"),
-        32,
-        image=partial(image_network, "paper"),
-    ),
+    "paper": Networks(partial(attention_network, "paper"), partial(feature_network, "paper"), 32, image=_IMAGE),
     "modern": Networks(
         partial(attention_network, "modern"),
         partial(feature_network, "modern"),
         _MODERN_FEATURES,
         stride=_MODERN_STRIDE,
-        image=partial(image_network, "modern"),
+        image=_IMAGE,
     ),
 }

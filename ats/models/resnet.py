@@ -5,9 +5,12 @@ blocks, ResNet-16 seven.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ats.models.classifier import ChannelsLast
 
 
 class ResidualBlock(nn.Module):
@@ -55,5 +58,21 @@ def resnet(channels: int, widths: Sequence[int], strides: Sequence[int]) -> list
     return [*layers, nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True), GlobalAveragePool()]
 
 
-RESNET_8 = {"widths": (32, 32, 32, 32), "strides": (1, 2, 2, 2)}
-RESNET_16 = {"widths": (32, 32, 32, 64, 64, 128, 128, 256), "strides": (1, 2, 1, 2, 1, 2, 1, 2)}
+class Layout(NamedTuple):
+    """Channels and strides of a network's first convolution and of each block."""
+
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+RESNET_8 = Layout((32, 32, 32, 32), (1, 2, 2, 2))
+RESNET_16 = Layout((32, 32, 32, 64, 64, 128, 128, 256), (1, 2, 1, 2, 1, 2, 1, 2))
+
+
+def image_network(layout: Layout, channels: int, width: int = 32) -> tuple[nn.Sequential, int]:
+    """A CNN's layers from images (B, channels, H, W) to features, and how many these are.
+
+    It starts with `width` channels, and the others grow with them; 32 are the paper's.
+    """
+    widths = [each * width // 32 for each in layout.widths]
+    return nn.Sequential(ChannelsLast(), *resnet(channels, widths, layout.strides)), widths[-1]

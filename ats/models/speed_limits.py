@@ -17,7 +17,7 @@ from ats.models.classifier import (
     conv_norm,
 )
 from ats.models.networks import Networks, check_networks
-from ats.models.resnet import RESNET_8, RESNET_16, resnet
+from ats.models.resnet import RESNET_8, RESNET_16, image_network, resnet
 
 _STRIDE = 8  # view pixels a cell
 _MODERN_FEATURES = 128
@@ -72,7 +72,7 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
     """Patches (M, 3, ph, pw) -> features (M, D), of length 1 if `normalised`."""
     check_networks(networks)
     if networks == "paper":
-        layers = resnet(3, **RESNET_8)
+        layers = resnet(3, *RESNET_8)
     else:
         layers = [  # the first without a stride: digits of a far sign are a few pixels high
             *conv_norm(3, 16, kernel=3),
@@ -87,24 +87,10 @@ def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
     return nn.Sequential(ChannelsLast(), *layers, *([L2Normalise()] if normalised else []))
 
 
-def image_network(networks: str, channels: int = 32) -> tuple[nn.Sequential, int]:
-    """The CNN's layers from images (B, 3, H, W) to features, and how many these are: the same for both `networks`.
-
-    It starts with `channels`; 32 are the paper's.
-    """
-    check_networks(networks)
-    widths = [width * channels // 32 for width in RESNET_16["widths"]]
-    return nn.Sequential(ChannelsLast(), *resnet(3, widths, RESNET_16["strides"])), widths[-1]
-
-
+_IMAGE = partial(image_network, RESNET_16, 3)  # the same in both
 NETWORKS = {
     "paper": Networks(
-        partial(attention_network, "paper"),
-        partial(feature_network, "paper"),
-        32,
-        stride=_STRIDE,
-        lost=8,
-        image=partial(image_network, "paper"),
+        partial(attention_network, "paper"), partial(feature_network, "paper"), 32, stride=_STRIDE, lost=8, image=_IMAGE
     ),
     "modern": Networks(
         partial(attention_network, "modern"),
@@ -113,6 +99,6 @@ NETWORKS = {
         stride=_STRIDE,
         mean=[_MEAN] * 3,
         std=[_STD] * 3,
-        image=partial(image_network, "modern"),
+        image=_IMAGE,
     ),
 }
