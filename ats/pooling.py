@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ats.samples import CellSample, Estimator
 from ats_kernels import expectation
-from ats_kernels.checks import check_floating, compute_dtype
+from ats_kernels.checks import check_drawn_features, check_floating, compute_dtype
 from ats_kernels.pooling.op import check_estimator
 from ats_kernels.pooling.variance import Estimate, estimate
 
@@ -64,14 +64,7 @@ def estimate_pooled(features: Tensor, sample: CellSample, *, estimator: Estimato
 def _weighted(features: Tensor, log_attention: Tensor, weights: Tensor) -> Tensor:
     """Σ_k w_k f_k (B, …), with the gradient of both."""
     check_floating("features", features)
-    if features.ndim < 2 or features.shape[:2] != weights.shape:
-        raise ValueError(
-            f"features must be (B, N, …) with (B, N) = {tuple(weights.shape)} as the sample has, got "
-            f"{tuple(features.shape)}; patches that went through a network as one batch need "
-            "features.unflatten(0, (B, N))"
-        )
-    if features.device != weights.device:
-        raise ValueError(f"features are on {features.device} but the sample is on {weights.device}; move one of them")
+    check_drawn_features(features, "the sample", weights)
     dtype = compute_dtype(features.dtype, log_attention.dtype)
     weights = weights.to(dtype).view(*weights.shape, *[1] * (features.ndim - 2))
     return (weights * features.to(dtype)).sum(1).to(features.dtype)

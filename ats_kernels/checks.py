@@ -159,6 +159,18 @@ def _whole(name: str, value: object) -> int:
     raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}{mend}")
 
 
+def check_drawn_features(features: Tensor, name: str, drawn: Tensor) -> None:
+    """Raise unless features (B, N, …) are those of the draws of `drawn` (B, N), which goes by `name`, on its device."""
+    if features.ndim < 2 or features.shape[:2] != drawn.shape:
+        raise ValueError(
+            f"features must be (B, N, …) with (B, N) = {tuple(drawn.shape)} as {name} has, got "
+            f"{tuple(features.shape)}; patches that went through a network as one batch need "
+            "features.unflatten(0, (B, N))"
+        )
+    if features.device != drawn.device:
+        raise ValueError(f"features are on {features.device} but {name} is on {drawn.device}; move one to the other")
+
+
 def check_pair(name: str, value: object) -> tuple[int, int]:
     """Return an int or a pair (height, width) as a pair, or raise unless both are at least 1."""
     if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int and min(value) > 0:

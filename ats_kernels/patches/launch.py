@@ -88,32 +88,27 @@ def launch(image: Tensor, places: Tensor, how: Reading, backend: str) -> tuple[T
     return patches, offsets
 
 
-class ImageLike(NamedTuple):
-    """What the gradient of an image is made like."""
+class Scattering(NamedTuple):
+    """What the gradient of an image is made like, and how its patches were read."""
 
     shape: Sequence[int]
     dtype: torch.dtype
     device: torch.device
     channels_last: bool
+    padding: str
+    stds: list[float] | None
 
 
-def launch_scatter(
-    grad_patches: Tensor,
-    offsets: Tensor,
-    image: ImageLike,
-    padding: str,
-    stds: list[float] | None,
-    backend: str,
-) -> Tensor:
+def launch_scatter(grad_patches: Tensor, offsets: Tensor, how: Scattering, backend: str) -> Tensor:
     """The gradient of an image whose patches were cut by `backend`, on their device."""
-    memory_format = torch.channels_last if image.channels_last else torch.contiguous_format
-    grad_image = torch.empty(image.shape, dtype=image.dtype, device=image.device, memory_format=memory_format).zero_()
+    memory_format = torch.channels_last if how.channels_last else torch.contiguous_format
+    grad_image = torch.empty(how.shape, dtype=how.dtype, device=how.device, memory_format=memory_format).zero_()
     scatter: Callable[..., None] = scatter_patches_cpu
     if backend == "triton":
         from ats_kernels.patches.triton import scatter_patches_triton
 
         scatter = scatter_patches_triton
-    scatter(grad_patches, offsets, grad_image, padding=padding, stds=stds)
+    scatter(grad_patches, offsets, grad_image, padding=how.padding, stds=how.stds)
     return grad_image
 
 

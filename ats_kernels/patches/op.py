@@ -23,7 +23,7 @@ from ats_kernels.checks import (
     output_dtype,
 )
 from ats_kernels.patches.cells import CellMap
-from ats_kernels.patches.launch import ImageLike, Reading, launch, launch_scatter, read_by
+from ats_kernels.patches.launch import Reading, Scattering, launch, launch_scatter, read_by
 
 PADDINGS = ("zeros", "edge")
 
@@ -42,8 +42,9 @@ class _ExtractPatches(torch.autograd.Function):
     def forward(ctx: Any, image: Tensor, places: Tensor, how: Reading, backend: str) -> tuple[Tensor, Tensor]:
         patches, offsets = _extract(image, places, how, backend)
         ctx.save_for_backward(offsets)
-        ctx.image = ImageLike(image.shape, image.dtype, image.device, is_channels_last(image))
-        ctx.padding, ctx.stds, ctx.backend = how.padding, how.stds, backend
+        channels_last = is_channels_last(image)
+        ctx.how = Scattering(image.shape, image.dtype, image.device, channels_last, how.padding, how.stds)
+        ctx.backend = backend
         ctx.mark_non_differentiable(offsets)
         return patches, offsets
 
@@ -51,52 +52,37 @@ class _ExtractPatches(torch.autograd.Function):
     def backward(ctx: Any, grad_patches: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (offsets,) = ctx.saved_tensors
         scatter = _ScatterPatches.apply if wants_graph() else scatter_patches
-        return scatter(grad_patches, offsets, ctx.image, ctx.padding, ctx.stds, ctx.backend), None, None, None
+        return scatter(grad_patches, offsets, ctx.how, ctx.backend), None, None, None
 
 
-def scatter_patches(
-    grad_patches: Tensor,
-    offsets: Tensor,
-    image: ImageLike,
-    padding: str,
-    stds: list[float] | None,
-    backend: str,
-) -> Tensor:
+def scatter_patches(grad_patches: Tensor, offsets: Tensor, how: Scattering, backend: str) -> Tensor:
     """The gradient of an image whose patches were cut by `backend`."""
     # An image in host memory gets its gradient there, even where its patches were read by a GPU.
-    backend = backend if image.device == offsets.device else "cpu"
-    grad_patches, offsets = grad_patches.to(image.device), offsets.to(image.device).long()
+    backend = backend if how.device == offsets.device else "cpu"
+    grad_patches, offsets = grad_patches.to(how.device), offsets.to(how.device).long()
     if backend == "triton" and torch.compiler.is_compiling():
         from ats_kernels.patches.opaque import scatter
 
-        shape, dtype, _, channels_last = image
+        shape, dtype, _, channels_last, padding, stds = how
         return scatter(grad_patches, offsets, shape, dtype, channels_last, padding, stds)
-    return launch_scatter(grad_patches, offsets, image, padding, stds, backend)
+    return launch_scatter(grad_patches, offsets, how, backend)
 
 
 class _ScatterPatches(torch.autograd.Function):
     """`scatter_patches` where it must be differentiable itself: it is linear, and cutting patches is its transpose."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        grad_patches: Tensor,
-        offsets: Tensor,
-        image: ImageLike,
-        padding: str,
-        stds: list[float] | None,
-        backend: str,
-    ) -> Tensor:
+    def forward(ctx: Any, grad_patches: Tensor, offsets: Tensor, how: Scattering, backend: str) -> Tensor:
         ctx.save_for_backward(offsets)
         ctx.size, ctx.dtype = (grad_patches.shape[3], grad_patches.shape[4]), grad_patches.dtype
-        ctx.padding, ctx.stds = padding, stds
-        return scatter_patches(grad_patches, offsets, image, padding, stds, backend)
+        ctx.padding, ctx.stds = how.padding, how.stds
+        return scatter_patches(grad_patches, offsets, how, backend)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (offsets,) = ctx.saved_tensors
         patches = extract_patches(grad, offsets, ctx.size, padding=ctx.padding, std=ctx.stds, dtype=ctx.dtype)
-        return patches, None, None, None, None, None
+        return patches, None, None, None
 
 
 def read(image: Tensor, places: Tensor, how: Reading) -> tuple[Tensor, Tensor]:

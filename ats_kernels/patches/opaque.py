@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ats_kernels.patches.cells import CellMap
-from ats_kernels.patches.launch import ImageLike, Reading, empty_patches, launch, launch_scatter, read_by
+from ats_kernels.patches.launch import Reading, Scattering, empty_patches, launch, launch_scatter, read_by
 
 
 @torch.library.custom_op(
@@ -83,8 +83,8 @@ def scatter(
     stds: list[float] | None,
 ) -> Tensor:
     """The gradient of the image."""
-    image = ImageLike(shape, dtype, grad_patches.device, channels_last)
-    return launch_scatter(grad_patches, offsets.long(), image, padding, stds, "triton")
+    how = Scattering(shape, dtype, grad_patches.device, channels_last, padding, stds)
+    return launch_scatter(grad_patches, offsets.long(), how, "triton")
 
 
 @scatter.register_fake

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from ats_kernels.backend import backend_for, is_transformed, wants_graph
-from ats_kernels.checks import check_choice, check_flag, check_floating, check_log_probabilities, compute_dtype
+from ats_kernels.checks import (
+    check_choice,
+    check_drawn_features,
+    check_flag,
+    check_floating,
+    check_log_probabilities,
+    compute_dtype,
+)
 from ats_kernels.pooling.cpu import pool_cpu, pool_grad_cpu, pools_on_cpu, weigh_cpu, weighs_on_cpu
 from ats_kernels.pooling.weights import centred_coefficients, estimator_weights_lean, estimator_weights_ref
 
@@ -280,16 +287,7 @@ def expectation(
     check_flag("control_variate", control_variate)
     check_floating("features", features)
     backend = _check_log_attention(log_attention, replace=replace)
-    if features.ndim < 2 or features.shape[:2] != log_attention.shape:
-        raise ValueError(
-            f"features must be (B, N, …) with (B, N) = {tuple(log_attention.shape)} as log_attention has, got "
-            f"{tuple(features.shape)}; patches that went through a network as one batch need "
-            "features.unflatten(0, (B, N))"
-        )
-    if features.device != log_attention.device:
-        raise ValueError(
-            f"features are on {features.device} but log_attention is on {log_attention.device}; move one to the other"
-        )
+    check_drawn_features(features, "log_attention", log_attention)
     if is_transformed():
         dtype = compute_dtype(features.dtype, log_attention.dtype)
         weights = _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend="reference")
