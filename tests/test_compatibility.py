@@ -166,3 +166,27 @@ def test_what_an_exporter_sees_of_topk(monkeypatch):
     program = torch.export.export(Model("topk"), (torch.rand(2, 3, 20, 20), torch.randn(2, 5, 5)))
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not {name for name in operators if "ats_kernels" in name}
+
+
+def test_a_generator_that_is_passed_to_a_compiled_function():
+    """With graph breaks it draws as the plain call does; without, seeding the default generator is the way."""
+
+    def drawn(logits, generator):
+        return sample(2 * logits, 5, generator=generator, validate=False).indices
+
+    logits, generator = torch.randn(2, 300, generator=torch.Generator().manual_seed(0)), torch.Generator()
+    torch._dynamo.reset()
+    compiled = torch.compile(drawn, backend="aot_eager")
+    plain = [drawn(logits, generator.manual_seed(seed)) for seed in (1, 2)]
+    assert [torch.equal(compiled(logits, generator.manual_seed(seed)), plain[seed - 1]) for seed in (1, 2)] == [
+        True
+    ] * 2
+
+    torch._dynamo.reset()  # what was compiled with breaks would be found again
+    whole = torch.compile(drawn, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        whole(logits, generator)
+    torch.manual_seed(1)
+    expected = drawn(logits, None), drawn(logits, None)
+    torch.manual_seed(1)
+    assert all(torch.equal(whole(logits, None), indices) for indices in expected)
