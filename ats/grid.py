@@ -55,7 +55,7 @@ class Placement:
 
     @classmethod
     def padded(cls, stride: Any) -> "Placement":
-        """Of cells whose first is centred on the first pixel: odd kernels k padded by (k − 1)/2 and any strides.
+        """Where cells lie whose first is centred on the first pixel: odd kernels k padded by (k − 1)/2 and any strides.
 
         So are the feature maps of ResNet, MobileNet and EfficientNet, whose strides timm lists:
         ``[Placement.padded(stage["reduction"]) for stage in model.feature_info]``. Maps of patches (ViT, ConvNeXt,

@@ -45,7 +45,7 @@ def check_cause(name: str, images: object, result: Tensor) -> None:
 
 
 def _check_all(name: str, images: object) -> None:
-    """Of a tensor, or of each tensor in a sequence."""
+    """Check a tensor, or each tensor in a sequence."""
     if isinstance(images, Tensor):
         check_pixels(name, images)
     elif isinstance(images, list | tuple):

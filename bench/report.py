@@ -269,7 +269,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def driver_version() -> str:
-    """Of NVIDIA's driver, or "unknown"."""
+    """The version of NVIDIA's driver, or "unknown"."""
     if shutil.which("nvidia-smi") is None:
         return "unknown"
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -50,7 +50,7 @@ def test_background_of_a_slide(tmp_path):
         (None, [(200, 100, 50, 255), (100, 100, 100, 51), (0, 0, 0, 0)]),
     ):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(slides, "_opened", Slide)
+            patch.setattr(slides, "_open", Slide)
             source = ats.open_image(path, background=background)
             assert source.mpp == (0.25, 0.5)
             column = source.read(0, 0, 3, 32, 1)[:, [0, 16, 31], 0].T

@@ -27,7 +27,7 @@ from ats.datasets.mnist import Digits
 from ats.sources.image_source import Level, check_box
 
 SHADE, INHABITED_SHADE = 16, 24
-"""Of places, as bytes; glyphs are up to 255."""
+"""Brightness of places, as bytes; glyphs are up to 255."""
 
 FULL_SIZE = 32_768
 """Pixels a side, of which `n_noise` glyphs elsewhere are counted."""

@@ -37,7 +37,7 @@ CHECKSUMS = {
 }
 
 MOST_BYTES = 1 << 30
-"""Of an unpacked file: twenty times MNIST's largest, twice EMNIST's. A file of more is none of digits."""
+"""The most of an unpacked file: twenty times MNIST's largest, twice EMNIST's. A file of more is none of digits."""
 
 _PREFIX = {"train": "train", "test": "t10k"}
 
@@ -77,7 +77,7 @@ def read_idx(path: str | os.PathLike[str]) -> Tensor:
         ValueError: the file is truncated, damaged or not an IDX file of bytes.
     """
     path = user_path(path)
-    with _opened(path) as file:
+    with _open(path) as file:
         head = file.read(4)
         if len(head) < 4 or head[:3] != b"\0\0\x08":
             raise ValueError(f"{path} is not an IDX file of bytes: it starts with {head.hex(' ')}, not 00 00 08")
@@ -120,7 +120,7 @@ def fetch_mnist(folder: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _open(path: Path) -> Iterator[BinaryIO]:
     """A file's bytes, unpacked; damage that shows while they are read is an error that names the file."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -132,7 +132,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 def _checksum(path: Path) -> str:
     """SHA-256 of what a file unpacks to, no more of it than a set of digits can hold."""
     checksum, left = hashlib.sha256(), MOST_BYTES
-    with _opened(path) as file:
+    with _open(path) as file:
         while left > 0 and (part := file.read(1 << 20)):
             checksum.update(part)
             left -= len(part)

@@ -210,7 +210,7 @@ def measure_attention(sampling: AttentionSampling, output: Output, features: Ten
 
 
 def _cells(logits: Tensor, sample: PatchSample) -> int | Tensor:
-    """Of the grid, or where those of the images differ, of each image's own that can be drawn."""
+    """The number of the grid's, or where images' grids differ, of each image's own that can be drawn."""
     return logits[0].numel() if sample.grid_sizes is None else functional.live_cells(logits)
 
 

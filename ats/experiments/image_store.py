@@ -39,7 +39,7 @@ class ImageStore:
     ) -> None:
         self.manifest, self.config, self.data, self.name = manifest, config, data, name
         self._unread: list[str] = []
-        opened = [(row, source) for row in rows if (source := self._opened(row)) is not None]
+        opened = [(row, source) for row in rows if (source := self._open(row)) is not None]
         for row, source in opened:
             self._check(row, source)
         self.in_memory = self._fits_memory([source for _, source in opened])
@@ -83,7 +83,7 @@ class ImageStore:
         assert size is not None  # `_check_on_disk`
         return read_view(source, size=size, cache=self.data.cache)
 
-    def _opened(self, row: Row) -> ImageSource | None:
+    def _open(self, row: Row) -> ImageSource | None:
         try:
             return open_image(row.path, mpp=row.mpp)
         except (ValueError, OSError) as error:

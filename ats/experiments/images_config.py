@@ -42,8 +42,8 @@ class ImagesConfig(ImageConfig):
     cache: Path | None = None
     """Folder that keeps the views of images on disk from run to run. Default: a run keeps them in memory."""
     mean: tuple[float, ...] = ()
-    """Of the images, by channel, where a byte of 255 is 1 and other numbers are in their own unit: networks see (x −
-    mean) / std. Default: 0.5, of bytes."""
+    """Mean of the images, by channel, where a byte of 255 is 1 and other numbers are in their own unit: networks see
+    (x − mean) / std. Default: 0.5, of bytes."""
     std: tuple[float, ...] = ()
     """As mean. Default: 0.25, of bytes."""
     bands: int = 0
@@ -106,7 +106,7 @@ class ImagesConfig(ImageConfig):
                 raise ValueError(f"{manifest.path}: all training images have the value {float(values[0])}")
             found = replace(found, centre=float(values.mean()), spread=spread)
         if not self.bands:
-            sources = (_opened(row, manifest) for row in splits.rows("train"))
+            sources = (_open(row, manifest) for row in splits.rows("train"))
             found = replace(found, bands=next((each.channels for each in sources if each is not None), 3))
         return found
 
@@ -121,7 +121,7 @@ class ImagesConfig(ImageConfig):
         return image_networks(channels, self.mean or (0.5,) * channels, self.std or (0.25,) * channels)
 
 
-def _opened(row: Row, manifest: Manifest) -> ImageSource | None:
+def _open(row: Row, manifest: Manifest) -> ImageSource | None:
     """The image, or None where it cannot be opened, which reading it says again."""
     try:
         return open_image(row.path, mpp=row.mpp)

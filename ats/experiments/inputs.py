@@ -51,7 +51,7 @@ def answer(trained: TrainedModel, outputs: Tensor) -> str:
 
 
 def probabilities(trained: TrainedModel, outputs: Tensor) -> Sequence[float]:
-    """Of each class or label (C,); none of a value."""
+    """One for each class or label (C,); none for a value."""
     task = getattr(trained.config.data, "task", "classes")
     if task == "value":
         return []

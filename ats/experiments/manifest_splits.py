@@ -27,7 +27,7 @@ class Truth:
     classes: tuple[str, ...] = ()
 
     def values(self, rows: Sequence[Row]) -> Tensor:
-        """Of rows: classes (n,) int64, labels (n, C) float32 of 0 and 1, or values (n, 1) float32."""
+        """What rows say: classes (n,) int64, labels (n, C) float32 of 0 and 1, or values (n, 1) float32."""
         if self.task == "value":
             return torch.tensor([[float(row.label)] for row in rows], dtype=torch.float32, device="cpu").view(-1, 1)
         number = {name: index for index, name in enumerate(self.classes)}

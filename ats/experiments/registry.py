@@ -57,9 +57,11 @@ def from_dict(values: dict[str, Any]) -> ExperimentConfig:
         if not all(isinstance(values[name], dict) for name in (*sections, "data")):
             raise TypeError("a section is no object")
         sections["data"] = EXPERIMENTS[values["experiment"]].options
-        parts: dict[str, Any] = {name: section(**_typed(section, values[name])) for name, section in sections.items()}
+        parts: dict[str, Any] = {
+            name: section(**_restore_types(section, values[name])) for name, section in sections.items()
+        }
         rest = {name: value for name, value in values.items() if name not in sections and name != "experiment"}
-        config = ExperimentConfig(**_typed(ExperimentConfig, rest), **parts)
+        config = ExperimentConfig(**_restore_types(ExperimentConfig, rest), **parts)
         for part in (config, *parts.values()):
             _check_types(part)
         return config
@@ -90,8 +92,8 @@ def _allows(kind: Any, value: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _typed(section: type, values: dict[str, Any]) -> dict[str, Any]:
-    """What JSON has no type for."""
+def _restore_types(section: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Give values back the types that JSON has not."""
     hints = typing.get_type_hints(section)
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     paths = {

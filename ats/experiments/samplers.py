@@ -42,6 +42,6 @@ class EachOnce(Sampler[int]):
 
 
 def read_and_counted(indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Of what `EachOnce` gave: the images' indices, and which of them count."""
+    """Split what `EachOnce` gave: the images' indices, and which of them count."""
     counted = indices >= 0
     return torch.where(counted, indices, ~indices), counted

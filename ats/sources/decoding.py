@@ -83,7 +83,7 @@ def read_header(path: Path, *, keep_alpha: bool = False) -> Header:
         FileNotFoundError: there is no such file.
         ImageFileError: damaged, cut short, no image, or one that cannot be read without loss.
     """
-    with _opened(path) as image:
+    with _open(path) as image:
         return _header(path, image, keep_alpha)
 
 
@@ -99,7 +99,7 @@ def decode(path: Path, background: Colour | None = WHITE) -> np.ndarray[Any, np.
         FileNotFoundError: there is no such file.
         ImageFileError: as `read_header`, or larger than this machine's memory.
     """
-    with _opened(path) as image:
+    with _open(path) as image:
         header = _header(path, image, background is None)
         _check_memory(path, header)
         image.load()
@@ -180,7 +180,7 @@ def _no_pixel_limit() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator["Image"]:
+def _open(path: Path) -> Iterator["Image"]:
     """An open file; whatever Pillow raises about it becomes one error that names it."""
     module = pillow("Image")
     try:
@@ -238,20 +238,20 @@ def _header(path: Path, image: "Image", keep_alpha: bool) -> Header:
     transparent = image.mode in _ALPHA or "transparency" in image.info
     if image.mode in _GREY or image.mode in _COLOUR or image.mode in _ALPHA:
         if stored.bits > 8 or stored.signed:
-            raise _refused(path, image, f"{stored}, of which Pillow gives 8 unsigned bits")
+            raise _refusal(path, image, f"{stored}, of which Pillow gives 8 unsigned bits")
         channels = 1 if image.mode in (*_GREY, "LA", "La") else 3
         # A grey image whose transparency is one of its values is grey.
         return Header(height, width, channels + (transparent and keep_alpha), np.dtype(np.uint8), image.mode)
     dtype = _deep_dtype(image.mode, stored)
     if dtype is None:
-        raise _refused(path, image, f"{stored}, which cannot be read without loss")
+        raise _refusal(path, image, f"{stored}, which cannot be read without loss")
     if transparent:
-        raise _refused(path, image, f"{stored} and a transparent value, which is not supported")
+        raise _refusal(path, image, f"{stored} and a transparent value, which is not supported")
     return Header(height, width, 1, dtype, image.mode)
 
 
 def _deep_dtype(mode: str, stored: Stored) -> np.dtype[Any] | None:
-    """Of images of one deep channel; None where torch or Pillow has no such numbers."""
+    """The dtype of images of one deep channel; None where torch or Pillow has no such numbers."""
     if stored.inverted:
         return None
     if mode.startswith("I;16") and not stored.signed:
@@ -263,7 +263,7 @@ def _deep_dtype(mode: str, stored: Stored) -> np.dtype[Any] | None:
     return None
 
 
-def _refused(path: Path, image: "Image", what: str) -> ImageFileError:
+def _refusal(path: Path, image: "Image", what: str) -> ImageFileError:
     return ImageFileError(f"{path} of mode {image.mode} holds {what}; {_RASTERIO}, or convert it to 8 bits yourself")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ats.sources.decoding import ImageFileError
 
 DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.float16, torch.float32, torch.float64)
-"""Of images that can be sampled from; others would have to be converted, which is the user's choice."""
+"""Those of images that can be sampled from; others would have to be converted, which is the user's choice."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def _choose(path: Path) -> str:
             f"{path} is an array, whose axes have no names: load it with numpy.load(path, mmap_mode='r') and pass it "
             "to ats.sources.from_arrays"
         )
-    backends = _suited(suffix, read_tiff_header(path))
+    backends = _backends_for(suffix, read_tiff_header(path))
     for backend in backends:
         if _installed(backend) and not (backend == "openslide" and len(backends) > 1 and not is_slide(path)):
             return backend
@@ -75,7 +75,7 @@ def _choose(path: Path) -> str:
     raise ModuleNotFoundError(f"{path} needs {' or '.join(missing)}, which is not installed: {ways}")
 
 
-def _suited(suffix: str, tiff: TiffHeader | None) -> tuple[str, ...]:
+def _backends_for(suffix: str, tiff: TiffHeader | None) -> tuple[str, ...]:
     """Readers that give the same pixels of level 0, but for the rounding of JPEG's colours; the best first."""
     if suffix in _SLIDES:
         return ("openslide",)

@@ -16,7 +16,7 @@ from ats.sources.file_source import FileSource
 from ats.sources.image_source import Level, check_box, check_unchanged, file_fingerprint
 
 KEPT_BYTES = 256 << 20
-"""Of decoded images that a process keeps, the last one whatever its size."""
+"""Decoded images that a process keeps, the last one whatever its size."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -34,7 +34,7 @@ class _Datasets:
     def level(self, level: int) -> Any:
         if level not in self._opened:
             check_unchanged(self._source.path, self._source.fingerprint)
-            self._opened[level] = _opened(self._source.path, self._source.overviews[level])
+            self._opened[level] = _open(self._source.path, self._source.overviews[level])
         return self._opened[level]
 
     def close(self) -> None:
@@ -79,19 +79,19 @@ def open_raster(path: Path, *, mpp: tuple[float, float] | None, background: Colo
         ValueError: damaged, no raster, or of numbers that would have to be converted.
     """
     fingerprint = file_fingerprint(path)
-    with _opened(path, None) as dataset:
+    with _open(path, None) as dataset:
         bands, size = dataset.count, Level(dataset.height, dataset.width)
         if not bands:
             raise ImageFileError(f"{path} holds no bands of its own; name one of its parts: {dataset.subdatasets[:3]}")
         dtype = _dtype(path, dataset.dtypes)
         alpha = bands > 1 and dataset.colorinterp[-1].name == "alpha"
-        own_mpp = _projected(dataset)
+        own_mpp = _read_mpp(dataset)
         n_overviews = len(dataset.overviews(1))
     levels: list[Level] = [size]
     overviews: list[int | None] = [None]
     found = []
     for number in range(n_overviews):
-        with _opened(path, number) as dataset:
+        with _open(path, number) as dataset:
             found.append((dataset.height, dataset.width, number))
     for height, width, number in sorted(found, reverse=True):
         if _same_picture(size, height, width) and height < levels[-1].height and width < levels[-1].width:
@@ -123,7 +123,7 @@ def _rasterio() -> Any:
     return needed("rasterio", "rasterio", "satellite", "rasters")
 
 
-def _opened(path: Path, overview: int | None) -> Any:
+def _open(path: Path, overview: int | None) -> Any:
     rasterio = _rasterio()
     options = {} if overview is None else {"overview_level": overview}
     if "GDAL_CACHEMAX" not in os.environ:
@@ -148,7 +148,7 @@ def _dtype(path: Path, dtypes: tuple[str, ...]) -> torch.dtype:
     return known[dtypes[0]]
 
 
-def _projected(dataset: Any) -> tuple[float, float] | None:
+def _read_mpp(dataset: Any) -> tuple[float, float] | None:
     """Micrometres a pixel where the projection is in a unit of length."""
     if dataset.crs is None or not dataset.crs.is_projected:
         return None

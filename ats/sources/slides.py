@@ -21,7 +21,7 @@ _AT_ONCE = 4096
 
 _PIXELS_AT_ONCE = 1 << 22
 _CACHE_BYTES = 32 << 20
-"""Of decoded tiles that a process keeps."""
+"""Decoded tiles that a process keeps."""
 
 _lock = threading.Lock()
 _caches: dict[int, Any] = {}
@@ -43,7 +43,7 @@ class SlideSource(FileSource):
     bounds: tuple[int, int, int, int] | None
 
     def _open_handle(self) -> Any:
-        return _opened(self.path)
+        return _open(self.path)
 
     def _read(self, opened: Any, level: int, top: int, left: int, height: int, width: int) -> Tensor:
         step, number = self.steps[level], self.numbers[level]
@@ -85,7 +85,7 @@ def open_slide(path: Path, *, mpp: tuple[float, float] | None, background: Colou
             "pip install 'torch-ats[satellite]', then ats.open_image(path, backend='rasterio')"
         )
     fingerprint = file_fingerprint(path)
-    slide = _opened(path)
+    slide = _open(path)
     try:
         properties = dict(slide.properties)
         sizes, downsamples = slide.level_dimensions, slide.level_downsamples
@@ -140,7 +140,7 @@ def _cache(openslide: Any) -> Any:
         return _caches[process]
 
 
-def _opened(path: Path) -> Any:
+def _open(path: Path) -> Any:
     openslide = _openslide()
     try:
         slide = openslide.OpenSlide(str(path))

@@ -13,7 +13,7 @@ _MOST_ENTRIES = 4096
 
 @dataclass(frozen=True)
 class TiffHeader:
-    """Of the first image of a TIFF.
+    """What the header says of the first image of a TIFF.
 
     Attributes:
         height, width: pixels.

@@ -13,7 +13,7 @@ from ats_kernels import area_downsample
 from ats_kernels.checks import check_number, check_pair
 
 STRIP_BYTES = 32 << 20
-"""Of what is read at once, and of the means of a strip's rows."""
+"""The most that is read at once, and that the means of a strip's rows take."""
 
 _TILE_ROWS = 1024
 """Rows of a strip of a wide image, which is read in blocks: some tiles high, so that few are decoded twice."""

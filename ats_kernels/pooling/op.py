@@ -36,6 +36,11 @@ ESTIMATORS = ("ordered", "unordered")
 
 
 def expectation_ref(features: Tensor, weights: Tensor) -> Tensor:
+    """The op in plain PyTorch, given the weights: what kernels are compared with. Arguments as `_weighted_sum`'s."""
+    return _weighted_sum(features, weights)
+
+
+def _weighted_sum(features: Tensor, weights: Tensor) -> Tensor:
     """Σ_k w_k f_k over dim 1: features (B, N, …), weights (B, N) -> (B, …), accumulated in float32 or float64."""
     flat = _flat(features).to(weights.dtype)  # (B, N, D)
     pooled = torch.bmm(weights.unsqueeze(1), flat)  # (B, 1, D)
@@ -86,7 +91,7 @@ class _Expectation(torch.autograd.Function):
             dtype = compute_dtype(features.dtype, log_attention.dtype)
             weights = _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend=backend)
             with _without_autocast(features):
-                pooled = expectation_ref(features, weights)
+                pooled = _weighted_sum(features, weights)
         ctx.save_for_backward(features, log_attention, weights)
         return pooled
 
@@ -292,7 +297,7 @@ def expectation(
         dtype = compute_dtype(features.dtype, log_attention.dtype)
         weights = _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend="reference")
         with _without_autocast(features):
-            return expectation_ref(features, _grown_weights(weights, log_attention))
+            return _weighted_sum(features, _grown_weights(weights, log_attention))
     return _Expectation.apply(features, log_attention, replace, estimator, control_variate, backend)
 
 

@@ -256,7 +256,7 @@ def slice_size(block: int) -> int:
 
 
 def _blocks_a_program(n_blocks: int, block: int) -> int:
-    """Of pass 1: 4,096 logits, on large maps 8,192, which keeps its chunks countable by one program."""
+    """Those of pass 1: 4,096 logits, on large maps 8,192, which keeps its chunks countable by one program."""
     return min(triton.next_power_of_2(n_blocks), (8192 if block == 512 else 4096) // block)
 
 

@@ -18,14 +18,14 @@ _SIZES = (
 
 @triton.jit
 def _bin_length(rest, length, bins):
-    """Of a bin that begins ``rest / bins`` into a pixel: ⌈(rest + length) / bins⌉, without a division a bin."""
+    """Pixels of a bin that begins ``rest / bins`` into a pixel: ⌈(rest + length) / bins⌉, without a division a bin."""
     beyond = rest + length % bins
     return length // bins + (beyond > 0).to(tl.int32) + (beyond > bins).to(tl.int32)
 
 
 @triton.jit
 def _next_rest(rest, length, bins):
-    """Of the bin after."""
+    """How far into a pixel the bin after begins, times ``bins``."""
     beyond = rest + length % bins
     return tl.where(beyond >= bins, beyond - bins, beyond)
 

@@ -191,7 +191,7 @@ def fwd_tile(in_width: int, out_width: int, interleaved: int, unit: int, item: i
 
 
 def rows_in_flight(rows: int, tile: Tile, item: int, unit: int, contiguous: bool) -> int:
-    """Of a bin's rows, those that a thread loads its elements of before it adds up: a power of two, 4 at most, in 64
+    """How many of a bin's rows a thread loads its elements of before it adds up: a power of two, 4 at most, in 64
     registers. Few rows that a bin does not have are then passed over, and bins of any height share a variant."""
     held = max(item, 4 if unit * item < 4 else 1) if contiguous else 8  # bytes an element: its value, or its address
     elements = tile.block_w // (32 * tile.num_warps)

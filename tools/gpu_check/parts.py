@@ -39,7 +39,7 @@ class Setting:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """Of tests: interpreted or not, whatever this process was told."""
+        """What tests run under: interpreted or not, whatever this process was told."""
         return {"TRITON_INTERPRET": "1" if self.interpreted else "0", "OMP_NUM_THREADS": "1"}
 
 

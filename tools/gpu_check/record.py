@@ -54,7 +54,7 @@ class Record:
     stopped: str = ""  # why it ended early
 
     def groups(self) -> list[dict[str, Any]]:
-        """Of all benchmarks; of one that ran twice the later."""
+        """Those of all benchmarks; of one that ran twice the later."""
         return list({group["name"]: group for part in self.parts for group in part.groups}.values())
 
     def as_dict(self) -> dict[str, Any]:

@@ -50,14 +50,14 @@ def curve_of(config: ExperimentConfig) -> list[dict[str, Any]]:
 
 def entropies(folder: Path) -> dict[int, float]:
     """The attention's entropy by step, as a run logged it, in nats."""
-    return _logged(folder, "train/entropy")
+    return _read_metric(folder, "train/entropy")
 
 
 def _losses(folder: Path) -> dict[int, float]:
-    return _logged(folder, "train/loss")
+    return _read_metric(folder, "train/loss")
 
 
-def _logged(folder: Path, name: str) -> dict[int, float]:
+def _read_metric(folder: Path, name: str) -> dict[int, float]:
     """A metric by step, from the logs of all starts of a run; where two have a step, the later start's counts."""
     found = {}
     logs = sorted((folder / "csv").glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:]))
