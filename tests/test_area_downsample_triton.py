@@ -55,10 +55,11 @@ def test_channels(channels, layout, device):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("image_size", "size"), [((3, 700), (2, 90)), ((40, 300), (2, 2)), ((2, 5000), (1, 2)), ((19, 4100), (1, 1))]
+    ("image_size", "size"),
+    [((3, 700), (2, 90)), ((3, 2064), (2, 130)), ((40, 300), (2, 2)), ((2, 5000), (1, 2)), ((19, 4100), (1, 1))],
 )
 def test_many_tiles_and_wide_bins(image_size, size, dtype, device):
-    """Several programs to a row, bins of many rows, bins wider than a tile."""
+    """Several programs to a row, rows of 16-byte loads, bins of many rows, bins wider than a tile."""
     for layout in ("contiguous", "channels-last"):
         image = LAYOUTS[layout](values(1, 2, *image_size, dtype=dtype)).to(device)
         assert_close(area_downsample(image, size).cpu(), slow_view(image.cpu(), size))
