@@ -28,7 +28,7 @@ from ats.pooling import estimate_pooled, pool
 from ats.reading import read_cells
 from ats.samples import BoxSample, CellSample, PatchSample, Selection
 from ats_kernels import area_downsample, estimator_weights, expectation
-from ats_kernels.checks import Normalisation, check_count, check_pair, check_tensor
+from ats_kernels.checks import Normalisation, Padding, check_count, check_pair, check_tensor
 from ats_kernels.pixels import blames_pixels
 from ats_kernels.plausible import check_strip
 
@@ -69,7 +69,7 @@ def sample_patches(
     grid_sizes: Sequence[tuple[int, int]] | None = None,
     receptive_field: int | Placement = 0,
     view_size: Sizes | None = None,
-    padding: str = "zeros",
+    padding: Padding = "zeros",
     mean: Normalisation = None,
     std: Normalisation = None,
     dtype: torch.dtype | None = None,
@@ -137,7 +137,7 @@ def read_patches(
     *,
     receptive_field: int | Placement = 0,
     view_size: Sizes | None = None,
-    padding: str = "zeros",
+    padding: Padding = "zeros",
     mean: Normalisation = None,
     std: Normalisation = None,
     dtype: torch.dtype | None = None,
@@ -189,7 +189,7 @@ def extract_cells(
     grid_sizes: GridSizes = None,
     view_size: Sizes | None = None,
     receptive_field: int | Placement = 0,
-    padding: str = "zeros",
+    padding: Padding = "zeros",
     mean: Normalisation = None,
     std: Normalisation = None,
     dtype: torch.dtype | None = None,

@@ -13,7 +13,7 @@ from ats.batches import GridSizes, Images, Maps, Sizes
 from ats.draw_options import DrawOptions
 from ats.grid import Placement
 from ats.samples import CellSample, Estimator, PatchSample, Selection
-from ats_kernels.checks import Normalisation, check_choice, check_count, check_flag, check_pair
+from ats_kernels.checks import Normalisation, Padding, check_choice, check_count, check_flag, check_pair
 from ats_kernels.patches.op import PADDINGS
 from ats_kernels.pooling.op import check_estimator
 
@@ -31,7 +31,7 @@ class SamplePatches(DrawOptions):
         selection: Selection = "sample",
         allow_fewer: bool | None = None,
         receptive_field: int | Placement = 0,
-        padding: str = "zeros",
+        padding: Padding = "zeros",
         mean: Normalisation = None,
         std: Normalisation = None,
         dtype: torch.dtype | None = None,
@@ -70,12 +70,12 @@ class SamplePatches(DrawOptions):
         self._patch_size = check_pair("patch_size", value)
 
     @property
-    def padding(self) -> str:
+    def padding(self) -> Padding:
         """What is read outside an image: "zeros" or "edge"."""
         return self._padding
 
     @padding.setter
-    def padding(self, value: str) -> None:
+    def padding(self, value: Padding) -> None:
         check_choice("padding", value, PADDINGS)
         self._padding = value
 

@@ -25,7 +25,7 @@ from ats.pooling import pool
 from ats.regions import Reading
 from ats.samples import BoxSample, CellSample, Estimator, PatchSample, Selection
 from ats.zoom import Zoom
-from ats_kernels.checks import Normalisation, check_count
+from ats_kernels.checks import Normalisation, Padding, check_count
 from ats_kernels.pixels import blames_pixels, check_cause
 
 
@@ -66,7 +66,7 @@ class NestedAttentionSampling(NestedLevels, DrawOptions, EstimatorOption):
         estimator: Estimator = "ordered",
         control_variate: bool = False,
         positions: bool = False,
-        padding: str = "zeros",
+        padding: Padding = "zeros",
         mean: Normalisation = None,
         std: Normalisation = None,
         dtype: torch.dtype | None = None,

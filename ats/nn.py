@@ -19,7 +19,7 @@ from ats.probe import resolve_placement
 from ats.samples import CellSample, Estimator, PatchSample, Selection
 from ats.zoom import Zoom
 from ats_kernels.backend import is_transformed
-from ats_kernels.checks import Normalisation, check_count
+from ats_kernels.checks import Normalisation, Padding, check_count
 from ats_kernels.pixels import blames_pixels, check_cause
 from ats_kernels.pooling.op import check_estimator
 
@@ -68,7 +68,7 @@ class AttentionSampling(EstimatorOption):
         control_variate: bool = False,
         receptive_field: int | Placement | str | None = None,
         positions: bool = False,
-        padding: str = "zeros",
+        padding: Padding = "zeros",
         mean: Normalisation = None,
         std: Normalisation = None,
         dtype: torch.dtype | None = None,

@@ -14,7 +14,7 @@ from ats.batches import Size, Sizes, each_size, size_of
 from ats.grid import Placement, make_grid
 from ats.sources.image_source import ImageSource
 from ats.sources.reading import Box, read_boxes
-from ats_kernels.checks import Normalisation, bits, check_choice, check_normalisation, output_dtype
+from ats_kernels.checks import Normalisation, Padding, bits, check_choice, check_normalisation, output_dtype
 from ats_kernels.patches.launch import Reading
 from ats_kernels.patches.op import PADDINGS, read
 
@@ -28,7 +28,7 @@ def read_cells(
     grid_sizes: Sequence[Size] | None = None,
     view_size: Sizes | None = None,
     receptive_field: int | Placement = 0,
-    padding: str = "zeros",
+    padding: Padding = "zeros",
     mean: Normalisation = None,
     std: Normalisation = None,
     dtype: torch.dtype | None = None,
@@ -88,7 +88,7 @@ def _read_sources(
     sources: Sequence[ImageSource],
     offsets: Tensor,  # (S, N, 2) in host memory
     patch_size: Size,
-    padding: str,
+    padding: Padding,
     mean: Normalisation,
     std: Normalisation,
     dtype: torch.dtype | None,

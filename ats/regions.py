@@ -12,7 +12,7 @@ from torch import Tensor
 from ats.batches import Images, size_of
 from ats.sources import ImageSource, read_boxes
 from ats_kernels import area_downsample, extract_patches
-from ats_kernels.checks import Normalisation, compute_dtype, output_dtype
+from ats_kernels.checks import Normalisation, Padding, compute_dtype, output_dtype
 
 AT_ONCE = 64 << 20
 """Bytes of full resolution that are held at once to make views of."""
@@ -21,7 +21,7 @@ AT_ONCE = 64 << 20
 class Reading(NamedTuple):
     """How pixels are read: as in `ats.read_patches`."""
 
-    padding: str = "zeros"
+    padding: Padding = "zeros"
     mean: Normalisation = None
     std: Normalisation = None
     dtype: torch.dtype | None = None

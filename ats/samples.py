@@ -22,12 +22,12 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from ats._files import write_whole
 from ats.paths import user_path
 from ats_kernels import estimator_weights
+from ats_kernels.checks import Estimator as Estimator
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of typing from Python 3.11 on
 
 Selection = Literal["sample", "topk"]
-Estimator = Literal["ordered", "unordered"]
 
 
 class PatchTable(list[dict[str, int | float]]):

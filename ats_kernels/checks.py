@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ IMAGE_DTYPES = (
 
 _ARRAYS = (np.ndarray, Tensor)  # a union of them is nothing that torch.compile can trace
 
+Padding = Literal["zeros", "edge"]
+Estimator = Literal["ordered", "unordered"]
 Normalisation = float | Sequence[float] | np.ndarray | Tensor | None
 
 

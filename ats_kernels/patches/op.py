@@ -5,7 +5,7 @@
 put in after normalisation, or the nearest pixel.
 """
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ats_kernels import advice
 from ats_kernels.backend import wants_graph
 from ats_kernels.checks import (
     Normalisation,
+    Padding,
     check_choice,
     check_image,
     check_normalisation,
@@ -25,7 +26,7 @@ from ats_kernels.checks import (
 from ats_kernels.patches.cells import CellMap
 from ats_kernels.patches.launch import Reading, Scattering, launch, launch_scatter, read_by
 
-PADDINGS = ("zeros", "edge")
+PADDINGS = get_args(Padding)
 
 
 def _extract(image: Tensor, places: Tensor, how: Reading, backend: str) -> tuple[Tensor, Tensor]:
@@ -101,7 +102,7 @@ def extract_patches(
     offsets: Tensor,
     patch_size: int | tuple[int, int],
     *,
-    padding: str = "zeros",
+    padding: Padding = "zeros",
     mean: Normalisation = None,
     std: Normalisation = None,
     dtype: torch.dtype | None = None,
@@ -150,7 +151,7 @@ def extract_cells(
     columns: tuple[int, int, int],
     patch_size: int | tuple[int, int],
     *,
-    padding: str = "zeros",
+    padding: Padding = "zeros",
     mean: Normalisation = None,
     std: Normalisation = None,
     dtype: torch.dtype | None = None,
@@ -189,7 +190,7 @@ def extract_cells(
 def _check_reading(
     image: Tensor,
     patch_size: int | tuple[int, int],
-    padding: str,
+    padding: Padding,
     mean: Normalisation,
     std: Normalisation,
     dtype: torch.dtype | None,

@@ -15,13 +15,14 @@ derivative of Φ̂'s formula, whose expectation is another quantity.
 
 import contextlib
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ats_kernels.backend import backend_for, is_transformed, wants_graph
 from ats_kernels.checks import (
+    Estimator,
     check_choice,
     check_drawn_features,
     check_flag,
@@ -32,7 +33,7 @@ from ats_kernels.checks import (
 from ats_kernels.pooling.cpu import pool_cpu, pool_grad_cpu, pools_on_cpu, weigh_cpu, weighs_on_cpu
 from ats_kernels.pooling.weights import centred_coefficients, estimator_weights_lean, estimator_weights_ref
 
-ESTIMATORS = ("ordered", "unordered")
+ESTIMATORS = get_args(Estimator)
 
 
 def expectation_ref(features: Tensor, weights: Tensor) -> Tensor:
@@ -232,7 +233,7 @@ def _centre_triton(inner: Tensor, weights: Tensor, log_attention: Tensor, *, rep
     return coefficients_triton(inner, weights, log_attention, replace=replace, estimator=estimator)
 
 
-def estimator_weights(log_attention: Tensor, *, replace: bool = False, estimator: str = "ordered") -> Tensor:
+def estimator_weights(log_attention: Tensor, *, replace: bool = False, estimator: Estimator = "ordered") -> Tensor:
     """The weights w with which `expectation` pools features; constants to autograd.
 
     Args:
@@ -261,7 +262,7 @@ def expectation(
     log_attention: Tensor,
     *,
     replace: bool = False,
-    estimator: str = "ordered",
+    estimator: Estimator = "ordered",
     control_variate: bool = False,
 ) -> Tensor:
     """Pool the features of drawn cells into an unbiased estimate of Σ_i a_i f_i over all cells.

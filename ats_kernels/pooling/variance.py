@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ats_kernels.checks import check_floating, check_log_probabilities
+from ats_kernels.checks import Estimator, check_floating, check_log_probabilities
 from ats_kernels.pooling.op import check_estimator
 from ats_kernels.pooling.unordered import quadrature
 from ats_kernels.pooling.weights import mass_before
@@ -40,7 +40,9 @@ class Estimate(NamedTuple):
     variance: Tensor  # (B, …), of each component
 
 
-def estimate(features: Tensor, log_attention: Tensor, *, replace: bool = False, estimator: str = "ordered") -> Estimate:
+def estimate(
+    features: Tensor, log_attention: Tensor, *, replace: bool = False, estimator: Estimator = "ordered"
+) -> Estimate:
     """Estimate Σ_i a_i f_i from drawn cells as `ats.expectation` does, with an unbiased estimate of the variance.
 
     Nothing of it is differentiable. Any linear function of the features, e.g. class logits, may stand in their place.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ats.samples import Estimator
 from ats_kernels import estimator_weights, expectation
 
 
@@ -25,7 +26,7 @@ class Method:
 
     label: str
     replace: bool = False
-    estimator: str = "ordered"
+    estimator: Estimator = "ordered"
     gradient: str = "library"
     control_variate: bool = False
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from ats.datasets.megapixel_mnist import N_CLASSES, MegapixelMNIST
 from ats.datasets.mnist import load_digits
 from ats.experiments.study.methods import released_coefficients
 from ats.models.megapixel_mnist import NETWORKS
+from ats.samples import Estimator
 
 FORMULAS = ("ordered", "released", "unordered", "unordered-centred")
 _NETWORKS = NETWORKS["modern"]
@@ -91,7 +92,9 @@ def pool(formula: str, features: Tensor, log_attention: Tensor) -> Tensor:
     if formula == "released":
         return _Released.apply(features, log_attention)
     estimator, _, centred = formula.partition("-")
-    return ats.expectation(features, log_attention, estimator=estimator, control_variate=bool(centred))
+    return ats.expectation(
+        features, log_attention, estimator=cast("Estimator", estimator), control_variate=bool(centred)
+    )
 
 
 class _Model(nn.Module):
