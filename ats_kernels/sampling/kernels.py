@@ -1,12 +1,13 @@
-"""Triton kernels of `sample`'s forward: what a row's blocks hold, and the draw of a row of a small map.
+"""Triton kernels of `sample`'s forward: what a row's blocks hold, and what its draws are made of.
 
-`statistics_kernel`, then `draw_kernel`; `repeats_kernel` turns what they draw into a draw with replacement. Large maps
-and many draws take the kernels of `sample_kernels_large` in place of `draw_kernel`, built from the functions here.
+`statistics_kernel`, then `draw_kernel` of `kernels_draw`. Large maps and many draws take the kernels of `kernels_large`
+in its place, and `repeats_kernel`, which turns what they draw into a draw with replacement. All are built from the
+functions here.
 
-Precision: sums over a block are float32 (float64 with replacement, where the order of the draws rests on the total),
-taken relative to the block's largest logit. Totals, ring times and log a are float64, and so is the sum over the block
-(on large maps the program's blocks) of the row's largest logit less its own 1: log a and 1 − a keep a relative
-precision of about 1e-6 however near 1 a is. No atomics; deterministic.
+Precision: sums over a block are float32 (on large maps float64 with replacement, where the order of the draws rests on
+the total), taken relative to the block's largest logit. What is left of a row beside its largest logit is summed
+without that one's own 1, and nothing cancels: log a and 1 − a keep a relative precision of about 1e-6 however near 1 a
+is, in float32 on small maps and in float64 on large ones. No atomics; deterministic.
 """
 
 import triton
@@ -28,35 +29,41 @@ FLOOR = tl.constexpr(-104.0)  # exp is 0 in float32 from here down
 
 
 @triton.jit
-def _uniform(seed, index, row, STREAM: tl.constexpr):
-    """float64 in [2^-54, 1 − 2^-53]; see philox.uniform. Literals are float32, so these are powers of two."""
+def random_words(seed, index, row, STREAM: tl.constexpr):
+    """Words of 32 random bits and of 21, from which a random number is made; see philox.py."""
     zero = index * 0
     word_0, word_1, word_2, word_3 = tl.philox(seed, index >> 1, zero + row, zero + STREAM, zero)
     odd = (index & 1) == 1
-    high = tl.where(odd, word_2, word_0)
-    low = tl.where(odd, word_3, word_1)
-    u = high.to(tl.float64) * 2.0**-32 + (low >> 11).to(tl.float64) * 2.0**-53 + 2.0**-54
-    return u - (u >= 1.0).to(tl.float64) * 2.0**-53
+    return tl.where(odd, word_2, word_0), tl.where(odd, word_3, word_1) >> 11
 
 
 @triton.jit
-def _log1p(x):
-    """log(1 + x) of float64 x > −1 to full relative precision."""
+def uniform(seed, index, row, STREAM: tl.constexpr, DTYPE: tl.constexpr = tl.float64):
+    """In [2^-54, 1 − 2^-53]; see philox.uniform. In float32 rounded, to 1 perhaps. Literals are float32, so
+    these are powers of two."""
+    high, low = random_words(seed, index, row, STREAM)
+    u = high.to(DTYPE) * 2.0**-32 + low.to(DTYPE) * 2.0**-53 + 2.0**-54
+    return u - (u >= 1.0).to(DTYPE) * 2.0**-53
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) of x > −1 to full relative precision."""
     y = 1.0 + x
     rounded = y - 1.0
     return tl.where(rounded == 0.0, x, tl.log(y) * (x / tl.where(rounded == 0.0, 1.0, rounded)))
 
 
 @triton.jit
-def _log_exponential(seed, index, row, STREAM: tl.constexpr):
+def log_exponential(seed, index, row, STREAM: tl.constexpr):
     """The logarithm of an exponential variable, float64; see philox.log_exponential."""
-    return tl.log(-_log1p(-_uniform(seed, index, row, STREAM)))
+    return tl.log(-log1p(-uniform(seed, index, row, STREAM)))
 
 
 @triton.jit
 def block_times(seed, block, row, peak, top, total):
     """Log times at which blocks first ring, from their largest logits and their sums of exponentials."""
-    return _log_exponential(seed, block, row, BLOCKS_STREAM) - (peak - top) - tl.log(total)
+    return log_exponential(seed, block, row, BLOCKS_STREAM) - (peak - top) - tl.log(total)
 
 
 @triton.jit
@@ -66,8 +73,8 @@ def ring_times(z, top, seed, block, cell, row):
     largest = tl.max(log_mass, 1)
     largest = tl.where(largest == -float("inf"), 0.0, largest)
     total = tl.sum(tl.exp(log_mass - largest[:, None]), 1)
-    block_time = _log_exponential(seed, block, row, BLOCKS_STREAM) - (tl.log(total) + largest)
-    alone = _log_exponential(seed, cell, row, CELLS_STREAM) - log_mass
+    block_time = log_exponential(seed, block, row, BLOCKS_STREAM) - (tl.log(total) + largest)
+    alone = log_exponential(seed, cell, row, CELLS_STREAM) - log_mass
     first = tl.min(alone, 1)
     first = tl.where(first == float("inf"), 0.0, first)
     excess = alone + tl.log(1.0 - tl.exp(first[:, None] - alone))
@@ -133,21 +140,38 @@ def statistics_kernel(
 
 
 @triton.jit
-def load_entries(entries_ptr, stride_entries, row, entry, n_entries):
-    """Largest logits, sums and slopes of a row's blocks or chunks, float64."""
+def load_entries(entries_ptr, stride_entries, row, entry, n_entries, DTYPE: tl.constexpr = tl.float64):
+    """Largest logits, sums and slopes of a row's blocks or chunks."""
     at = entries_ptr + row * n_entries + entry
     valid = entry < n_entries
-    peak = tl.load(at, mask=valid, other=-float("inf")).to(tl.float64)
-    total = tl.load(at + stride_entries, mask=valid, other=0.0).to(tl.float64)
-    slope = tl.load(at + 2 * stride_entries, mask=valid, other=0.0).to(tl.float64)
+    peak = tl.load(at, mask=valid, other=-float("inf")).to(DTYPE)
+    total = tl.load(at + stride_entries, mask=valid, other=0.0).to(DTYPE)
+    slope = tl.load(at + 2 * stride_entries, mask=valid, other=0.0).to(DTYPE)
     return peak, total, slope
 
 
 @triton.jit
+def _exp_of_difference(a, b):
+    """exp(a − b) for a ≤ b to the relative precision of the dtype, 0 below e^−104 in float32, however far they are."""
+    if a.dtype == tl.float64:
+        return tl.exp(a - b)
+    difference = a - b
+    above = difference - a
+    lost = (a - (difference - above)) - (b + above)  # what the subtraction rounded off (Knuth)
+    lost = tl.where(difference > FLOOR, lost, 0.0)
+    difference = tl.maximum(difference, FLOOR)
+    # A power of 2 and a small rest: a product with log2(e) alone would lose what the difference has before its point.
+    power = tl.floor(difference * 1.4426950408889634 + 0.5)
+    rest = ((difference - power * 0.693359375) + power * 2.1219444005469057e-4) + lost
+    return tl.exp2(power) * tl.exp(rest)
+
+
+@triton.jit
 def row_totals(logits_row, peak, total, slope, entry, top, cells, SPAN: tl.constexpr, TILE: tl.constexpr):
-    """log Σ exp(z − top) and the entropy of a row, from its entries of SPAN cells; NaN where the row is bad."""
+    """log Σ exp(z − top) and the entropy of a row, from its entries of SPAN cells; NaN where the row is bad. In the
+    entries' dtype: nothing in it cancels."""
     below = peak - top
-    weight = tl.exp(below)
+    weight = _exp_of_difference(peak, top)
     share = weight * total
     spread = tl.sum(weight * slope + share * tl.where(share > 0.0, below, 0.0), 0)
     top_entry = tl.min(tl.where(peak == top, entry, 2147483647), 0)
@@ -158,11 +182,11 @@ def row_totals(logits_row, peak, total, slope, entry, top, cells, SPAN: tl.const
     ties = 0
     for start in range(0, SPAN, TILE):
         cell = top_cell + start + tl.arange(0, TILE)
-        z = tl.load(logits_row + cell, mask=cell < cells, other=-float("inf")).to(tl.float64)
-        rest += tl.sum(tl.where(z == top, 0.0, tl.exp(z - top)), 0)
+        z = tl.load(logits_row + cell, mask=cell < cells, other=-float("inf")).to(peak.dtype)
+        rest += tl.sum(tl.where(z == top, 0.0, _exp_of_difference(z, top)), 0)
         ties += tl.sum((z == top).to(tl.int32), 0)
     rest += ties - 1
-    log_total = _log1p(rest)
+    log_total = log1p(rest)
     return log_total, log_total - spread / (1.0 + rest)
 
 
@@ -195,7 +219,7 @@ def store_draw(
     """Store the draw of one row from its picked cells, each at its rank, and poison in place of it unless those needed
     have mass."""
     draw = tl.arange(0, DRAWS)
-    z = tl.load(logits_row + picked, mask=(draw < n_draws) & (picked < cells), other=-float("inf")).to(tl.float64)
+    z = tl.load(logits_row + picked, mask=(draw < n_draws) & (picked < cells), other=-float("inf")).to(top.dtype)
     missing = tl.sum(((rank < needed) & (draw < n_draws) & (z == -float("inf"))).to(tl.int32), 0)
     bad = (missing > 0) | (log_total != log_total)
     at = row * n_draws + rank
@@ -210,118 +234,27 @@ def store_draw(
 
 
 @triton.jit
-def _repeat(
-    seed, distinct_ptr, distinct_log_attention_ptr, indices_ptr, log_attention_ptr, row, n_distinct, n_draws,
-    PADDED: tl.constexpr,
+def repeat(
+    seed, attention, more, distinct_ptr, distinct_log_attention_ptr, indices_ptr, log_attention_ptr, row, n_distinct,
+    n_draws, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Turn one row's distinct cells in the order they first come into n_draws with replacement; see repeats in
-    draws.py."""
-    cell = tl.arange(0, PADDED)
+    draws.py. In the dtype of their `attention` (PADDED,); `more`: another follows that can come. Returns how near
+    (PADDED,) a random number came to each cell's end."""
     distinct_row = row.to(tl.int64) * n_distinct
-    log_attention = distinct_log_attention_ptr + distinct_row + cell
-    attention = tl.exp(tl.load(log_attention, mask=cell < n_distinct, other=-float("inf")))
-    following = tl.exp(tl.load(log_attention + 1, mask=cell + 1 < n_distinct, other=-float("inf")))
-    until = tl.where(following > 0.0, tl.cumsum(attention, 0), 2.0)
+    ends = tl.cumsum(attention, 0)
+    until = tl.where(more, ends, 2.0)
     came = 0
+    nearest = attention * 0.0 + 1.0
     for k in range(n_draws):
-        target = _uniform(seed, k, row, REPEATS_STREAM)
+        target = uniform(seed, k, row, REPEATS_STREAM, attention.dtype)
+        nearest = tl.minimum(nearest, tl.abs(ends - target))
         pick = tl.minimum(tl.sum((until <= target).to(tl.int32), 0), came)
         came = tl.maximum(came, pick + 1)
         at = row.to(tl.int64) * n_draws + k
         tl.store(indices_ptr + at, tl.load(distinct_ptr + distinct_row + pick))
         tl.store(log_attention_ptr + at, tl.load(distinct_log_attention_ptr + distinct_row + pick))
-
-
-@triton.jit
-def _rank(keys, draw, n_draws):
-    """The places of the first n_draws of some keys in ascending order; those of equal ones in the order they are in."""
-    other = keys[None, :]
-    earlier = (other < keys[:, None]) | ((other == keys[:, None]) & (draw[None, :] < draw[:, None]))
-    return tl.sum((earlier & (draw[None, :] < n_draws)).to(tl.int32), 1)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def draw_kernel(
-    logits_ptr,  # (B, K)
-    seed_ptr,  # (); None with TOPK
-    stats_ptr,  # (3, B, blocks)
-    indices_ptr,  # (B, N) distinct cells in draw order, written
-    log_attention_ptr,  # (B, N), written
-    row_stats_ptr,  # (4, B), written: largest logit, log total, entropy, logsumexp
-    repeats_ptr,  # (B, n) a draw with replacement made of the distinct cells, written; None: not wanted
-    repeats_log_attention_ptr,  # (B, n), written
-    cells,
-    n_blocks,
-    n_candidates,
-    n_draws,
-    n_repeats,
-    needed,
-    rows,
-    stride_logits_b,
-    stride_stats,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    DRAWS: tl.constexpr,
-    TOPK: tl.constexpr,
-):
-    """One program: the draw of one row of a small map. BLOCKS and DRAWS are powers of two that hold its blocks and its
-    N draws. The candidate blocks come SLOTS at a time, in the order in which they ring, and their cells take the place
-    of what rang latest of those that came before."""
-    row = tl.program_id(0)
-    logits_row = logits_ptr + row.to(tl.int64) * stride_logits_b
-    block = tl.arange(0, BLOCKS)
-    peak, total, slope = load_entries(stats_ptr, stride_stats, row.to(tl.int64), block, n_blocks)
-    top = tl.max(peak, 0)
-    log_total, entropy = row_totals(logits_row, peak, total, slope, block, top, cells, BLOCK, BLOCK)
-
-    seed = 0
-    if TOPK:
-        never = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
-        key = tl.where(peak > -float("inf"), descending_key(peak, block), never)
-    else:
-        seed = tl.load(seed_ptr)
-        never = tl.full((), float("inf"), tl.float64)
-        key = block_times(seed, block, row, peak, top, total)
-
-    draw = tl.arange(0, DRAWS)
-    slot = tl.arange(0, SLOTS)
-    index = tl.arange(0, SLOTS * BLOCK)
-    best = tl.where(draw < n_draws, never, -never)  # keys, in any order
-    picked = cells + draw * 0
-    for start in range(0, n_candidates, SLOTS):
-        # The next to ring; past the last with mass, blocks past the end, which hold none.
-        chosen = n_blocks + slot * 0
-        for k in range(tl.minimum(n_candidates - start, SLOTS)):
-            first, place = tl.min(key, 0, return_indices=True)
-            chosen = tl.where(slot == k, tl.where(first < never, place, n_blocks), chosen)
-            key = tl.where(block == place, never, key)
-        cell = chosen[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        z = tl.load(logits_row + cell, mask=cell < cells, other=-float("inf")).to(tl.float64)
-        if TOPK:
-            cell_key = tl.where(z > -float("inf"), descending_key(z, cell), never)
-        else:
-            cell_key = ring_times(z, top, seed, chosen, cell, row)
-        cell_key = tl.reshape(cell_key, (SLOTS * BLOCK,))
-        first, place = tl.min(cell_key, 0, return_indices=True)
-        latest, at = tl.max(best, 0, return_indices=True)
-        while first < latest:
-            its_block = tl.sum(tl.where(slot == place // BLOCK, chosen, 0), 0)
-            picked = tl.where(draw == at, its_block * BLOCK + place % BLOCK, picked)
-            best = tl.where(draw == at, first, best)
-            cell_key = tl.where(index == place, never, cell_key)
-            first, place = tl.min(cell_key, 0, return_indices=True)
-            latest, at = tl.max(best, 0, return_indices=True)
-
-    store_draw(
-        logits_row, indices_ptr, log_attention_ptr, row_stats_ptr, picked, top, log_total, entropy, cells,
-        row.to(tl.int64), rows, _rank(best, draw, n_draws), n_draws, needed, DRAWS,
-    )  # fmt: skip
-    if repeats_ptr is not None:
-        tl.debug_barrier()  # the stores above come first
-        _repeat(
-            seed, indices_ptr, log_attention_ptr, repeats_ptr, repeats_log_attention_ptr, row, n_draws, n_repeats, DRAWS
-        )
+    return nearest
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -335,8 +268,13 @@ def repeats_kernel(
     n_repeats,
     PADDED: tl.constexpr,
 ):
-    """One program: `_repeat` of one row."""
-    _repeat(
-        tl.load(seed_ptr), distinct_ptr, distinct_log_attention_ptr, indices_ptr, log_attention_ptr, tl.program_id(0),
-        n_draws, n_repeats, PADDED,
+    """One program: `repeat` of one row."""
+    row = tl.program_id(0)
+    cell = tl.arange(0, PADDED)
+    log_attention = distinct_log_attention_ptr + row.to(tl.int64) * n_draws + cell
+    attention = tl.exp(tl.load(log_attention, mask=cell < n_draws, other=-float("inf")))
+    more = tl.exp(tl.load(log_attention + 1, mask=cell + 1 < n_draws, other=-float("inf"))) > 0.0
+    repeat(
+        tl.load(seed_ptr), attention, more, distinct_ptr, distinct_log_attention_ptr, indices_ptr, log_attention_ptr,
+        row, n_draws, n_repeats, PADDED,
     )  # fmt: skip

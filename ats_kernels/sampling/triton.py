@@ -14,14 +14,15 @@ from torch import Tensor
 
 from ats_kernels.sampling.cpu import SPARE_BLOCKS
 from ats_kernels.sampling.draws import Draw, Statistics, block_size
-from ats_kernels.sampling.kernels import draw_kernel, repeats_kernel, statistics_kernel
+from ats_kernels.sampling.kernels import repeats_kernel, statistics_kernel
 from ats_kernels.sampling.kernels_bwd import bwd_drawn_kernel, bwd_kernel
+from ats_kernels.sampling.kernels_draw import draw_kernel
 from ats_kernels.sampling.kernels_large import block_times_kernel, cell_times_kernel, finish_kernel
 
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _SMALL_DRAWS = 64
-MAX_REGISTERS = 128  # of a thread of draw_kernel: fewer, for more programs at once than there are rows, would spill
-_REGISTERS = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
+# Of a thread of draw_kernel, by DRAWS: fewer, for more programs at once than there are rows, would spill.
+MAX_REGISTERS = {16: 128, _SMALL_DRAWS: 192}
 SLOTS = 4  # candidate blocks that a program treats at a time
 _SMALL_BLOCKS = 2048
 _TIMES_TILE = 1024  # blocks a program of block_times_kernel
@@ -45,7 +46,7 @@ def sample_triton(logits: Tensor, n: int, replace: bool, method: str, seed: Tens
     blocks = _blocks_a_program(n_blocks, block)
     n_chunks = triton.cdiv(n_blocks, blocks)
     unit = _unit(cells, stride)
-    wide = torch.float64 if replace else torch.float32
+    wide = torch.float64 if replace and not small else torch.float32
     stats = torch.empty(3, rows, n_blocks, dtype=wide, device=device)
     chunk_stats = stats if small else torch.empty(3, rows, n_chunks, dtype=wide, device=device)
     statistics_kernel[(rows * n_chunks,)](
@@ -62,7 +63,7 @@ def sample_triton(logits: Tensor, n: int, replace: bool, method: str, seed: Tens
         BLOCKS=blocks,
         SLICE=slice_size(block),
         UNIT=unit,
-        WIDE=replace,
+        WIDE=replace and not small,
         CHUNKS=not small,
         num_warps=warps(blocks * block, 1024),
     )
@@ -76,6 +77,7 @@ def sample_triton(logits: Tensor, n: int, replace: bool, method: str, seed: Tens
         repeats_log_attention = torch.empty(rows, n, dtype=torch.float32, device=device)
     if small:
         padded_blocks = max(64, _padded(n_blocks))
+        draws = 16 if distinct <= 16 else _SMALL_DRAWS
         draw_kernel[(rows,)](
             logits,
             seed,
@@ -97,10 +99,11 @@ def sample_triton(logits: Tensor, n: int, replace: bool, method: str, seed: Tens
             BLOCK=block,
             BLOCKS=padded_blocks,
             SLOTS=SLOTS,
-            DRAWS=16 if distinct <= 16 else _SMALL_DRAWS,
+            DRAWS=draws,
             TOPK=topk,
+            DECIDE=True,
             num_warps=warps(max(SLOTS * block, 2 * padded_blocks), 256),
-            **_REGISTERS,
+            **({} if torch.version.hip else {"maxnreg": MAX_REGISTERS[draws]}),
         )
     else:
         chosen, order = _rank(logits, seed, stats, chunk_stats, candidates, distinct)

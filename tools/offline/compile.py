@@ -3,7 +3,7 @@
 Triton needs no GPU to compile, and its package carries the tools that read the result. ``offline_cases()`` of each
 op says what is compiled, as it is launched; ``python -m tools.offline.compile`` (``make kernels``) prints the table and
 fails where a kernel does not compile, spills, misses an instruction that its design counts on, or needs more
-instructions an element than its budget. docs/kernels.md explains the columns.
+instructions an element, or more of float64's among them, than its budget. docs/kernels.md explains the columns.
 """
 
 import argparse
@@ -28,6 +28,11 @@ TARGETS = {  # name: what triton's GPUTarget takes
     "gfx942": ("hip", "gfx942", 64),
 }
 H100_BYTES_PER_SECOND = 3.0e12  # one H100's measured copy rate
+FP64_BUDGET = 0.1  # of a kernel's instructions: consumer GPUs do float64 at a 64th of float32's rate
+
+# Instructions of float64's units: arithmetic, comparisons, seeds of quotients and roots, conversions from and to it.
+_SASS_FP64 = r"D(?:ADD|MUL|FMA|SETP|MNMX|SET)\b|MUFU\.\w*64H|[FI]2[FI]\S*\.F64|DMMA"
+_AMD_FP64 = r"v_\w*f64"
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class OfflineCase:
         workload: a workload's name and its number of elements, for the floor.
         amd_budget: the budget on AMD's targets, where the same design takes more there.
         max_registers: of a thread, as launched on NVIDIA's.
+        fp64_budget: the largest share of the instructions that may be float64's.
     """
 
     name: str
@@ -65,6 +71,7 @@ class OfflineCase:
     workload: tuple[str, int] = ("2^24 elements", 2**24)
     amd_budget: float | None = None
     max_registers: int | None = None
+    fp64_budget: float = FP64_BUDGET
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,8 @@ class Compiled:
     workload: str = ""
     budget: float = 0.0
     missing: tuple[str, ...] = ()  # of the case's needs
+    fp64: int = 0  # instructions of float64 among them
+    fp64_budget: float = FP64_BUDGET
     error: str = ""  # of the compiler
 
     def problems(self, budgets: bool = True) -> list[str]:
@@ -95,7 +104,14 @@ class Compiled:
             found.append(f"spills: {self.spills} bytes of local memory a thread")
         if budgets and self.instructions_per_element > self.budget:
             found.append(f"{self.instructions_per_element:.1f} instructions an element, budget {self.budget:g}")
+        if budgets and self.fp64 > self.fp64_budget * self.instructions:
+            found.append(f"{self.fp64_share:.0%} of the instructions are float64's, budget {self.fp64_budget:.0%}")
         return found
+
+    @property
+    def fp64_share(self) -> float:
+        """Of the instructions."""
+        return self.fp64 / max(1, self.instructions)
 
 
 def compile_case(case: OfflineCase, target: str, op: str = "") -> Compiled:
@@ -125,11 +141,11 @@ def compile_case(case: OfflineCase, target: str, op: str = "") -> Compiled:
         options["maxnreg"] = case.max_registers
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     if backend == "cuda":
-        registers, spills, instructions = _inspect_cubin(compiled.asm["cubin"])
+        registers, spills, instructions, fp64 = _inspect_cubin(compiled.asm["cubin"])
         missing = tuple(pattern for pattern in case.needs if not re.search(pattern, compiled.asm["ptx"]))
         budget = case.budget
     else:
-        registers, spills, instructions = _inspect_amdgcn(compiled.asm["amdgcn"])
+        registers, spills, instructions, fp64 = _inspect_amdgcn(compiled.asm["amdgcn"])
         missing = ()
         budget = case.budget if case.amd_budget is None else case.amd_budget
     threads = warp_size * case.num_warps
@@ -148,11 +164,13 @@ def compile_case(case: OfflineCase, target: str, op: str = "") -> Compiled:
         workload=workload,
         budget=budget,
         missing=missing,
+        fp64=fp64,
+        fp64_budget=case.fp64_budget,
     )
 
 
-def _inspect_cubin(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, bytes of local memory, instructions."""
+def _inspect_cubin(cubin: bytes) -> tuple[int, int, int, int]:
+    """Registers, bytes of local memory, instructions, those of float64."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -164,17 +182,19 @@ def _inspect_cubin(cubin: bytes) -> tuple[int, int, int]:
     # NOPs and a jump to itself pad the code to a multiple of the cache line.
     code = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S.*;", sass, re.MULTILINE)
     padding = re.findall(r"^(\.L_x_\d+):\s*/\*[0-9a-f]{4,}\*/\s+BRA `\(\1\)", sass, re.MULTILINE)
-    return resources["REG"], resources["STACK"] + resources["LOCAL"], len(code) - len(padding)
+    fp64 = re.findall(rf"^\s*/\*[0-9a-f]{{4,}}\*/\s+(?:@!?U?P\w+\s+)?(?:{_SASS_FP64})", sass, re.MULTILINE)
+    return resources["REG"], resources["STACK"] + resources["LOCAL"], len(code) - len(padding), len(fp64)
 
 
-def _inspect_amdgcn(assembly: str) -> tuple[int, int, int]:
-    """Registers, bytes of local memory, vector and memory instructions.
+def _inspect_amdgcn(assembly: str) -> tuple[int, int, int, int]:
+    """Registers, bytes of local memory, vector and memory instructions, those of float64.
 
     A spilled scalar register goes to a lane of a vector register, not to memory, and is counted there.
     """
     metadata = {name: int(value) for name, value in re.findall(r"^ +\.(\w+): +(\d+)$", assembly, re.MULTILINE)}
     code = re.findall(r"^\s+(?:v|ds|global|buffer|flat|scratch)_(?!nop)\w+", assembly, re.MULTILINE)
-    return metadata["vgpr_count"], metadata["private_segment_fixed_size"], len(code)
+    fp64 = re.findall(rf"^\s+{_AMD_FP64}", assembly, re.MULTILINE)
+    return metadata["vgpr_count"], metadata["private_segment_fixed_size"], len(code), len(fp64)
 
 
 def _output(*command: str) -> str:
@@ -221,7 +241,19 @@ def compile_all(only_ops: Sequence[str], targets: Sequence[str], workers: int = 
         return list(pool.map(_compile_named, *zip(*jobs, strict=True))) if jobs else []
 
 
-COLUMNS = "op", "case", "target", "registers", "shared B", "spills B", "instr/elem", "budget", "bytes/elem", "floor µs"
+COLUMNS = (
+    "op",
+    "case",
+    "target",
+    "registers",
+    "shared B",
+    "spills B",
+    "instr/elem",
+    "budget",
+    "fp64",
+    "bytes/elem",
+    "floor µs",
+)
 
 
 def table(results: Sequence[Compiled]) -> str:
@@ -229,9 +261,10 @@ def table(results: Sequence[Compiled]) -> str:
     rows = [list(COLUMNS)]
     for result in results:
         numbers = [f"{result.registers}", f"{result.shared}", f"{result.spills}"]
-        numbers += [f"{result.instructions_per_element:.1f}", f"{result.budget:g}", f"{result.bytes_per_element:.3g}"]
+        numbers += [f"{result.instructions_per_element:.1f}", f"{result.budget:g}"]
+        numbers += [f"{result.fp64_share:.0%}", f"{result.bytes_per_element:.3g}"]
         numbers += [f"{result.floor_us:.3g} ({result.workload})"]
-        rows.append([result.op, result.case, result.target, *(["failed"] * 7 if result.error else numbers)])
+        rows.append([result.op, result.case, result.target, *(["failed"] * 8 if result.error else numbers)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join(

@@ -1,18 +1,23 @@
 """How `sample`'s kernels are launched, for `tools.offline.compile`: 128 maps of 180×180 and one of 2^24 cells."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import triton
 
-from ats_kernels.sampling.kernels import SIZES, draw_kernel, repeats_kernel, statistics_kernel
+from ats_kernels.sampling.kernels import SIZES, repeats_kernel, statistics_kernel
 from ats_kernels.sampling.kernels_bwd import bwd_drawn_kernel, bwd_kernel
+from ats_kernels.sampling.kernels_draw import draw_kernel
 from ats_kernels.sampling.kernels_large import block_times_kernel, cell_times_kernel, finish_kernel
 from ats_kernels.sampling.triton import MAX_REGISTERS, SLOTS, slice_size, warps
-from tools.offline.compile import OfflineCase
+from tools.offline.compile import FP64_BUDGET, OfflineCase
 
 # Triton 3.6 takes blocks whole: more instructions than slices need with 3.7, half of what slices would take there.
 _SLICED = slice_size(512) < 512
 _WIDE_LOAD, _WIDE_STORE = r"ld\.global\S*\.v4", r"st\.global\S*\.v4"
+
+RARE_FP64 = 0.35  # of draw_kernel's code with the branch that one row in hundreds takes
+LARGE_FP64 = 0.8  # of what only large maps and many draws take: their times and totals are float64's
 
 _SIZES = set(SIZES)
 _TYPES = {
@@ -32,7 +37,7 @@ def offline_cases() -> list[OfflineCase]:
     """Both ways through the forward, sampled and top-k, and the backward, in every dtype of logits."""
     cases = []
     for dtype, size in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
-        for block, chunks, budget in ((64, False, 22), (512, True, 21 if size == 4 and _SLICED else 36)):
+        for block, chunks, budget in ((64, False, 22), (512, True, (21 if size == 4 else 33) if _SLICED else 36)):
             tile = 8192 if chunks else 4096
             cases.append(
                 _case(
@@ -77,36 +82,49 @@ def offline_cases() -> list[OfflineCase]:
             elements=4096,
             bytes_per_element=4,
             budget=80,
+            fp64_budget=LARGE_FP64,
         )
     )
     ways: dict[str, dict[str, object]] = {"sample": {"TOPK": False}, "topk": {"TOPK": True, "seed_ptr": None}}
     unrepeated = {"repeats_ptr": None, "repeats_log_attention_ptr": None}
-    cases.append(
-        _case(
-            "draw with replacement, 507 blocks, N up to 16",
-            draw_kernel,
-            {"BLOCK": 64, "BLOCKS": 512, "SLOTS": SLOTS, "DRAWS": 16, "TOPK": False},
-            wide=True,
-            num_warps=4,
-            elements=512 * 64,
-            bytes_per_element=24 / 64,
-            budget=30,
+    # What runs unless float32 cannot tell, and with float64's branch, which is rare.
+    sizes = {"BLOCK": 64, "BLOCKS": 512, "SLOTS": SLOTS}
+    draw: dict[str, Any] = {"kernel": draw_kernel, "num_warps": 4, "elements": 512 * 64}
+    for decide, budget, repeats_budget, branch in ((False, 14, 15, ", main path"), (True, 33, 38, "")):
+        share = RARE_FP64 if decide else FP64_BUDGET
+        cases.append(
+            _case(
+                f"draw with replacement, 507 blocks, N up to 16{branch}",
+                constexprs={**sizes, "DRAWS": 16, "TOPK": False, "DECIDE": decide},
+                bytes_per_element=24 / 64,
+                budget=repeats_budget,
+                fp64_budget=share,
+                **draw,
+            )
         )
-    )
+        cases += [
+            _case(
+                f"draw sample, 507 blocks, N up to {draws}{branch}",
+                constexprs={**sizes, "DRAWS": draws, "TOPK": False, "DECIDE": decide, **unrepeated},
+                bytes_per_element=12 / 64,
+                budget=budget + (draws == 64) * 5,
+                fp64_budget=share,
+                **draw,
+            )
+            for draws in (16, 64)
+        ]
+    cases += [
+        _case(
+            f"draw topk, 507 blocks, N up to {draws}",
+            constexprs={**sizes, "DRAWS": draws, "DECIDE": True, **unrepeated, **ways["topk"]},
+            bytes_per_element=12 / 64,
+            budget=8 if draws == 16 else 10,
+            **draw,
+        )
+        for draws in (16, 64)
+    ]
     for way, topk in ways.items():
         cases += [
-            *(
-                _case(
-                    f"draw {way}, 507 blocks, N up to {draws}",
-                    draw_kernel,
-                    {"BLOCK": 64, "BLOCKS": 512, "SLOTS": SLOTS, "DRAWS": draws, **unrepeated, **topk},
-                    num_warps=4,
-                    elements=512 * 64,
-                    bytes_per_element=12 / 64,
-                    budget=25,
-                )
-                for draws in (16, 64)
-            ),
             _case(
                 f"block times {way}",
                 block_times_kernel,
@@ -115,6 +133,7 @@ def offline_cases() -> list[OfflineCase]:
                 elements=1024 * 512,
                 bytes_per_element=20 / 512,
                 budget=2,
+                fp64_budget=LARGE_FP64,
             ),
             _case(
                 f"cell times {way}",
@@ -124,6 +143,7 @@ def offline_cases() -> list[OfflineCase]:
                 elements=512,
                 bytes_per_element=12,
                 budget=1000,
+                fp64_budget=LARGE_FP64,
             ),
         ]
     cases += [
@@ -135,6 +155,7 @@ def offline_cases() -> list[OfflineCase]:
             elements=2048 * 8192,
             bytes_per_element=12 / 8192,
             budget=2,
+            fp64_budget=LARGE_FP64,
         ),
         _case(
             "repeats",
@@ -144,6 +165,7 @@ def offline_cases() -> list[OfflineCase]:
             elements=10,
             bytes_per_element=40,
             budget=4500,
+            fp64_budget=LARGE_FP64,
         ),
         _case(
             "bwd of 256 drawn",
@@ -153,6 +175,7 @@ def offline_cases() -> list[OfflineCase]:
             elements=64,
             bytes_per_element=24,
             budget=2000,
+            fp64_budget=LARGE_FP64,
         ),
     ]
     return cases
@@ -161,7 +184,7 @@ def offline_cases() -> list[OfflineCase]:
 def _case(
     name: str,
     kernel: triton.JITFunction,
-    constexprs: Mapping[str, object],
+    constexprs: Mapping[str, Any],
     *,
     num_warps: int,
     elements: int,
@@ -170,6 +193,7 @@ def _case(
     dtype: str = "fp32",
     wide: bool = False,
     needs: tuple[str, ...] = (),
+    fp64_budget: float = FP64_BUDGET,
 ) -> OfflineCase:
     types = _TYPES | {"logits_ptr": f"*{dtype}", "grad_logits_ptr": f"*{dtype}"}
     if wide:
@@ -193,5 +217,6 @@ def _case(
         bytes_per_element=bytes_per_element,
         budget=budget,
         needs=needs,
-        max_registers=MAX_REGISTERS if kernel is draw_kernel else None,
+        fp64_budget=fp64_budget,
+        max_registers=MAX_REGISTERS[constexprs["DRAWS"]] if kernel is draw_kernel else None,
     )
