@@ -8,7 +8,7 @@ import triton.language as tl
 from ats_kernels.device import SCALARS
 from ats_kernels.patches.kernels import extract_patches_bwd_kernel, extract_patches_fwd_kernel
 from ats_kernels.patches.triton import bwd_blocks, fwd_blocks
-from tools.offline.compile import OfflineCase
+from tools.offline.compile import FP64_BUDGET, OfflineCase
 
 
 def offline_cases() -> list[OfflineCase]:
@@ -102,6 +102,7 @@ def _case(
         elements=block * planes,
         bytes_per_element=itemsize[image] * (2 if backward else 1) + itemsize[patches],
         budget=budget,
+        fp64_budget=1.0 if work == "fp64" else FP64_BUDGET,  # images of float64 are asked for
         needs=needs,
         workload=(workload_name, batch * n * channels * math.prod(size)),
     )
