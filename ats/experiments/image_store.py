@@ -38,7 +38,7 @@ class ImageStore:
         self, manifest: Manifest, rows: Sequence[Row], config: ExperimentConfig, data: ImagesConfig, name: str
     ) -> None:
         self.manifest, self.config, self.data, self.name = manifest, config, data, name
-        self._unread: list[str] = []
+        self._unread: list[tuple[int, str]] = []  # lines of the manifest, and what is wrong there
         opened = [(row, source) for row in rows if (source := self._open(row)) is not None]
         for row, source in opened:
             self._check(row, source)
@@ -87,7 +87,7 @@ class ImageStore:
         try:
             return open_image(row.path, mpp=row.mpp)
         except (ValueError, OSError) as error:
-            self._unread.append(f"{self.manifest.where(row)}: {error}")
+            self._unread.append((row.line, f"{self.manifest.where(row)}: {error}"))
             return None
 
     def _keep(self, row: Row, source: ImageSource) -> None:
@@ -103,12 +103,12 @@ class ImageStore:
                 self._views.append(view if self.data.cache is None else None)
                 self.images.append(source)
         except (ValueError, OSError) as error:
-            self._unread.append(f"{self.manifest.where(row)}: {error}")
+            self._unread.append((row.line, f"{self.manifest.where(row)}: {error}"))
             return
         self.rows = (*self.rows, row)
 
     def _report(self, kept: int) -> None:
-        unread = self._unread
+        unread = [message for _, message in sorted(self._unread)]  # by line, whether found by opening or by reading
         if unread and self.data.unreadable == "stop":
             few = "; ".join(unread[:10]) + (f"; and {len(unread) - 10} more" if len(unread) > 10 else "")
             raise ValueError(
