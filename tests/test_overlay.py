@@ -70,7 +70,7 @@ def test_the_command_draws_an_image_of_any_size(
         assert run([*other, "--n-patches", "9999"]) == 1
         assert "choose fewer with --n-patches, or a larger image" in " ".join(capsys.readouterr().err.split())
     assert run(["attention", str(tmp_path / "run"), str(tmp_path / "nothing.png"), "--output", "x.png"]) == 1
-    assert "nothing.png: No such file" in capsys.readouterr().err
+    assert "nothing.png is missing; check the path" in capsys.readouterr().err
     assert run(command) == 1  # nothing is overwritten
     assert "is there already" in capsys.readouterr().err
     (tmp_path / "text.png").write_text("no image")
