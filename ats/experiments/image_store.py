@@ -185,7 +185,7 @@ class ImageStore:
             assert view is not None  # of attention sampling
             grid = ((view[0] - networks.lost) // networks.stride, (view[1] - networks.lost) // networks.stride)
             if row.mask is None:
-                found.append(torch.ones(grid, dtype=torch.bool))
+                found.append(torch.ones(grid, dtype=torch.bool, device="cpu"))
                 continue
             try:
                 cells = mask_cells(row.mask, grid, (size[0], size[1]), view_size=view, receptive_field=placed)
