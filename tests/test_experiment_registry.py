@@ -44,7 +44,7 @@ def test_the_toy_trains_and_is_looked_at_from_the_command_line(
     assert run(study.split()) == 0
 
 
-def test_the_help_lists_it_and_names_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_lists_it_and_names_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--help"]) == 0
     assert "toy" in capsys.readouterr().out
     assert run(["train", "toy", "--preset", "quick", "--help"]) == 0
@@ -54,8 +54,9 @@ def test_the_help_lists_it_and_names_what_it_lacks(capsys: pytest.CaptureFixture
         ("--preset quick --model.networks paper", "toy has no networks 'paper', expected one of 'modern'"),
         ("--preset quick --model.method cnn", "toy has no CNN; choose another model.method"),
     ):
-        assert run(["train", "toy", *line.split(), "--output", "unused"]) == 1
+        assert run(["train", "toy", *line.split(), "--output", str(tmp_path / "run")]) == 1
         assert message in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "run").exists()
 
 
 def test_interrupted_and_resumed_it_ends_with_the_same_weights(tmp_path: Path) -> None:

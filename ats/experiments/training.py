@@ -78,6 +78,8 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
                 "say how to keep some (--data.validation …)"
             )
     data_description = None if same else described(data)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    task = ClassificationTask(config)  # nor does a model that cannot be built
     with folder.held() if first else nullcontext():
         if first:
             complete = folder.check(config)  # another command may have been quicker
@@ -86,8 +88,6 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
             say(f"{folder.path} is complete: nothing to train.")
             if not told:
                 return folder.evaluated
-        L.seed_everything(config.seed, workers=True, verbose=False)
-        task = ClassificationTask(config)
         checkpoint = folder.last if folder.last.exists() else None
         if checkpoint is not None and not complete:
             _check_checkpoint(checkpoint, config, task, trainer)
