@@ -270,12 +270,8 @@ def test_memory_beyond_the_images_does_not_hold_them() -> None:
     """What a step takes beyond images and views that are given is the same for images of another size."""
     config = cost.published("megapixel-mnist", ModelConfig(n_patches=10))
     side = 3000  # 9 MB
-    # Now and then a process has megabytes more or less than the others: the median of three.
-    given, whole = (
-        sorted(cost.measure_bytes(config, image_size=(side, side), given=given) for _ in range(3))[1]
-        for given in (True, False)
-    )
-    assert whole - given > 0.7 * side**2
+    given, whole = (cost.measure_bytes(config, image_size=(side, side), given=given) for given in (True, False))
+    assert 0.9 * side**2 < whole - given < 1.5 * side**2
 
 
 def test_memory_grows_with_what_is_kept() -> None:

@@ -245,6 +245,7 @@ def _send_rise(sender: Connection, config: ExperimentConfig, size: tuple[int, in
 
 def _rise_of_resident_set(config: ExperimentConfig, size: tuple[int, int], batch: int, given: bool) -> int:
     """Bytes by which this process's resident set rises, at its peak, in a training step."""
+    _return_what_is_freed()
     height, width = size
     images, views = None, None
     first = random_images(config, (max(64, height // 10), max(64, width // 10)))
@@ -256,7 +257,6 @@ def _rise_of_resident_set(config: ExperimentConfig, size: tuple[int, int], batch
     training_step(config, images=first, views=views)()
     del first
     gc.collect()
-    _return_freed_memory()
     before = _reset_peak()
     images = images or random_images(config, size, batch=batch)
     step = training_step(config, images=images, views=views)
@@ -265,9 +265,13 @@ def _rise_of_resident_set(config: ExperimentConfig, size: tuple[int, int], batch
     return _peak() - before
 
 
-def _return_freed_memory() -> None:
+def _return_what_is_freed() -> None:
+    """Give every block of 64 KiB and more pages of its own: what is resident then follows what is alive.
+
+    By itself glibc keeps larger and larger blocks the more of them were freed, and a peak depends on what ran before.
+    """
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        ctypes.CDLL("libc.so.6").mallopt(-3, 64 * 1024)  # M_MMAP_THRESHOLD
     except (OSError, AttributeError):  # not glibc: what was freed may be used again, and is then not counted
         return
 
