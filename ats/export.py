@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ats._files import write_whole
 from ats.grid import Placement
-from ats.heatmap import heatmap
+from ats.heatmaps import heatmap
 from ats.paths import user_path
 from ats.samples import BoxSample, Estimator
 from ats.sources import ImageSource

@@ -51,7 +51,7 @@ LEVELS = (
         "ats.inference",
         "ats.diagnostics",
         "ats.export",
-        "ats.heatmap",
+        "ats.heatmaps",
         "ats",
     ),
     ("ats.models",),

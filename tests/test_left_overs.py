@@ -13,7 +13,7 @@ import pytest
 from ats import _files
 from ats._files import read_object, unfinished, write_json, write_whole
 from ats.datasets.synthetic.write import write_colon_cancer, write_german
-from ats.experiments.commands import command_line
+from ats.experiments.commands import evaluate as evaluate_command
 from ats.experiments.commands.command_line import run
 from ats.experiments.training import train
 from tests.faults import EVENTS, KILLED, forked, kill_in, tiny
@@ -128,13 +128,13 @@ def test_ranks_evaluate_once(
 def test_a_file_that_came_meanwhile_is_kept(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, real = tmp_path / "found.json", command_line.evaluate
+    path, real = tmp_path / "found.json", evaluate_command.evaluate
 
     def slow(*arguments: object, **options: object) -> object:
         path.write_text("another's")
         return real(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(command_line, "evaluate", slow)
+    monkeypatch.setattr(evaluate_command, "evaluate", slow)
     assert run(["evaluate", str(trained), "--output", str(path)]) == 1
     assert "is there by now, of another command" in capsys.readouterr().err
     assert path.read_text() == "another's"

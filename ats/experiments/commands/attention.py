@@ -9,8 +9,10 @@ import tyro
 from torch import Tensor
 
 from ats import export
+from ats.experiments.console import say
 from ats.experiments.inputs import answer, open_for, probabilities
 from ats.experiments.localisation import attention_map
+from ats.experiments.options import parse
 from ats.experiments.plotting.overlay import Attention, draw_overlay
 from ats.experiments.trained import load
 from ats.models import ATSClassifier
@@ -120,3 +122,8 @@ def _shown(source: ImageSource, image: Tensor | list[ImageSource]) -> tuple[Tens
         view = (view - view.amin()) / (view.amax() - view.amin()).clamp(min=1e-12)
     view = view[:3] if view.shape[0] >= 3 else view[:1]
     return (view * 255).round().to(torch.uint8), scale
+
+
+def run_attention(arguments: list[str]) -> None:
+    """`ats attention`."""
+    say(draw_image(parse(AttentionOptions, "ats attention", arguments)))

@@ -1,6 +1,7 @@
 """The demo: attention sampling beside uniform sampling on Megapixel MNIST, from scratch, in minutes on a CPU."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from ats.experiments.config import ExperimentConfig
 from ats.experiments.console import plain_console
 from ats.experiments.evaluation import Evaluation, evaluate
 from ats.experiments.experiment import ExperimentData
+from ats.experiments.options import parse
 from ats.experiments.plotting.figures import draw_attention
 from ats.experiments.registry import EXPERIMENTS, experiment_data
 from ats.experiments.trained import load
@@ -23,6 +25,16 @@ _METHODS: dict[str, Literal["ats", "uniform"]] = {"learned": "ats", "uniform": "
 _SHOWN = 4  # images in the picture
 _REPEATS = 5  # draws an image for the averaged prediction
 _TEST_PATCHES = 16  # testing is cheap beside training, and more patches leave less to chance
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Attention sampling beside uniform sampling on Megapixel MNIST, from scratch on the CPU."""
+
+    seed: int = 0
+    """Decides images, weights, the order of the data and the draws."""
+    output: Path = Path("runs/demo")
+    """Folder for the two runs, metrics.json and attention.png. A complete demo there is renamed, not overwritten."""
 
 
 def run_demo(
@@ -123,3 +135,9 @@ def _set_aside(folder: Path) -> Path:
         number += 1
     folder.rename(kept)
     return kept
+
+
+def run_command(arguments: list[str]) -> None:
+    """`ats demo`."""
+    options = parse(DemoOptions, "ats demo", arguments)
+    run_demo(options.output, options.seed)

@@ -12,6 +12,7 @@ import tyro
 from ats._files import write_whole
 from ats.experiments.console import say
 from ats.experiments.inputs import answer, open_for, probabilities
+from ats.experiments.options import parse
 from ats.experiments.trained import TrainedModel, load
 from ats.models import ATSClassifier
 
@@ -95,3 +96,8 @@ def _predict(options: PredictOptions, trained: TrainedModel, image: Any) -> Any:
         how = {"budget": options.budget, "tolerance": options.tolerance, "lead": options.lead}
     generator = torch.Generator(trained.device).manual_seed(options.seed)
     return trained.predict(image, method=options.method, generator=generator, **how)
+
+
+def run_predict(arguments: list[str]) -> None:
+    """`ats predict`."""
+    say(predict_files(parse(PredictOptions, "ats predict", arguments)))

@@ -1,5 +1,6 @@
 """`ats synthesise`: a small synthetic data set for those who lack the real one."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from ats.datasets.colon_cancer import load_colon_cancer
 from ats.datasets.image_dataset import ImageDataset
 from ats.datasets.speed_limits import load_speed_limits
 from ats.datasets.synthetic.write import write_colon_cancer, write_german, write_swedish
+from ats.experiments.console import say
+from ats.experiments.options import parse
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,11 @@ def _describe(split: str, data: ImageDataset) -> str:
     counts = ", ".join(f"{name}: {count}" for name, count in zip(data.classes, data.class_counts.tolist(), strict=True))
     height, width = data.image_size
     return f"{data.source}, {split}: {len(data)} images of {height}×{width} pixels ({counts})"
+
+
+def run_synthesise(arguments: list[str]) -> None:
+    """`ats synthesise`."""
+    options = parse(SynthesiseOptions, "ats synthesise", arguments)
+    for line in synthesise(options):
+        say(line)
+    say(f"Train on it with: --data.folder {shlex.quote(str(options.folder))}")

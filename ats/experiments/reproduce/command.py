@@ -8,6 +8,7 @@ import torch
 import tyro
 
 from ats.experiments.console import plain_console
+from ats.experiments.options import parse
 from ats.experiments.registry import EXPERIMENTS, experiment_data, tables
 from ats.experiments.reproduce.costs import costs
 from ats.experiments.reproduce.figures import complete_runs, draw_figures, sweep_entropy
@@ -112,3 +113,8 @@ def _table(table: Table, options: ReproduceOptions) -> None:
     paths = write_report(table, preset, any_config, rows, output)
     plain_console().print(paths[-1].read_text(), soft_wrap=True)
     plain_console().print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
+
+
+def run_reproduce(arguments: list[str]) -> None:
+    """`ats reproduce`."""
+    reproduce(parse(ReproduceOptions, "ats reproduce", arguments))
