@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from ats.batches import Images
+from ats.experiments.backbones import networks_of
 from ats.experiments.config import ExperimentConfig
 from ats.functional import area_downsample
 from ats.models import ATSClassifier, CNNClassifier, MILClassifier, UniformAttention
 from ats.models.classifier import PlacedFeatures
 from ats.nn import AttentionSampling
+from ats.probe import measure_placement
 from ats.sources import ImageSource, read_view
 
 Classifier = ATSClassifier | MILClassifier | CNNClassifier
@@ -29,16 +31,17 @@ def build_model(config: ExperimentConfig) -> Classifier:
 
 
 def _build(config: ExperimentConfig) -> Classifier:
-    model, n_classes, networks = config.model, config.data.n_classes, config.data.networks_for(config.model)
+    model, n_classes, networks = config.model, config.data.n_classes, networks_of(config)
     if model.method == "cnn":
         if networks.image is None:
             raise ValueError(f"{config.experiment} has no CNN; choose another model.method, e.g. ats")
         layers, n_features = networks.image(model.cnn_channels)
         return CNNClassifier(layers, n_features, n_classes)
     if model.method in ("mil", "gated-mil"):
+        feature = networks.feature(normalised=False)
         return MILClassifier(
-            networks.feature(normalised=False),
-            networks.n_features,
+            feature,
+            networks.size_of(feature),
             n_classes,
             patch_size=model.patch_size,
             grid_step=model.grid_step,
@@ -52,8 +55,18 @@ def _build(config: ExperimentConfig) -> Classifier:
     if learned:
         attention = networks.attention()
     feature = networks.feature(normalised=not model.positions)
+    n_features = networks.size_of(feature)
     if model.positions:
-        feature = PlacedFeatures(feature, networks.n_features)
+        feature = PlacedFeatures(feature, n_features)
+    try:
+        placed = measure_placement(attention) if learned else networks.lost
+    except ValueError as error:
+        if not model.attention:
+            raise
+        raise ValueError(
+            f"model.attention {model.attention} has no cells that look at a part of the view each: choose a network of "
+            f"convolutions that pad by fixed numbers, e.g. timm:resnet18 ({error})"
+        ) from error
     sampling = AttentionSampling(
         attention,
         feature,
@@ -62,12 +75,12 @@ def _build(config: ExperimentConfig) -> Classifier:
         replace=model.replace,
         estimator=model.estimator,
         control_variate=model.control_variate,
-        receptive_field="auto" if learned else networks.lost,
+        receptive_field=placed,
         positions=model.positions,
         mean=networks.mean,
         std=networks.std,
     )
-    return ATSClassifier(sampling, networks.n_features, n_classes, model.feature_scale)
+    return ATSClassifier(sampling, n_features, n_classes, model.feature_scale)
 
 
 def patch_features(model: Classifier) -> nn.Module | None:
@@ -85,7 +98,7 @@ def view_size(config: ExperimentConfig, image_size: tuple[int, int]) -> tuple[in
     if model.method == "cnn":
         height, width = (max(1, round(size * model.cnn_scale)) for size in image_size)
         return height, width
-    return config.data.networks_for(model).view_size(image_size, model.view_scale)
+    return networks_of(config).view_size(image_size, model.view_scale)
 
 
 @overload
@@ -102,8 +115,8 @@ def make_view(config: ExperimentConfig, image: Images) -> Tensor | list[Tensor]:
     size = view_size(config, (image.shape[2], image.shape[3]))
     if size is None:
         return image
-    networks = config.data.networks_for(config.model)
-    return area_downsample(image, size, mean=networks.mean, std=networks.std)
+    mean, std = networks_of(config).for_view
+    return area_downsample(image, size, mean=mean, std=std)
 
 
 def _view_of_one(config: ExperimentConfig, image: Tensor | ImageSource) -> Tensor:
@@ -117,10 +130,10 @@ def _view_of_one(config: ExperimentConfig, image: Tensor | ImageSource) -> Tenso
 
 def normalise(config: ExperimentConfig, view: Tensor) -> Tensor:
     """A view (C, h, w) as the model takes it, from one as `read_view` gives it; bytes, Deep MIL's images, stay."""
-    networks = config.data.networks_for(config.model)
-    if networks.mean is None or networks.std is None or not view.is_floating_point():
+    means, stds = networks_of(config).for_view
+    if means is None or stds is None or not view.is_floating_point():
         return view
-    mean, std = (view.new_tensor(values).view(-1, 1, 1) for values in (networks.mean, networks.std))
+    mean, std = (view.new_tensor(values).view(-1, 1, 1) for values in (means, stds))
     return (view - mean) / std
 
 

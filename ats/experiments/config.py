@@ -13,20 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ats.datasets.image_files import default_folder
+from ats.experiments.backbone_options import BackboneOptions, check_least
 from ats.experiments.objectives import Classes, Objective
 from ats.models.networks import Networks
 from ats.paths import user_path
 
 
-def check_least(values: Any, section: str, least: int, *names: str) -> None:
-    """Raise ValueError where one of the options `names` of a section is less than `least`."""
-    for name in names:
-        if (value := getattr(values, name)) < least:
-            raise ValueError(f"{section}.{name} must be at least {least}, got {value}")
-
-
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(BackboneOptions):
     """The networks, and how they meet an image."""
 
     method: Literal["ats", "uniform", "mil", "gated-mil", "cnn"] = "ats"
@@ -66,6 +60,7 @@ class ModelConfig:
         for name in ("view_scale", "cnn_scale"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"model.{name} must be in (0, 1], got {getattr(self, name)}")
+        self.check_backbones(self.method)
         if self.replace and self.estimator == "unordered":
             raise ValueError(
                 "model.estimator=unordered needs model.replace=False: it averages over the orders of a set; to draw "

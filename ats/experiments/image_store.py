@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ats.datasets.manifest import Manifest, Row
 from ats.experiments.augmentation import apply_change, draw_change
+from ats.experiments.backbones import networks_of
 from ats.experiments.build import normalise, stacked, view_size
 from ats.experiments.changed_source import ChangedSource, changed_view
 from ats.experiments.config import ExperimentConfig
@@ -174,7 +175,7 @@ class ImageStore:
                 f"{self.manifest.path}: masks stay where they are, so that images cannot be moved, turned or enlarged; "
                 "set --data.translation 0 --data.zoom 1 --data.stretch 1 --data.no-symmetries"
             )
-        networks = self.config.data.networks_for(self.config.model)
+        networks = networks_of(self.config)
         with torch.random.fork_rng(devices=[]):
             placed = measure_placement(networks.attention()) if self.config.model.method == "ats" else networks.lost
         found = []

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
+from ats.experiments.backbones import networks_of
 from ats.experiments.build import Classifier, patch_features
 from ats.experiments.checkpoints import read_checkpoint, write_checkpoint
 from ats.experiments.experiment import ExperimentData
@@ -44,7 +45,7 @@ def teach_features(model: Classifier, data: ExperimentData, checkpoint: Path) ->
     optimizer = torch.optim.AdamW(parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, optim))
     device = model.head.weight.device
-    networks = config.data.networks_for(config.model)
+    networks = networks_of(config)
     mean = torch.tensor(networks.mean or [0.0], device=device).view(-1, 1, 1)
     std = torch.tensor(networks.std or [1.0], device=device).view(-1, 1, 1)
     model.train()

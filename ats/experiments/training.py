@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ats._files import write_json
 from ats.experiments.agreement import Agreement, RunCompleteError
+from ats.experiments.backbones import begin_pretrained, resolved
 from ats.experiments.best_checkpoint import BestCheckpoint
 from ats.experiments.callbacks import AttentionDiagnostics
 from ats.experiments.checkpoints import EpochCheckpoint, WholeCheckpoints, check_resumable, fingerprint, read_checkpoint
@@ -55,7 +56,7 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
         OSError: files that cannot be read or written.
         InterruptedRunError: by the user.
     """
-    config = dataclasses.replace(config, data=config.data.resolved(config.seed))
+    config = dataclasses.replace(config, data=config.data.resolved(config.seed), model=resolved(config.model))
     folder = RunFolder(config.run_folder)
     resumes = folder.last.exists()
     record = MetricsRecord(folder.path, resumes=resumes)
@@ -80,6 +81,8 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
     data_description = None if same else described(data)
     L.seed_everything(config.seed, workers=True, verbose=False)
     task = ClassificationTask(config)  # nor does a model that cannot be built
+    if not resumes and not complete:
+        begin_pretrained(task.model, config.model)
     with folder.held() if first else nullcontext():
         if first:
             complete = folder.check(config)  # another command may have been quicker

@@ -16,13 +16,14 @@ class Networks:
         attention: () -> network from a view (B, C, h, w) to logits (B, 1, (h − lost) // stride, (w − lost) // stride).
         feature: (normalised=…) -> network from patches (M, C, ph, pw) to features (M, n_features), of length 1 if
             `normalised`.
-        n_features: the features' size.
+        n_features: the features' size; 0: what the feature network says, as its `n_features`.
         stride: view pixels from one cell of the attention's grid to the next.
         lost: view pixels that unpadded convolutions of the attention network lose along an axis: what
             `ats.receptive_field` measures, and `ats.nn.AttentionSampling` takes as its receptive_field.
         image: (channels) -> layers of a CNN from images (B, C, H, W) to features, and how many these are; `channels`
             is what it starts with. None: the experiment has no CNN.
         mean, std: of the images, by channel, where values of 1 are white: networks see (x − mean) / std. None: as is.
+        view: mean and std by which the attention network sees, where they are others.
     """
 
     attention: Callable[[], nn.Module]
@@ -33,6 +34,18 @@ class Networks:
     image: Callable[[int], tuple[nn.Module, int]] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    view: tuple[Sequence[float] | None, Sequence[float] | None] | None = None
+
+    @property
+    def for_view(self) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        """Mean and std by which views are normalised."""
+        return (self.mean, self.std) if self.view is None else self.view
+
+    def size_of(self, feature: nn.Module) -> int:
+        """The number of features of a network that `feature` made."""
+        size = self.n_features or feature.n_features
+        assert isinstance(size, int)
+        return size
 
     def view_size(self, image_size: tuple[int, int], scale: float) -> tuple[int, int]:
         """Pixels (h, w) of a view of about `scale` times an image (H, W), in whole cells of the attention's grid."""

@@ -141,6 +141,10 @@ def _run(command: Callable[[list[str]], None], arguments: list[str]) -> int:
         MisconfigurationException,
     ) as error:  # what a user can mend; a defect keeps its traceback
         return _fail(_as_line(error), 1)
+    except ModuleNotFoundError as error:  # an extra that a file or an option needs
+        if "pip install" not in str(error):
+            raise
+        return _fail(str(error), 1)
     return 0
 
 
