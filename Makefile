@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format clean help kernels kernels-oldest bench bench-compare gpu-check
+.PHONY: demo test lint format clean help docs kernels kernels-oldest bench bench-compare gpu-check
 
 help:
 	@echo "make demo    train on Megapixel MNIST with attention sampling and uniform sampling, draw what was looked at"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench   time a training step and the ops beside their alternatives, on the GPU where there is one"
 	@echo "make bench-compare A.json B.json  what changed between two runs, beyond the noise"
 	@echo "make gpu-check  where there is a GPU: run all that needs one, write bench/results/<GPU>.md (MINUTES=8)"
+	@echo "make docs    build the site into site/: pages, API reference; open site/index.html"
 	@echo "make lint    check style, format and types"
 	@echo "make format  apply the format"
 	@echo "make clean   remove the environment and caches; runs/ stays"
@@ -67,9 +68,21 @@ MINUTES ?= 8
 gpu-check:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tools.gpu_check --minutes $(MINUTES) $(GPU_CHECK_ARGS)
 
+# In an environment of its own: reading docstrings takes no torch.
+DOCS := $(VENV)/docs
+$(DOCS)/.ready: docs/requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "make docs needs Python 3.11 or newer, found: $$($(PYTHON) --version). Name another: make docs PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --requirement docs/requirements.txt
+	@touch $@
+
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage

@@ -1,0 +1,1 @@
+"""What building the site takes beside MkDocs."""
