@@ -77,11 +77,11 @@ class Manifest:
         return hashlib.sha256(json.dumps(said).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+def read_manifest(path: str | os.PathLike[str], *, labels: bool = True) -> Manifest:
     """Read a manifest. Whether the images are there is not looked at.
 
     Commas, semicolons or tabs part its columns, and Excel's marks at the beginning of a file are known. Empty lines are
-    left out.
+    left out. Without `labels` there need not be any: what rows say then is "" where there is no such column.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -97,7 +97,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     if not lines:
         raise ValueError(f"{place} is empty; it needs a line with the columns path and label, and a line an image")
     first, header = lines[0]
-    columns = _columns(place, first, header)
+    columns = _columns(place, first, header, REQUIRED if labels else REQUIRED[:1])
     cells = [_by_column(place, line, fields, header, columns) for line, fields in lines[1:]]
     if not cells:
         raise ValueError(f"{place} lists no images below its header")
@@ -152,17 +152,17 @@ def _delimiter(header: str) -> str:
     return max(_DELIMITERS, key=found)  # commas where it has none
 
 
-def _columns(path: Path, line: int, header: Sequence[str]) -> dict[str, int]:
+def _columns(path: Path, line: int, header: Sequence[str], required: Sequence[str]) -> dict[str, int]:
     """Where the columns that are known are."""
     names = [name.lower() for name in header]
     for name in (*REQUIRED, *OPTIONAL):
         if names.count(name) > 1:
             raise ValueError(f"{path}, line {line}: the column {name} is there {names.count(name)} times; keep one")
-    for name in REQUIRED:
+    for name in required:
         if name not in names:
             raise ValueError(
                 f"{path}, line {line}: there is no column {name!r} among {', '.join(map(repr, header))}; the first "
-                "line names the columns, at least path and label, parted by commas, semicolons or tabs"
+                f"line names the columns, at least {' and '.join(required)}, parted by commas, semicolons or tabs"
             )
     return {name: names.index(name) for name in (*REQUIRED, *OPTIONAL) if name in names}
 
@@ -201,7 +201,7 @@ def _row(path: Path, line: int, values: dict[str, str]) -> Row:
     return Row(
         line=line,
         path=_place(path, where, values["path"]),
-        label=values["label"],
+        label=values.get("label", ""),
         split=split,
         group=group,
         mpp=_mpp(where, values["mpp"]) if values.get("mpp") else None,

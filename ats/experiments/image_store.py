@@ -7,15 +7,14 @@ from torch import Tensor
 
 from ats.datasets.manifest import Manifest, Row
 from ats.experiments.augmentation import apply_change, draw_change
-from ats.experiments.backbones import networks_of
 from ats.experiments.build import normalise, stacked, view_size
 from ats.experiments.changed_source import ChangedSource, changed_view
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.console import say
 from ats.experiments.images_config import ImagesConfig
+from ats.experiments.live_cells import live_cells, placement_of
 from ats.functional import area_downsample
-from ats.probe import measure_placement
-from ats.sources import ImageSource, mask_cells, open_image, read_view
+from ats.sources import ImageSource, open_image, read_view
 
 IN_MEMORY = 4 << 30
 """Bytes of a split's images up to which they are kept in memory, where it is not said."""
@@ -69,11 +68,15 @@ class ImageStore:
         if isinstance(image, Tensor):
             image = image if change is None else apply_change(image, change)
             return image, normalise(self.config, self._shrunk(image))
-        view = self._views[index]
-        view = self._read_view(image) if view is None else view
+        view = self._stored_view(index)
         if change is not None:
             image, view = ChangedSource(image, change), changed_view(view, change)
         return image, normalise(self.config, view)
+
+    def _stored_view(self, index: int) -> Tensor:
+        view, image = self._views[index], self.images[index]
+        assert not isinstance(image, Tensor)
+        return self._read_view(image) if view is None else view
 
     def _shrunk(self, image: Tensor) -> Tensor:
         size = view_size(self.config, (image.shape[-2], image.shape[-1]))
@@ -165,9 +168,9 @@ class ImageStore:
             )
 
     def _masks(self) -> list[Tensor] | None:
-        if all(row.mask is None for row in self.rows):
-            return None
         data = self.data
+        if not data.tissue and all(row.mask is None for row in self.rows):
+            return None
         if self.config.model.method not in ("ats", "uniform"):
             raise ValueError(f"{self.manifest.path}: masks are for attention sampling, not {self.config.model.method}")
         if data.translation or data.zoom != 1 or data.stretch != 1 or data.symmetries:
@@ -175,21 +178,11 @@ class ImageStore:
                 f"{self.manifest.path}: masks stay where they are, so that images cannot be moved, turned or enlarged; "
                 "set --data.translation 0 --data.zoom 1 --data.stretch 1 --data.no-symmetries"
             )
-        networks = networks_of(self.config)
-        with torch.random.fork_rng(devices=[]):
-            placed = measure_placement(networks.attention()) if self.config.model.method == "ats" else networks.lost
-        found = []
-        for row, image in zip(self.rows, self.images, strict=True):
-            full = tuple(image.shape[-2:]) if isinstance(image, Tensor) else image.levels[0]
-            size = full if isinstance(full, tuple) else (full.height, full.width)
-            view = view_size(self.config, (size[0], size[1]))
-            assert view is not None  # of attention sampling
-            grid = ((view[0] - networks.lost) // networks.stride, (view[1] - networks.lost) // networks.stride)
-            if row.mask is None:
-                found.append(torch.ones(grid, dtype=torch.bool, device="cpu"))
-                continue
+        placement, found = placement_of(self.config), []
+        for index, (row, image) in enumerate(zip(self.rows, self.images, strict=True)):
             try:
-                cells = mask_cells(row.mask, grid, (size[0], size[1]), view_size=view, receptive_field=placed)
+                view = None if isinstance(image, Tensor) or not data.tissue else self._stored_view(index)
+                cells = live_cells(self.config, placement, image, mask=row.mask, tissue=data.tissue, view=view)
             except (ValueError, OSError) as error:
                 raise ValueError(f"{self.manifest.where(row)}: {error}") from error
             found.append(cells)

@@ -41,6 +41,8 @@ class ImagesConfig(ImageConfig):
     """Keep images in memory, or read views and patches from their files; auto: in memory up to 4 GiB a split."""
     cache: Path | None = None
     """Folder that keeps the views of images on disk from run to run. Default: a run keeps them in memory."""
+    tissue: bool = False
+    """Look at tissue alone, by its colour: for slides, whose background is pale (`ats.tissue_mask`)."""
     mean: tuple[float, ...] = ()
     """Mean of the images, by channel, where a byte of 255 is 1 and other numbers are in their own unit: networks see
     (x − mean) / std. Default: 0.5, of bytes."""

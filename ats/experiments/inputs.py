@@ -2,15 +2,76 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ats.experiments.trained import TrainedModel
+from ats.experiments.live_cells import live_cells
+from ats.experiments.trained import TrainedModel, load
+from ats.models import ATSClassifier
 from ats.sources import ImageSource, open_image
 
 DECODED = 1 << 26
 """Pixels up to which an image is read whole, in place of its view and patches alone."""
+
+
+@dataclass(frozen=True)
+class LookOptions:
+    """How images of anybody's are looked at."""
+
+    mpp: float | None = None
+    """Micrometres a pixel of the images, in place of what they say."""
+    view_scale: float | None = None
+    """Size of the view relative to the image, e.g. for images of another magnification; default: as in training."""
+    tissue: bool | None = None
+    """Look at tissue alone, by its colour; default: as in training."""
+    device: str = "cpu"
+    """cpu, cuda, …"""
+
+
+def load_for(checkpoint: Path, options: LookOptions) -> TrainedModel:
+    """A trained model on the device asked for, with the view asked for.
+
+    Raises:
+        ValueError: a checkpoint that is none, a device that is not there, a model that has no view.
+        FileNotFoundError: there is no checkpoint.
+    """
+    trained = on_device(load(checkpoint), options.device)
+    if options.view_scale is None:
+        return trained
+    model = trained.config.model
+    if model.method not in ("ats", "uniform"):
+        raise ValueError(f"--view-scale is for attention sampling, not {model.method}")
+    if not 0 < options.view_scale <= 1:
+        raise ValueError(f"--view-scale must be in (0, 1], got {options.view_scale}")
+    config = replace(trained.config, model=replace(model, view_scale=options.view_scale))
+    return replace(trained, config=config)
+
+
+def on_device(trained: TrainedModel, device: str) -> TrainedModel:
+    """Move a model to a device, or raise ValueError where that is none."""
+    try:
+        return trained.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # torch's for a device that it does not know or have
+        raise ValueError(f"--device {device} cannot be used here: {error}") from error
+
+
+def mask_for(trained: TrainedModel, source: ImageSource, mask: Path | None, options: LookOptions) -> Tensor | None:
+    """Which cells of an image may be drawn, (1, gh, gw) bool on the model's device; None: all.
+
+    Raises:
+        ValueError: a mask that does not fit, or a model without attention on a view.
+        FileNotFoundError: there is no such mask.
+    """
+    asked = getattr(trained.config.data, "tissue", False) if options.tissue is None else options.tissue
+    if mask is None and not asked:
+        return None
+    model = trained.model
+    placement = model.sampling.sampler.receptive_field if isinstance(model, ATSClassifier) else 0
+    cells = live_cells(trained.config, placement, source, mask=mask, tissue=asked)
+    return cells[None].to(trained.device)
 
 
 def open_for(

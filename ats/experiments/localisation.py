@@ -13,7 +13,8 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision
 
 import ats_kernels
-from ats.batches import size_of
+from ats import functional
+from ats.batches import Maps, size_of
 from ats.datasets.image_dataset import Region
 from ats.experiments.build import Classifier
 from ats.experiments.experiment import ExperimentData
@@ -52,7 +53,7 @@ class Localisation:
 
 @torch.no_grad()
 def attention_map(
-    model: Classifier, view: Tensor, image: Tensor | Sequence[ImageSource]
+    model: Classifier, view: Tensor, image: Tensor | Sequence[ImageSource], mask: Maps | None = None
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """Attention (B, K) over a model's cells, their patches' top-left pixels (K, 2), and the patches' size.
 
@@ -60,6 +61,7 @@ def attention_map(
         model: in evaluation mode.
         view: (B, C, h, w), as the model takes it.
         image: (B, C, H, W), or a list of one source.
+        mask: (B, gh, gw) bool, True where it may look; elsewhere attention is 0.
 
     Raises:
         ValueError: the model has no attention.
@@ -71,7 +73,7 @@ def attention_map(
         return log_attention.exp(), offsets, (model.patch_size, model.patch_size)
     if not isinstance(model, ATSClassifier):
         raise ValueError(f"{type(model).__name__} has no attention")
-    logits = model.sampling.attention(view)
+    logits = functional.mask_logits(model.sampling.attention(view), mask)
     grid, sampler = (logits.shape[-2], logits.shape[-1]), model.sampling.sampler
     cells = torch.arange(grid[0] * grid[1], device=logits.device)
     offsets = cell_offsets(
@@ -120,8 +122,9 @@ def localise(trained: TrainedModel, data: ExperimentData, *, n_draws: int = 10, 
     for index in range(images):
         if not (targets := data.targets(index)):
             continue
-        view, image, _ = data.load("test", torch.tensor([index], device=trained.device))
-        attention, offsets, patch_size = attention_map(trained.model, view, image)
+        index_of = torch.tensor([index], device=trained.device)
+        view, image, _ = data.load("test", index_of)
+        attention, offsets, patch_size = attention_map(trained.model, view, image, data.masks("test", index_of))
         target = on_target(offsets, patch_size, targets)
         if not bool(target.any()):  # between the patches of a grid with gaps
             rows.append([0.0] * 5)

@@ -1,6 +1,6 @@
 """`ats attention`: where a trained model looks in an image of yours: a picture, a table, or for other programs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ats import export
 from ats.experiments.console import say
-from ats.experiments.inputs import answer, open_for, probabilities
+from ats.experiments.inputs import LookOptions, answer, load_for, mask_for, open_for, probabilities
 from ats.experiments.localisation import attention_map
 from ats.experiments.options import parse
 from ats.experiments.plotting.overlay import Attention, draw_overlay
-from ats.experiments.trained import load
 from ats.models import ATSClassifier
 from ats.samples import BoxSample
 from ats.sources import ImageSource, read_view
@@ -23,21 +22,21 @@ _SHOWN = 3000  # pixels of the longer side of a picture's image, at most
 
 
 @dataclass(frozen=True)
-class AttentionOptions:
+class AttentionOptions(LookOptions):
     """Where a trained model looks in an image, which may have any size."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[Path] = field(kw_only=True)
     """A run's folder, or its checkpoints/last.ckpt, as `ats train` wrote it."""
-    image: tyro.conf.Positional[Path]
+    image: tyro.conf.Positional[Path] = field(kw_only=True)
     """An image file, or a slide."""
+    mask: Path | None = None
+    """Where to look: an image file or GeoJSON polygons."""
     format: Literal["png", "csv", "geojson", "tiff"] = "png"
     """A picture; a table of the patches read; these as detections for QuPath; or a pyramidal OME-TIFF heatmap."""
     output: Path | None = None
     """Where it goes; default: attention.FORMAT here. A file that is there is not overwritten."""
     n_patches: int | None = None
     """Patches to draw; default: what the model was trained with. Deep MIL reads them all, and draws none."""
-    mpp: float | None = None
-    """Micrometres a pixel of the image, in place of what it says."""
     seed: int = 0
     """Decides the draw."""
 
@@ -53,25 +52,30 @@ def draw_image(options: AttentionOptions) -> str:
     output = options.output or Path(f"attention.{options.format}")
     if output.exists():
         raise FileExistsError(f"{output} is there already; name another file with --output")
-    trained = load(options.checkpoint)
+    trained = load_for(options.checkpoint, options)
     source, image = open_for(trained, options.image, options.mpp)
     full = source.levels[0]
     view = trained.view(image)
     assert isinstance(view, Tensor)  # of one image
-    weights, offsets, patch_size = attention_map(trained.model, view, image)
+    view, mask = view.to(trained.device), mask_for(trained, source, options.mask, options)
+    if isinstance(image, Tensor):
+        image = image.to(trained.device)
+    weights, offsets, patch_size = attention_map(trained.model, view, image, mask)
+    weights, offsets = weights.cpu(), offsets.cpu()
+    live = weights.shape[1] if mask is None else int(mask.sum())
     count = None
     if isinstance(trained.model, ATSClassifier):
         sampling = trained.model.sampling
         count = sampling.n_patches if options.n_patches is None else options.n_patches
-        if count > weights.shape[1] and not sampling.replace:
+        if count > live and not sampling.replace:
             raise ValueError(
-                f"the attention on {options.image}, {full.height}×{full.width} pixels, has {weights.shape[1]} "
-                f"cells, too few for {count} patches; choose fewer with --n-patches, or a larger image"
+                f"the attention on {options.image}, {full.height}×{full.width} pixels, has {live} "
+                f"cells to draw, too few for {count} patches; choose fewer with --n-patches, or a larger image"
             )
     elif options.format != "png":
         raise ValueError(f"{trained.config.model.method} draws no patches: --format {options.format} is for ats")
-    generator = torch.Generator().manual_seed(options.seed)
-    prediction = trained.predict(image, n_patches=count, generator=generator)
+    generator = torch.Generator(trained.device).manual_seed(options.seed)
+    prediction = trained.predict(image, mask=mask, n_patches=count, generator=generator)
     found = _in_words(
         trained.config.data, answer(trained, prediction.logits[0]), probabilities(trained, prediction.logits[0])
     )
@@ -87,7 +91,8 @@ def draw_image(options: AttentionOptions) -> str:
         export.heatmap_tiff(
             output,
             source,
-            sampling.attention(view),
+            sampling.attention(view).cpu(),
+            mask=None if mask is None else mask.cpu(),
             view_size=(view.shape[-2], view.shape[-1]),
             receptive_field=sampling.sampler.receptive_field,
         )

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 from rich.table import Table
 
 from ats._files import write_json
 from ats.experiments.console import printable, say
 from ats.experiments.evaluation import Evaluation, evaluate
+from ats.experiments.inputs import on_device
 from ats.experiments.options import parse
 from ats.experiments.trained import load
 
@@ -61,10 +61,7 @@ def run_evaluate(arguments: list[str]) -> None:
     models = [load(checkpoint) for checkpoint in options.checkpoints]  # a bad one is not found an hour later
     found = []
     for checkpoint, trained in zip(options.checkpoints, models, strict=True):
-        try:
-            trained.to(torch.device(options.device))
-        except (RuntimeError, AssertionError) as error:  # torch's for a device that it does not know or have
-            raise ValueError(f"--device {options.device} cannot be used here: {error}") from error
+        on_device(trained, options.device)
         for n_patches in options.n_patches or (None,):
             result = evaluate(
                 trained,

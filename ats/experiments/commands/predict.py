@@ -2,29 +2,38 @@
 
 import csv
 import io
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 from ats._files import write_whole
+from ats.datasets.manifest import read_manifest
 from ats.experiments.console import say
-from ats.experiments.inputs import answer, open_for, probabilities
+from ats.experiments.inputs import LookOptions, answer, load_for, mask_for, open_for, probabilities
 from ats.experiments.options import parse
-from ats.experiments.trained import TrainedModel, load
+from ats.experiments.trained import TrainedModel
 from ats.models import ATSClassifier
+from ats.sources import open_image
 
 
 @dataclass(frozen=True)
-class PredictOptions:
+class PredictOptions(LookOptions):
     """Label, probabilities, standard errors and patches used, a row an image file, as CSV."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[Path] = field(kw_only=True)
     """A run's folder, or its checkpoints/last.ckpt, as `ats train` wrote it."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Image files and slides, each of any size."""
+    mask: tuple[Path, ...] = ()
+    """Where to look: for each image, in their order, an image file or GeoJSON polygons."""
+    manifest: Path | None = None
+    """Predict the images that a CSV file lists in its column path, in place of naming them; it may have the columns
+    mpp and mask (docs/images.md)."""
     output: Path = Path("predictions.csv")
     """Where the table goes. A file that is there is not overwritten."""
     method: Literal["sample", "topk", "anytime"] = "sample"
@@ -37,19 +46,50 @@ class PredictOptions:
     """anytime: stop once the standard error of every class logit is at most this."""
     lead: float | None = None
     """anytime: stop once the best class leads every other by this many standard errors of their difference."""
-    mpp: float | None = None
-    """Micrometres a pixel of the images, in place of what they say."""
     unreadable: Literal["stop", "skip"] = "stop"
-    """Files that cannot be read: stop at the first, or name them and leave them out."""
+    """Files that cannot be read: name them, and then stop or leave them out."""
     seed: int = 0
     """Decides the draws: of each image alone, whatever others there are."""
-    device: str = "cpu"
-    """cpu, cuda, …"""
 
-    def __post_init__(self) -> None:
-        """Refuse to predict nothing."""
-        if not self.images:
-            raise ValueError("name an image, or more, to predict")
+
+@dataclass(frozen=True)
+class Wanted:
+    """An image that is to be predicted: its name in the table, its place, and what is known of it."""
+
+    name: str
+    path: Path
+    mpp: float | None = None
+    mask: Path | None = None
+    where: str = ""
+    """What messages begin with."""
+
+
+def wanted_images(options: PredictOptions) -> list[Wanted]:
+    """The images named, or listed.
+
+    Raises:
+        ValueError: there are none, or both, or another number of masks.
+    """
+    if not options.images and options.manifest is None:
+        raise ValueError("name an image, or more, to predict, or a list of them with --manifest")
+    if options.manifest is not None and (options.images or options.mask):
+        raise ValueError("--manifest lists the images and their masks: name none beside it")
+    if options.mask and len(options.mask) != len(options.images):
+        raise ValueError(
+            f"--mask names {len(options.mask)} files for {len(options.images)} images; one for each, in their order, "
+            "after the images"
+        )
+    if options.manifest is None:
+        masks = options.mask or [None] * len(options.images)
+        return [Wanted(str(path), path, options.mpp, mask) for path, mask in zip(options.images, masks, strict=True)]
+    manifest = read_manifest(options.manifest, labels=False)
+    folder = manifest.path.parent
+    found = []
+    for row in manifest.rows:
+        name = row.path.relative_to(folder) if row.path.is_relative_to(folder) else row.path
+        mpp = options.mpp if row.mpp is None else row.mpp
+        found.append(Wanted(name.as_posix(), row.path, mpp, row.mask, f"{manifest.where(row)}: "))
+    return found
 
 
 def predict_files(options: PredictOptions) -> str:
@@ -61,19 +101,25 @@ def predict_files(options: PredictOptions) -> str:
     """
     if options.output.exists():
         raise FileExistsError(f"{options.output} is there already; name another file with --output")
-    trained = load(options.checkpoint, device=options.device)
+    trained, wanted = load_for(options.checkpoint, options), wanted_images(options)
+    unread = _headers(wanted)  # before hours of reading others
+    if options.unreadable == "stop":
+        _refuse(unread, len(wanted))
     rows = []
-    for path in options.images:
+    for each in wanted:
         try:
-            _, image = open_for(trained, path, options.mpp)
-            prediction = _predict(options, trained, image)
+            if each in unread:
+                raise ValueError(unread[each])
+            source, image = open_for(trained, each.path, each.mpp)
+            prediction = _predict(options, trained, image, mask_for(trained, source, each.mask, options))
         except (ValueError, OSError) as error:
+            text = unread.get(each, f"{each.where}{_named(each, error)}")
             if options.unreadable == "stop":
-                raise
-            say(f"left out: {error}", stderr=True)
+                raise ValueError(text) from error
+            say(f"left out: {text}", stderr=True)
             continue
         outputs, spread = prediction.logits[0], prediction.standard_error
-        row: dict[str, Any] = {"path": str(path), "label": answer(trained, outputs)}
+        row: dict[str, Any] = {"path": each.name, "label": answer(trained, outputs)}
         for name, value in zip(trained.classes, probabilities(trained, outputs), strict=False):
             row[f"probability_{name}"] = f"{value:.6g}"
         for number, name in enumerate(trained.classes):
@@ -82,20 +128,48 @@ def predict_files(options: PredictOptions) -> str:
         rows.append(row)
     if not rows:
         raise ValueError("none of the images could be read: no table was written")
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(options.output, text.getvalue().encode("utf-8", "surrogateescape"))
-    return f"{len(rows)} of {len(options.images)} images: {options.output}"
+    write_whole(options.output, table.getvalue().encode("utf-8", "surrogateescape"))
+    return f"{len(rows)} of {len(wanted)} images: {options.output}"
 
 
-def _predict(options: PredictOptions, trained: TrainedModel, image: Any) -> Any:
+def _headers(wanted: Sequence[Wanted]) -> dict[Wanted, str]:
+    """What is wrong with images that cannot even be opened."""
+    unread = {}
+    for each in wanted:
+        try:
+            open_image(each.path, mpp=each.mpp)
+        except (ValueError, OSError) as error:
+            unread[each] = f"{each.where}{_named(each, error)}"
+    return unread
+
+
+def _named(wanted: Wanted, error: Exception) -> str:
+    """What is wrong with an image, which the text names."""
+    return str(error) if wanted.path.name in str(error) else f"{wanted.path}: {error}"
+
+
+def _refuse(unread: dict[Wanted, str], images: int) -> None:
+    texts = list(unread.values())
+    if len(texts) == 1:
+        raise ValueError(texts[0])
+    if texts:
+        few = "; ".join(texts[:10]) + (f"; and {len(texts) - 10} more" if len(texts) > 10 else "")
+        raise ValueError(
+            f"{len(texts)} of {images} images cannot be read: {few}. Mend them, or leave them out with --unreadable "
+            "skip"
+        )
+
+
+def _predict(options: PredictOptions, trained: TrainedModel, image: Any, mask: Tensor | None) -> Any:
     how: dict[str, Any] = {"n_patches": options.n_patches} if isinstance(trained.model, ATSClassifier) else {}
     if options.method == "anytime":
         how = {"budget": options.budget, "tolerance": options.tolerance, "lead": options.lead}
     generator = torch.Generator(trained.device).manual_seed(options.seed)
-    return trained.predict(image, method=options.method, generator=generator, **how)
+    return trained.predict(image, mask=mask, method=options.method, generator=generator, **how)
 
 
 def run_predict(arguments: list[str]) -> None:
