@@ -1,7 +1,6 @@
 """What other programs open: GeoJSON by QuPath's rules, and OME-TIFF as tifffile reads it back."""
 
 import gzip
-import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 import ats
 from ats.export import geojson, heatmap_tiff
 from tests.helpers import seeded
+from tests.qupath import check_qupath
 
 HEIGHT, WIDTH = 80, 100
 
@@ -25,27 +25,6 @@ def source() -> ats.ImageSource:
 def drawn(n: int = 6) -> ats.PatchSample:
     logits = torch.randn(1, 8, 10, generator=seeded())
     return ats.sample_patches(torch.zeros(1, 3, HEIGHT, WIDTH), logits, n, 24, generator=seeded(1))
-
-
-def check_qupath(text: bytes) -> list[dict[str, Any]]:
-    """The rules by which QuPath parses objects (its GsonTools and PathObjectTypeAdapters)."""
-    content = json.loads(text)
-    assert content["type"] == "FeatureCollection"
-    for feature in content["features"]:
-        assert feature["type"] == "Feature"
-        assert feature["geometry"]["type"] == "Polygon"
-        for ring in feature["geometry"]["coordinates"]:
-            assert len(ring) >= 4
-            assert ring[0] == ring[-1]
-            assert all(len(point) == 2 and all(isinstance(value, int | float) for value in point) for point in ring)
-        properties = feature["properties"]
-        assert properties["objectType"] in ("annotation", "detection", "tile")
-        assert isinstance(properties["classification"]["name"], str)
-        colour = properties["classification"]["color"]  # without it parsing fails
-        assert len(colour) == 3
-        assert all(isinstance(value, int) and 0 <= value <= 255 for value in colour)
-        assert all(isinstance(value, float) for value in properties["measurements"].values())
-    return content["features"]
 
 
 @pytest.mark.parametrize("name", ["patches.geojson", "patches.json", "patches.geojson.gz"])

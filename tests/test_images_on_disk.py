@@ -19,7 +19,7 @@ from ats.experiments.commands.command_line import run
 from ats.experiments.evaluation import evaluate
 from ats.experiments.trained import load
 from ats.experiments.training import InterruptedRunError, train
-from tests.test_export import check_qupath
+from tests.qupath import check_qupath
 from tests.test_images_experiment import TWO, data_of, refused, tiny, write_images
 from tests.test_training import StopAt, assert_same, weights
 

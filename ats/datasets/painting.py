@@ -58,6 +58,16 @@ def tissue(random: Integers, size: int) -> "Image":
     return pillow("Image").fromarray(np.where(holes[..., None], [242, 236, 242], base).clip(0, 255).astype(np.uint8))
 
 
+def islands(random: Integers, size: tuple[int, int]) -> "tuple[Image, np.ndarray[Any, np.dtype[np.bool_]]]":
+    """Tissue of `size` (height, width) that bright background parts, and where it is, (height, width)."""
+    side = max(size)
+    pixels = np.asarray(tissue(random, side))[: size[0], : size[1]]
+    shore = _clouds(random, size, 400).astype(np.int16) * 3 + _clouds(random, size, 30)
+    inside = shore > 400
+    background = np.array([244, 243, 245], np.uint8)
+    return pillow("Image").fromarray(np.where(inside[..., None], pixels, background)), inside
+
+
 def draw_nucleus(image: "Image", random: Integers, kind: str, x: int, y: int) -> None:
     """A nucleus of a kind, turned at random, centred at x, y."""
     (long, short), rim, within = _NUCLEI[kind]

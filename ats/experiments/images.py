@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ats.datasets.image_files import is_synthetic
 from ats.experiments.augmentation import PHOTOGRAPHS_OPTIM
 from ats.experiments.build import stacked
 from ats.experiments.config import LESS_NOISE, SHORT_EPOCHS, ExperimentConfig, ModelConfig
@@ -36,7 +37,8 @@ class ImagesData(ExperimentData[ImagesConfig]):
     @property
     def source(self) -> str:
         manifest = self.splits.manifest
-        return f"{manifest.path.name}, {len(manifest.rows)} images"
+        made_up = "synthetic " if is_synthetic(manifest.path.parent) else ""
+        return f"{made_up}{manifest.path.name}, {len(manifest.rows)} images"
 
     @property
     def digest(self) -> str | None:

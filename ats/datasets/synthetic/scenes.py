@@ -121,3 +121,16 @@ def draw_tissue(random: Integers, size: int, positive: bool) -> tuple["Image", d
         nuclei.setdefault(kind, []).append((x, y))
         painting.draw_nucleus(image, random, kind, x, y)
     return painting.with_noise(image, random), nuclei
+
+
+def draw_biopsy(random: Integers, size: tuple[int, int]) -> "Image":
+    """Islands of tissue with nuclei of the kinds that are not epithelial, on a bright background, (height, width)."""
+    image, inside = painting.islands(random, size)
+    height, width = size
+    for _ in range(height * width // _PIXELS_A_NUCLEUS):
+        x = random.between(painting.NUCLEUS_MARGIN, width - painting.NUCLEUS_MARGIN)
+        y = random.between(painting.NUCLEUS_MARGIN, height - painting.NUCLEUS_MARGIN)
+        kind = NUCLEI[1 + random.below(3)]
+        if inside[y, x]:
+            painting.draw_nucleus(image, random, kind, x, y)
+    return painting.with_noise(image, random, strength=4)

@@ -7,24 +7,20 @@ same labels and places everywhere.
 
 import io
 import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ats._files import remove_unfinished, unfinished, write_whole
+from ats._files import write_whole
 from ats.datasets import painting
 from ats.datasets.colon_cancer import NUCLEI
-from ats.datasets.image_files import SYNTHETIC_MARKER, needed
-from ats.datasets.integers import Integers
+from ats.datasets.image_files import needed
 from ats.datasets.speed_limits import LIMITS
+from ats.datasets.synthetic.folder import integers, new_folder
 from ats.datasets.synthetic.scenes import OTHERS_SHARE, draw_street, draw_tissue, plan_streets
 from ats.datasets.traffic_signs import FIRST_TEST_FRAME, GERMAN_DUPLICATES, GERMAN_FRAMES, GERMAN_LIMITS
-from ats.paths import user_path
-from ats.version import __version__
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,11 +50,11 @@ def write_colon_cancer(
         raise ValueError(f"n_images must be at least 2 and size at least 64 pixels, got {n_images} and {size}")
     _check_suffix(suffix, (".png", ".bmp"))
     save_mat = needed("scipy.io", "SciPy").savemat
-    positive = _integers(seed, "labels").shuffled([index < n_images // 2 for index in range(n_images)])
-    with _new_folder(folder, f"{n_images} of tissue, {size}×{size}, seed {seed}") as place:
+    positive = integers(seed, "labels").shuffled([index < n_images // 2 for index in range(n_images)])
+    with new_folder(folder, f"{n_images} of tissue, {size}×{size}, seed {seed}") as place:
         for index in range(n_images):
             name = f"img{index + 1}"
-            image, nuclei = draw_tissue(_integers(seed, "image", index), size, positive[index])
+            image, nuclei = draw_tissue(integers(seed, "image", index), size, positive[index])
             for kind in NUCLEI:
                 file = io.BytesIO()
                 # As in the release: 0×2 bytes where there are none, and compressed, so that damage shows.
@@ -107,12 +103,12 @@ def write_german(
         _check_streets(count, limits, size, sign_size)
         if count + count // OTHERS_SHARE > len(names[split]):
             raise ValueError(f"n_{split} must leave room for others within {len(names[split])} frames, got {count}")
-    with _new_folder(folder, f"{n_train} and {n_test} streets, {size[0]}×{size[1]}, seed {seed}") as place:
+    with new_folder(folder, f"{n_train} and {n_test} streets, {size[0]}×{size[1]}, seed {seed}") as place:
         lines = []
         for split, count in counts.items():
-            plan = plan_streets(_integers(seed, split), count, limits)
+            plan = plan_streets(integers(seed, split), count, limits)
             for index, (name, shown) in enumerate(zip(names[split], plan, strict=False)):
-                scene = draw_street(_integers(seed, split, index), size, shown, sign_size, painting.WHITE)
+                scene = draw_street(integers(seed, split, index), size, shown, sign_size, painting.WHITE)
                 for sign in scene.signs:
                     kind = _GERMAN_OTHERS[sign.other] if sign.limit is None else ids[sign.limit]
                     lines.append(f"{name}.ppm;{';'.join(map(str, sign.box))};{kind}\n")
@@ -149,29 +145,19 @@ def write_swedish(
     """
     for count in (n_train, n_test):
         _check_streets(count, limits, size, sign_size)
-    with _new_folder(folder, f"{n_train} and {n_test} streets, {size[0]}×{size[1]}, seed {seed}") as place:
+    with new_folder(folder, f"{n_train} and {n_test} streets, {size[0]}×{size[1]}, seed {seed}") as place:
         for split, inner, count in (("train", "Set1", n_train), ("test", "Set2", n_test)):
             lines = []
-            plan = plan_streets(_integers(seed, split), count, limits, blurred=True)
+            plan = plan_streets(integers(seed, split), count, limits, blurred=True)
             for index, shown in enumerate(plan):
                 name = f"{split}Image{index:06d}.jpg"
-                scene = draw_street(_integers(seed, split, index), size, shown, sign_size, painting.YELLOW)
+                scene = draw_street(integers(seed, split, index), size, shown, sign_size, painting.YELLOW)
                 signs = "".join(f"{sign.swedish()};" for sign in scene.signs)
                 # The original says of some frames that they show signs which it does not list.
                 misc = "MISC_SIGNS;" if index % 5 == 4 else ""
                 lines.append(f"{name}:{signs}{misc}\n")
                 _save(scene.image, place / inner / name)
             write_whole(place / inner / "annotations.txt", "".join(lines).encode())
-
-
-def _integers(seed: int, *what: str | int) -> Integers:
-    """Another stream for each purpose and image."""
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be an integer of 0 to 2⁶⁴ − 1, got {seed}")
-    kinds = {"labels": 0, "image": 1, "train": 2, "test": 3}
-    name, index = what[0], what[1] if len(what) > 1 else (1 << 32) - 1
-    assert isinstance(name, str)
-    return Integers(np.random.Philox(key=[seed, kinds[name] << 32 | int(index)]))
 
 
 def _check_suffix(suffix: str, known: tuple[str, ...]) -> None:
@@ -195,22 +181,3 @@ def _save(image: "Image", path: Path) -> None:
     format_name = {".jpg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".ppm": "PPM"}[path.suffix]
     image.save(file, format_name, **({"quality": 92} if format_name == "JPEG" else {}))
     write_whole(path, file.getvalue())
-
-
-@contextmanager
-def _new_folder(folder: str | os.PathLike[str], content: str) -> Iterator[Path]:
-    """A place to write to; once all is there, it moves into `folder`, the mark that says it is synthetic first."""
-    folder = user_path(folder)
-    remove_unfinished(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there and not an empty folder; name a new one, nothing is overwritten")
-    place = unfinished(folder)
-    place.mkdir(parents=True)
-    try:
-        text = f"Synthetic images, made up by torch-ats {__version__}: {content}. Only the layout is real.\n"
-        write_whole(place / SYNTHETIC_MARKER, text.encode())
-        yield place
-        for part in sorted(place.iterdir(), key=lambda path: path.name != SYNTHETIC_MARKER):
-            part.rename(folder / part.name)
-    finally:
-        shutil.rmtree(place)

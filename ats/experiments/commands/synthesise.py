@@ -1,6 +1,7 @@
 """`ats synthesise`: a small synthetic data set for those who lack the real one."""
 
 import shlex
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ import tyro
 
 from ats.datasets.colon_cancer import load_colon_cancer
 from ats.datasets.image_dataset import ImageDataset
+from ats.datasets.manifest import read_manifest
 from ats.datasets.speed_limits import load_speed_limits
+from ats.datasets.synthetic.slides import write_slides
 from ats.datasets.synthetic.write import write_colon_cancer, write_german, write_swedish
 from ats.experiments.console import say
 from ats.experiments.options import parse
@@ -20,12 +23,14 @@ from ats.experiments.options import parse
 class SynthesiseOptions:
     """Write a small synthetic data set, laid out on disk as a real one is. Reports on it say that it is synthetic."""
 
-    data: tyro.conf.Positional[Literal["colon-cancer", "speed-limits-german", "speed-limits-swedish"]]
-    """Whose task and layout."""
+    data: tyro.conf.Positional[Literal["colon-cancer", "speed-limits-german", "speed-limits-swedish", "slides"]]
+    """Whose task and layout; or slides with a manifest, for `ats train images` (docs/slides.md)."""
     folder: tyro.conf.Positional[Path]
-    """Where to; new or empty. Give it to `ats train` as --data.folder."""
+    """Where to; new or empty. Give it to `ats train` as --data.folder; of slides its labels.csv as --data.manifest."""
     images: int = 100
-    """Images: of colon-cancer in all, of speed-limits-… to train on; half as many come to test on."""
+    """Images: of colon-cancer in all, of others to train on; half as many come to test on."""
+    slide: Path | None = None
+    """slides: an image of stained tissue that they are cut from. Default: tissue that is drawn."""
     seed: int = 0
     """Decides all that is random."""
 
@@ -35,8 +40,13 @@ def synthesise(options: SynthesiseOptions) -> list[str]:
 
     Raises:
         FileExistsError: the folder is not empty.
-        ValueError: a number of images that the data set cannot have.
+        ValueError: a number of images that the data set cannot have, or a slide where none is of use.
     """
+    if options.data == "slides":
+        write_slides(options.folder, options.images, options.images // 2, seed=options.seed, slide=options.slide)
+        return _describe_slides(options.folder / "labels.csv")
+    if options.slide is not None:
+        raise ValueError(f"--slide is for slides, which {options.data} has none of; leave it out")
     if options.data == "colon-cancer":
         write_colon_cancer(options.folder, options.images, seed=options.seed)
         return [_describe("all", load_colon_cancer(options.folder))]
@@ -51,9 +61,21 @@ def _describe(split: str, data: ImageDataset) -> str:
     return f"{data.source}, {split}: {len(data)} images of {height}×{width} pixels ({counts})"
 
 
+def _describe_slides(path: Path) -> list[str]:
+    manifest = read_manifest(path)
+    lines = []
+    for split in ("train", "test"):
+        counts = Counter(row.label for row in manifest.select(split))
+        lines.append(f"{path}, {split}: {', '.join(f'{name}: {count}' for name, count in sorted(counts.items()))}")
+    return lines
+
+
 def run_synthesise(arguments: list[str]) -> None:
     """`ats synthesise`."""
     options = parse(SynthesiseOptions, "ats synthesise", arguments)
     for line in synthesise(options):
         say(line)
-    say(f"Train on it with: --data.folder {shlex.quote(str(options.folder))}")
+    way = f"--data.folder {shlex.quote(str(options.folder))}"
+    if options.data == "slides":
+        way = f"ats train images --data.manifest {shlex.quote(str(options.folder / 'labels.csv'))}"
+    say(f"Train on it with: {way}")
