@@ -11,7 +11,7 @@ from ats.experiments.plotting.plots import look
 
 Groups = Sequence[Mapping[str, Any]]
 
-LINES = "scaling", "sampling-space", "patches"
+LINES = "scaling", "nested", "sampling-space", "patches"
 TABLES = "table1", "table2", "mnist"
 
 
@@ -43,15 +43,35 @@ def _draw_lines(groups: Groups, path: Path) -> None:
                 lines.setdefault(line, {})[value] = group["timings"][method]["median"]
         names = list(dict.fromkeys(line for line, _ in group["points"].values()))
         for line, values in lines.items():
-            place.plot(list(values), list(values.values()), label=line, **look(names.index(line)))
+            style = look(names.index(line))
+            place.plot(list(values), list(values.values()), label=line, **style)
+            _draw_foretold(place, group, line, values, what == "memory", style)
         unit = "ms" if group["per"] == "call" else f"ms a {group['per']}"
         place.set(
             xlabel=group["axis"], ylabel="MB beyond the image" if what == "memory" else unit, xscale="log", yscale="log"
         )
+        for axis in (place.xaxis, place.yaxis):  # the own ones are markup, which pictures here have none of
+            axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+            axis.set_minor_formatter(lambda value, _: "")
         place.set_title(group["name"], fontsize=10, wrap=True)
         place.grid(alpha=0.3)
         place.legend(fontsize=9)
     save(figure, path)
+
+
+def _draw_foretold(
+    place: Any, group: Mapping[str, Any], line: str, values: Mapping[float, float], memory: bool, style: dict[str, Any]
+) -> None:
+    """What was foretold of a line, dotted on from the last that was measured."""
+    coming = {
+        size: group["foretold"][method][1] / 1e6 if memory else group["foretold"][method][0]
+        for method, (name, size) in group["points"].items()
+        if name == line and method in group.get("foretold", {}) and size not in values
+    }
+    if coming:
+        last = max(values)
+        joined = {last: values[last], **coming}
+        place.plot(list(joined), list(joined.values()), **style | {"linestyle": ":", "markerfacecolor": "white"})
 
 
 def _draw_ratios(group: Mapping[str, Any], path: Path) -> None:

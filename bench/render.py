@@ -17,6 +17,7 @@ SECTIONS = {
     "table2": "Speed limits: a training step by each method (the paper's table 2)",
     "mnist": "Megapixel MNIST: a training step by each method",
     "scaling": "The size of the image",
+    "nested": "Nested attention, by the size of the image",
     "sampling-space": "The number of cells, and the size of the view",
     "patches": "The number of patches, and their size",
     "parts": "Where a training step's time goes",
@@ -96,6 +97,7 @@ def _by_size(group: Record) -> list[str]:
     at = {(line, x): name for name, (line, x) in group["points"].items()}
     lines = list(dict.fromkeys(line for line, _ in at))
     with_memory = [line for line in lines if any(at[key] in memory for key in at if key[0] == line)]
+    foretold = group.get("foretold", {})  # earlier runs have none
     rows = []
     for size in sorted({x for _, x in at}):
         first = timings.get(at.get((lines[0], size)))
@@ -103,18 +105,29 @@ def _by_size(group: Record) -> list[str]:
         for line in lines:
             name = at.get((line, size))
             time = timings.get(name)
+            if time is None and name in foretold:
+                row.append(_foretold(foretold[name][0]))
+                continue
             if time is None:
                 row.append(f"not run: {group['not_run'][name]}" if name in group["not_run"] else "")
                 continue
             ratio = f", {_times_sign(time['median'] / first['median'])}" if first and line != lines[0] else ""
             row.append(f"{time['median']:.4g} ({time['low']:.4g} – {time['high']:.4g}){ratio}")
         for line in with_memory:
-            peak = memory.get(at.get((line, size)))
-            row.append("" if peak is None else f"{peak / 1e6:,.1f}")
+            name = at.get((line, size))
+            if name in foretold and name not in memory:
+                row.append(_foretold(foretold[name][1] / 1e6))
+            else:
+                row.append(f"{memory[name] / 1e6:,.1f}" if name in memory else "")
         rows.append(tuple(row))
     unit = "ms" if group["per"] == "call" else f"ms/{group['per']}"
     header = (group["axis"], *(f"{line}: {unit}" for line in lines), *(f"{line}: MB" for line in with_memory))
     return table(header, rows)
+
+
+def _foretold(value: float) -> str:
+    """A number that was not measured, with as many digits as it has."""
+    return f"*about {float(f'{value:.2g}'):,.0f}, foretold*"
 
 
 Column = tuple[str, dict[str, str]]  # its header, and what stands in it by method

@@ -64,6 +64,7 @@ class Group:
     axis: str = ""  # what the methods' sizes are of
     points: dict[str, tuple[str, float]] = field(default_factory=dict)  # line and size of each method
     not_run: dict[str, str] = field(default_factory=dict)  # and why
+    foretold: dict[str, tuple[float, float]] = field(default_factory=dict)  # ms and bytes of what was not run
     targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

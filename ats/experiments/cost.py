@@ -187,14 +187,40 @@ def measure_bytes(
         RuntimeError: the process that measures failed, e.g. because memory ran out; says what it wrote.
     """
     device = torch.device(device)
+    size = image_size or EXPERIMENTS[config.experiment].image_size
+    warm = None if given else (config, device, (max(64, size[0] // 10), max(64, size[1] // 10)), 1, False)
+    return measure_rise(_prepare, (config, device, size, batch, given), device, warm=warm, what=config.model.label)
+
+
+def measure_rise(
+    prepare: Callable[..., Callable[[], Step]],
+    arguments: tuple[Any, ...],
+    device: torch.device | str = "cpu",
+    *,
+    warm: tuple[Any, ...] | None = None,
+    what: str = "a step",
+) -> int:
+    """The peak memory of a step beyond what was there before it was made.
+
+    Args:
+        prepare: a function of a module, called with `arguments`: makes what does not count, and returns a function that
+            makes what does, a step with its model, which is then run.
+        arguments: of `prepare`, which pickle.
+        device: of the model. On a CPU this happens in a fresh process, on a GPU in this one.
+        warm: other arguments, of a step that is run once before: loaded code is no cost of a sample. None: the same.
+        what: is measured, for the message.
+
+    Raises:
+        RuntimeError: the process that measures failed, e.g. because memory ran out; says what it wrote.
+    """
+    device = torch.device(device)
     if device.type == "cuda":
-        images = random_images(config, image_size, batch=batch)
-        views = [view_on(device, config, image) for image in images] if given else None
+        make = prepare(*arguments)
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        step = training_step(config, device, images=images, views=views)
+        step = make()
         step()
         step()  # the first one may try out algorithms
         torch.cuda.synchronize(device)
@@ -204,8 +230,7 @@ def measure_bytes(
     context: Any = multiprocessing.get_context(method)
     context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
-    size = image_size or EXPERIMENTS[config.experiment].image_size
-    process = context.Process(target=_send_rise, args=(sender, config, size, batch, given))
+    process = context.Process(target=_send_rise, args=(sender, prepare, arguments, warm))
     process.start()
     sender.close()
     try:
@@ -215,8 +240,23 @@ def measure_bytes(
         answer = f"its process ended with status {process.exitcode}; -9 is what the system does where memory runs out"
     process.join()
     if isinstance(answer, str):
-        raise RuntimeError(f"measuring {config.model.label} failed: {answer}")
+        raise RuntimeError(f"measuring {what} failed: {answer}")
     return int(answer)
+
+
+def _prepare(
+    config: ExperimentConfig, device: torch.device, size: tuple[int, int], batch: int, given: bool
+) -> Callable[[], Step]:
+    """What makes a step: from images, and views where they are given, that do not count; on a CPU images else do."""
+    if device.type == "cpu" and not given:
+        return lambda: training_step(config, images=random_images(config, size, batch=batch))
+    images, views = random_images(config, size, batch=batch), None
+    if given and device.type == "cuda":
+        views = [view_on(device, config, image) for image in images]
+    elif given:  # any values will do; making them would leave its traces in the allocator
+        seen = view_size(config, size)
+        views = None if seen is None else [torch.rand(batch, config.data.channels, *seen, device="cpu")]
+    return lambda: training_step(config, device, images=images, views=views)
 
 
 def _timed(step: Step, device: torch.device) -> float:
@@ -236,30 +276,29 @@ def _timing(seconds: list[float]) -> Timing:
     return Timing(float(median), float(lower), float(upper), len(seconds))
 
 
-def _send_rise(sender: Connection, config: ExperimentConfig, size: tuple[int, int], batch: int, given: bool) -> None:
+def _send_rise(
+    sender: Connection,
+    prepare: Callable[..., Callable[[], Step]],
+    arguments: tuple[Any, ...],
+    warm: tuple[Any, ...] | None,
+) -> None:
     try:
-        sender.send(_rise_of_resident_set(config, size, batch, given))
+        sender.send(_rise_of_resident_set(prepare, arguments, warm))
     except Exception as error:
         sender.send(f"{type(error).__name__}: {error}")
 
 
-def _rise_of_resident_set(config: ExperimentConfig, size: tuple[int, int], batch: int, given: bool) -> int:
+def _rise_of_resident_set(
+    prepare: Callable[..., Callable[[], Step]], arguments: tuple[Any, ...], warm: tuple[Any, ...] | None
+) -> int:
     """Bytes by which this process's resident set rises, at its peak, in a training step."""
     _return_what_is_freed()
-    height, width = size
-    images, views = None, None
-    first = random_images(config, (max(64, height // 10), max(64, width // 10)))
-    if given:
-        first = images = random_images(config, size, batch=batch)
-        seen = view_size(config, size)  # any values will do; making them would leave its traces in the allocator
-        views = None if seen is None else [torch.rand(batch, config.data.channels, *seen, device="cpu")]
-    # Once before, on a small image if none is given: loaded code and what is made once are no cost of a sample.
-    training_step(config, images=first, views=views)()
-    del first
+    make = prepare(*arguments)
+    # Once before, on something small if it is given: loaded code and what is made once are no cost of a sample.
+    (make if warm is None else prepare(*warm))()()
     gc.collect()
     before = _reset_peak()
-    images = images or random_images(config, size, batch=batch)
-    step = training_step(config, images=images, views=views)
+    step = make()
     if _timed(step, torch.device("cpu")) < _SLOW:
         step()  # with the gradients of the first; beside the maps of a slow step they are nothing
     return _peak() - before
