@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from ats import diagnostics, export, nn, sources
+    from ats.draw_plan import DrawPlan
     from ats.experiments.trained import TrainedModel
     from ats.functional import (
         BoxSample,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ats.grid import Placement, cell_offsets, patch_positions
     from ats.heatmaps import heatmap
     from ats.inference import anytime, predict
+    from ats.nested_inference import plan_draws
     from ats.nested_sample import NestedSample
     from ats.prediction import Prediction
     from ats.probe import measure_placement, receptive_field
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BoxSample",
     "CellSample",
+    "DrawPlan",
     "Estimate",
     "ImageSource",
     "NestedSample",
@@ -61,6 +64,7 @@ __all__ = [
     "nn",
     "open_image",
     "patch_positions",
+    "plan_draws",
     "pool",
     "predict",
     "read_patches",
@@ -76,6 +80,7 @@ __all__ = [
 # What is above, for a type checker, as it is found by name: only then, so that `ats --help` waits for no torch.
 _MODULES = {
     "ats": ("diagnostics", "export", "nn", "sources"),
+    "ats.draw_plan": ("DrawPlan",),
     "ats.functional": (
         "BoxSample",
         "CellSample",
@@ -91,6 +96,7 @@ _MODULES = {
     "ats.grid": ("Placement", "cell_offsets", "patch_positions"),
     "ats.heatmaps": ("heatmap",),
     "ats.inference": ("anytime", "predict"),
+    "ats.nested_inference": ("plan_draws",),
     "ats.nested_sample": ("NestedSample",),
     "ats.prediction": ("Prediction",),
     "ats.probe": ("measure_placement", "receptive_field"),

@@ -15,6 +15,7 @@ from ats._modules import check_evaluating
 from ats._renamed import renamed_option
 from ats.batches import Images, Maps, Views, each_size, is_many, sizes_of
 from ats.class_logits import Head, class_logits
+from ats.draw_plan import DrawPlan
 from ats.functional import estimate_pooled, pool, sample_cells
 from ats.nested_inference import anytime_nested, predict_nested
 from ats.nn import AttentionSampling, NestedAttentionSampling
@@ -137,6 +138,7 @@ def anytime(
     lead: float | None = None,
     min_patches: int = 8,
     chunk_size: int = 2,
+    plan: DrawPlan | None = None,
     generator: torch.Generator | None = None,
 ) -> Prediction:
     """Class logits from as many patches as each image needs: read on until sure enough, or the budget is spent.
@@ -154,9 +156,12 @@ def anytime(
         min_patches: patches to read before a first look, at least 2. A standard error from few patches is often far
             too small: it is from patches that happen to agree.
         chunk_size: patches an image between looks.
+        plan: of a nested model, whether to spend the budget on regions or on patches in them: what images before this
+            one showed, and what this one shows is added to it. The budget is then the time that as many patches would
+            take by the model's own draws.
 
-    A nested model reads more regions, with as many patches each as its levels' `n` say, at least 2: at least four
-    before a first look, then one or more at a time.
+    A nested model reads more regions, with as many patches each as its levels' `n` say, or the plan: at least 2; at
+    least four regions before a first look, then one or more at a time.
 
     Raises:
         ValueError: neither criterion, impossible values, and what `predict` raises.
@@ -181,8 +186,11 @@ def anytime(
             lead=lead,
             min_patches=min_patches,
             chunk_size=chunk_size,
+            plan=plan,
             generator=generator,
         )
+    if plan is not None:
+        raise TypeError("plan is for an ats.nn.NestedAttentionSampling, whose patches lie in regions; leave it out")
     view = _check_flat(sampling, head, view)
     logits, grids = sampling.attend(view, image, mask=mask)
     if budget < 2:

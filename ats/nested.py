@@ -9,7 +9,8 @@ w and v are the `ats.estimator_weights` of either draw. Given the regions, the i
 backward: `ats.pool`, once a level. One level is `ats.nn.AttentionSampling`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,10 @@ class Drawing(NamedTuple):
     replace: bool
     selection: Selection
     allow_fewer: bool | None
+
+
+Timed = Callable[[int, int], AbstractContextManager[None]]
+"""Given a level and how many of its cells are read, what they are read in."""
 
 
 class NestedAttentionSampling(NestedLevels, DrawOptions, EstimatorOption):
@@ -130,12 +135,14 @@ class NestedAttentionSampling(NestedLevels, DrawOptions, EstimatorOption):
         depth: int = 0,
         how: Drawing | None = None,
         generator: torch.Generator | None = None,
+        timed: Timed = lambda level, cells: nullcontext(),
     ) -> tuple[Tensor, tuple[BoxSample, ...]]:
         """From what level `depth` saw: features (R, n, …) of patches in the last regions, and every draw from there on.
 
         Args:
             image: of as many images as `look` is of.
             how: in place of the module's own way of drawing.
+            timed: what reading cells is measured by.
         """
         how = self.drawing() if how is None else how
         drawn: list[BoxSample] = []
@@ -144,8 +151,10 @@ class NestedAttentionSampling(NestedLevels, DrawOptions, EstimatorOption):
             boxes, size = self.boxes(level, look, cells.readable())
             if level + 1 < len(self.levels):
                 drawn.append(BoxSample(**vars(cells), offsets=boxes, patch_size=size))
-                look = self.look_into(level + 1, image, boxes.view(len(image), -1, 2), size, look.ground)
-        patches, features = self.read_features(image, boxes)
+                with timed(level, len(boxes) * boxes.shape[1]):
+                    look = self.look_into(level + 1, image, boxes.view(len(image), -1, 2), size, look.ground)
+        with timed(level, len(boxes) * boxes.shape[1]):
+            patches, features = self.read_features(image, boxes)
         drawn.append(PatchSample.of(cells, patches, boxes))
         return features, tuple(drawn)
 

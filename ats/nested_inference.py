@@ -1,15 +1,8 @@
-"""`ats.predict` and `ats.anytime` of nested models, and the standard error of what draws within draws estimate.
+"""`ats.predict` and `ats.anytime` of nested models."""
 
-With φ̂_k the estimate of region k and v̂_k that of its variance, Durbin's rule (1953) makes an unbiased estimate of the
-whole's variance from the outer draw's own V̂, which takes the φ̂_k as if they were exact, and recurses:
-
-    V̂ = V̂_outer(φ̂) + Σ_k w_k a_k v̂_k           drawn without replacement, the unordered estimator
-    V̂ = V̂_outer(φ̂)                              with replacement
-
-The ordered estimator has no such rule here: its E_k share the errors of the regions before.
-"""
-
+import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -17,44 +10,16 @@ from torch import Tensor
 from ats._modules import check_evaluating
 from ats.batches import Images, Maps, Views
 from ats.class_logits import Head, class_logits
-from ats.nested import Drawing, NestedAttentionSampling
+from ats.draw_plan import DrawPlan
+from ats.nested import Drawing, NestedAttentionSampling, Timed
 from ats.nested_levels import Look
 from ats.nested_sample import NestedSample
-from ats.pooling import estimate_pooled, pool
+from ats.nested_variance import LevelEstimate, estimate_levels, estimate_parts, join_regions
+from ats.pooling import pool
 from ats.prediction import Prediction
 from ats.samples import BoxSample, CellSample, Estimator, Selection
 from ats_kernels.checks import check_count
 from ats_kernels.pooling.op import check_estimator
-from ats_kernels.pooling.variance import Estimate
-
-
-def estimate_levels(features: Tensor, levels: Sequence[CellSample], *, estimator: Estimator = "unordered") -> Estimate:
-    """Estimate Φ from the patches of draws within draws, with an unbiased estimate of the variance.
-
-    Args:
-        features: (R, n, …) of the last level's patches.
-        levels: every draw, the outermost first, each of at least two.
-        estimator: "unordered", or "ordered" of cells drawn with replacement.
-
-    Returns:
-        `ats.Estimate`: value and variance (B, …) in float64. Nothing of it is differentiable.
-
-    Source: Durbin, "Some results in sampling theory when the units are selected with unequal probabilities", 1953.
-    """
-    if estimator == "ordered" and len(levels) > 1 and not levels[0].replace:
-        raise ValueError(
-            "the ordered estimator of draws within draws has no standard error: its terms share the errors of the "
-            "regions drawn before; use estimator='unordered', which has less variance"
-        )
-    value, variance = estimate_pooled(features, levels[-1], estimator=estimator)
-    for level in reversed(levels[:-1]):
-        shape = tuple(level.indices.shape)
-        within = variance.unflatten(0, shape)  # (R, n, …) of each region's estimate
-        value, variance = estimate_pooled(value.unflatten(0, shape), level, estimator=estimator)
-        if not level.replace:
-            share = level.weights(estimator).double() * level.log_attention.detach().double().exp()  # w_k a_k
-            variance = variance + torch.einsum("bn,bn...->b...", share, within)
-    return Estimate(value, variance)
 
 
 def predict_nested(
@@ -103,6 +68,40 @@ def predict_nested(
     )
 
 
+@torch.no_grad()
+def plan_draws(
+    sampling: NestedAttentionSampling,
+    head: Head,
+    view: Views | None,
+    image: Images,
+    *,
+    mask: Maps | None = None,
+    n_patches: Sequence[int] | None = None,
+    seconds: Sequence[float] | None = None,
+    generator: torch.Generator | None = None,
+) -> DrawPlan:
+    """How many regions and patches to draw, from a pilot draw of some images: `ats.DrawPlan.draws` says.
+
+    Args:
+        sampling, head, view, image, mask, generator: as in `ats.predict`.
+        n_patches: draws of each level, at least 2; the model's own where None. The more, the surer the plan.
+        seconds: what reading a cell of each level takes; measured where None.
+    """
+    if not isinstance(sampling, NestedAttentionSampling):
+        raise TypeError(f"sampling must be an ats.nn.NestedAttentionSampling, got {type(sampling).__name__}")
+    check_evaluating(sampling=sampling, head=head)
+    n = _draws(sampling, n_patches)
+    if len(n) < 2 or min(n) < 2:
+        raise ValueError(f"a plan needs two levels or more and at least 2 draws of each, got {n}")
+    plan, how = DrawPlan(seconds=seconds, keep=1.0), Drawing(n, False, "sample", True)
+    features, levels = sampling.draw(
+        image, sampling.look(view, image, mask), how=how, generator=generator, timed=plan.timed
+    )
+    scores = _centred(class_logits(head, features), torch.empty(0))
+    plan.add(estimate_parts(scores, levels).parts, n[1:], levels[0].counts)
+    return plan
+
+
 def _draws(sampling: NestedAttentionSampling, n_patches: int | Sequence[int] | None) -> tuple[int, ...]:
     if n_patches is None:
         return sampling.drawing().n
@@ -127,14 +126,16 @@ class _Chunk:
     def __init__(self, images: Tensor, count: int, scores: Tensor, levels: tuple[BoxSample, ...]) -> None:
         self.images, self.count, self.scores, self.levels = images, count, scores, levels
 
-    def estimate(self, going: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Values and variances (going, c, C) of the regions, of scores changed image by image."""
+    def estimate(self, going: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> LevelEstimate:
+        """Estimates (going, c, C) of the regions, of scores changed image by image."""
         rows = torch.searchsorted(self.images, going)
         regions = torch.arange(self.count, device=rows.device)
         some = (rows.unsqueeze(1) * self.count + regions).flatten()  # of the first inner level's rows
-        value, variance = estimate_levels(self._changed(change), self.levels)
+        value, variance, parts = estimate_parts(self._changed(change), self.levels)
         shape = len(going), self.count
-        return value[some].unflatten(0, shape), variance[some].unflatten(0, shape)
+        return LevelEstimate(
+            value[some].unflatten(0, shape), variance[some].unflatten(0, shape), parts[:, some].unflatten(1, shape)
+        )
 
     def _changed(self, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         per_image = self.scores.unflatten(0, (len(self.images), -1))  # (G, rows, n, C)
@@ -162,6 +163,7 @@ def anytime_nested(
     lead: float | None,
     min_patches: int,
     chunk_size: int,
+    plan: DrawPlan | None,
     generator: torch.Generator | None,
 ) -> Prediction:
     """`ats.anytime` of a nested model, whose arguments these are: more regions are read, each with all its patches."""
@@ -172,26 +174,29 @@ def anytime_nested(
             f"anytime needs a nested model of two levels or more that draws at least 2 in each region, got n={n}; set "
             "the levels' n, or wrap the networks of one level in ats.nn.AttentionSampling"
         )
-    each = sampling.n_patches // n[0]  # patches a region
+    affordable, *inner = (budget // math.prod(n[1:]), *n[1:]) if plan is None else plan.draws(n, budget)
+    each = math.prod(inner)  # patches a region
     look = sampling.look(view, image, mask)
-    most = min(budget // each, max(2, look.logits[0].numel()))
+    most = min(affordable, max(2, look.logits[0].numel()))
     if most < 2:
         raise ValueError(
             f"a budget of {budget} patches is less than two regions of {each}, which say nothing of the error"
         )
-    how = Drawing((most, *n[1:]), False, "sample", True)
+    how = Drawing((most, *inner), False, "sample", True)
     outer = sampling.draw_cells(0, look, how, generator)
     boxes, size = sampling.boxes(0, look, outer.readable())
     drawn = BoxSample(**vars(outer), offsets=boxes, patch_size=size)
     first = min(max(-(-min_patches // each), 4), most)
     looks = [*range(first, most, max(1, chunk_size // each)), most]
     live = outer.counts
+    timed: Timed = (lambda level, cells: nullcontext()) if plan is None else plan.timed
     going, chunks = torch.arange(len(live), device=live.device), list[_Chunk]()
     result: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor]] = []
     for before, upto in zip([0, *looks], looks, strict=False):
-        chunks.append(_read(sampling, head, image, look, how, boxes[going, before:upto], going, size, generator))
+        chunks.append(_read(sampling, head, image, look, how, boxes[going, before:upto], going, size, timed, generator))
         so_far = _first_draws(drawn, upto)
-        value, variance = _estimate(chunks, so_far, going, lambda scores, _: scores)
+        value, variance, _ = _estimate(chunks, so_far, going, lambda scores, _: scores)
         error = variance.sqrt()
         sure = torch.zeros_like(going, dtype=torch.bool)
         if tolerance is not None:
@@ -204,9 +209,14 @@ def anytime_nested(
         done = sure | (used == live[going])
         for kept, new in zip(result, (value, error, used, sure), strict=True):
             kept[going[done]] = new[done]
+        if plan is not None and done.any():
+            seen.append((_estimate(chunks, so_far, going[done], _centred).parts, used[done]))
         going = going[~done]
         if not len(going):
             break
+    if plan is not None:
+        for parts, counts in seen:  # last: it is for the images to come
+            plan.add(parts, inner, counts)
     value, error, used, stopped = result
     samples = tuple(_whole(sampling, drawn, chunks, number, count) for number, count in enumerate(used.tolist()))
     patches = torch.stack([sample.counts[0] for sample in samples])
@@ -222,14 +232,21 @@ def _read(
     regions: Tensor,  # (G, c, 2)
     going: Tensor,
     size: tuple[int, int],
+    timed: Timed,
     generator: torch.Generator | None,
 ) -> _Chunk:
     some: Images = image if len(going) == len(image) else [image[number] for number in going.tolist()]
     ground = None if look.ground is None else look.ground.some(going)
-    inner = sampling.look_into(1, some, regions, size, ground)
-    features, levels = sampling.draw(some, inner, depth=1, how=how, generator=generator)
+    with timed(0, regions.shape[0] * regions.shape[1]):
+        inner = sampling.look_into(1, some, regions, size, ground)
+    features, levels = sampling.draw(some, inner, depth=1, how=how, generator=generator, timed=timed)
     kept = tuple(NestedSample(levels=levels, entropy=look.logits.new_zeros(1)).boxes().levels)
     return _Chunk(going, regions.shape[1], class_logits(head, features), kept)
+
+
+def _centred(scores: Tensor, images: Tensor) -> Tensor:
+    """Class logits without what all classes have in common, which decides nothing."""
+    return scores - scores.mean(-1, keepdim=True) if scores.shape[-1] > 1 else scores
 
 
 def _first_draws(outer: BoxSample, upto: int) -> BoxSample:
@@ -241,15 +258,16 @@ def _first_draws(outer: BoxSample, upto: int) -> BoxSample:
 
 def _estimate(
     chunks: list[_Chunk], outer: BoxSample, going: Tensor, change: Callable[[Tensor, Tensor], Tensor]
-) -> Estimate:
+) -> LevelEstimate:
     """The estimate (G, C) of those images that are read on, and its variance."""
-    values, within = (
-        torch.cat(parts, dim=1) for parts in zip(*(c.estimate(going, change) for c in chunks), strict=True)
-    )
+    value, variance, parts = zip(*(chunk.estimate(going, change) for chunk in chunks), strict=True)
     mine = BoxSample.cat([outer[number] for number in going.tolist()])
-    value, variance = estimate_pooled(values, mine, estimator="unordered")
-    share = mine.weights("unordered").double() * mine.log_attention.double().exp()
-    return Estimate(value, variance + torch.einsum("bn,bn...->b...", share, within))
+    inner = LevelEstimate(
+        torch.cat(value, dim=1).flatten(0, 1),
+        torch.cat(variance, dim=1).flatten(0, 1),
+        torch.cat(parts, 2).flatten(1, 2),
+    )
+    return join_regions(inner, mine, estimator="unordered")
 
 
 def _decided(chunks: list[_Chunk], outer: BoxSample, going: Tensor, value: Tensor, lead: float) -> Tensor:
@@ -269,7 +287,7 @@ def _decided(chunks: list[_Chunk], outer: BoxSample, going: Tensor, value: Tenso
             index = mine.view(-1, 1, 1, 1).expand(*scores.shape[:-1], 1)
             return scores.gather(-1, index) - scores
 
-    difference, variance = _estimate(chunks, outer, going, ahead)
+    difference, variance, _ = _estimate(chunks, outer, going, ahead)
     return ((difference > lead * variance.sqrt()) | best).all(-1)
 
 

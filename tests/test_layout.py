@@ -47,6 +47,8 @@ LEVELS = (
     (
         "ats.prediction",
         "ats.class_logits",
+        "ats.nested_variance",
+        "ats.draw_plan",
         "ats.nested_inference",
         "ats.inference",
         "ats.diagnostics",

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import ats
-from ats.nested_inference import estimate_levels
+from ats.nested_variance import estimate_levels
 from ats.nn import AttentionSampling, NestedAttentionSampling, Zoom
 from ats.samples import CellSample
 from tests.enumeration import step_probabilities
