@@ -141,7 +141,7 @@ class AttentionDiagnostics(Callback):
         pooled: list[Tensor] = []
         handle = sampling.register_forward_hook(lambda _, __, output: pooled.append(output[0].detach().float()))
         try:
-            with _evaluating(pl_module), trainer.precision_plugin.forward_context():
+            with evaluating(pl_module), trainer.precision_plugin.forward_context():
                 gradients = diagnostics.repeated_gradients(
                     lambda: loss(pl_module, batch, generator), parameters, self.gradient_draws
                 )
@@ -215,7 +215,7 @@ def _cells(logits: Tensor, sample: PatchSample) -> int | Tensor:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while, in which batch normalisation only reads its statistics."""
     before = [(layer, layer.training) for layer in module.modules()]
     module.eval()

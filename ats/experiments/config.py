@@ -156,13 +156,16 @@ class DiagnosticsConfig:
 
     every: int = 0
     """Steps between looks: numbers for the logs, and warnings; 0: never."""
+    pictures: int = 10
+    """Epochs between pictures of the attention on a few images, at most 20 of each in a training, in TensorBoard and
+    other loggers that take them; 0: none."""
     gradient_draws: int = 0
     """Draws at each look that tell signal from noise in the attention's gradient, a forward and backward pass each; or
     0."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
-        check_least(self, "diagnostics", 0, "every", "gradient_draws")
+        check_least(self, "diagnostics", 0, "every", "pictures", "gradient_draws")
         if self.gradient_draws == 1:
             raise ValueError("diagnostics.gradient_draws must be 0 or at least 2: one draw has no spread")
 

@@ -35,6 +35,7 @@ def make_loggers(names: Sequence[str], folder: Path) -> list[Logger]:
             "name": "tensorboard" if name.lower() == "tensorboard" else named,
             "run_name": folder.name,
             "experiment_name": "ats",
+            "project": "ats",
         }
         taken = inspect.signature(kind).parameters
         try:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ats._files import write_json
 from ats.experiments.agreement import Agreement, RunCompleteError
+from ats.experiments.attention_pictures import AttentionPictures
 from ats.experiments.backbones import begin_pretrained, resolved
 from ats.experiments.best_checkpoint import BestCheckpoint
 from ats.experiments.callbacks import AttentionDiagnostics
@@ -200,13 +201,15 @@ def _validates(config: ExperimentConfig) -> bool:
 
 def _diagnostics(config: ExperimentConfig) -> list[Callback]:
     options = config.diagnostics
+    pictures: list[Callback] = [AttentionPictures(options.pictures)] if options.pictures else []
     if not options.every:
-        return []
+        return pictures
     # What guessing costs where classes are equal, by number or by weight; elsewhere it costs less.
     chance = config.data.objective.chance(config.data.n_classes)
     loss = _drawn_loss if options.gradient_draws else None
     draws = options.gradient_draws or 2
-    return [AttentionDiagnostics(options.every, chance=chance, loss=loss, gradient_draws=draws, labels=_labels_of)]
+    looks = AttentionDiagnostics(options.every, chance=chance, loss=loss, gradient_draws=draws, labels=_labels_of)
+    return [looks, *pictures]
 
 
 def _labels_of(batch: Batch) -> Tensor:
