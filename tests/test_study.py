@@ -100,7 +100,7 @@ def test_variance_command_writes_and_replaces_only_its_own(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["bias"], 1, "unknown study 'bias', expected 'variance', 'training' or 'inference'"),
+        (["bias"], 1, "unknown study 'bias', expected one of variance, training, inference"),
         (["variance", "--seed", "-1"], 1, "seed must be at least 0, got -1"),
         (["training", "--formulas", "best"], 1, "unknown formula 'best', expected some of ordered, released"),
         (["training", "--steps", "3"], 1, "steps at least 25, got 3 and 3"),

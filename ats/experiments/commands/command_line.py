@@ -76,6 +76,7 @@ COMMANDS = {
         "ats.experiments.study.commands",
         "run_study",
     ),
+    "completion": Command("SHELL", "let bash or zsh complete all this", f"{_HERE}.completion", "run_completion"),
 }
 """By name, in the order in which they are shown."""
 

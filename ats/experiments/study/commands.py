@@ -59,22 +59,34 @@ class InferenceCommand:
     """Folder for results/inference.json and results/inference.md. By default the tables are only shown."""
 
 
+def _variance(arguments: list[str]) -> None:
+    variance = parse(VarianceCommand, "ats study variance", arguments)
+    if variance.seed < 0:
+        raise ValueError(f"seed must be at least 0, got {variance.seed}")
+    options = QUICK if variance.quick else VarianceOptions()
+    study_variance(dataclasses.replace(options, seed=variance.seed), variance.output)
+
+
+def _training(arguments: list[str]) -> None:
+    training = parse(TrainingCommand, "ats study training", arguments)
+    study_training(training.options, training.output)
+
+
+def _inference(arguments: list[str]) -> None:
+    inference = parse(InferenceCommand, "ats study inference", arguments)
+    study_inference(inference.checkpoints, inference.options, inference.data_folder, inference.output)
+
+
+STUDIES = {"variance": _variance, "training": _training, "inference": _inference}
+"""By name."""
+
+
 def run_study(arguments: list[str]) -> None:
     """Run the study that the first argument names."""
     study, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if study in ("-h", "--help"):
         print(_HELP, end="")
-    elif study == "variance":
-        variance = parse(VarianceCommand, "ats study variance", rest)
-        if variance.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {variance.seed}")
-        options = QUICK if variance.quick else VarianceOptions()
-        study_variance(dataclasses.replace(options, seed=variance.seed), variance.output)
-    elif study == "training":
-        training = parse(TrainingCommand, "ats study training", rest)
-        study_training(training.options, training.output)
-    elif study == "inference":
-        inference = parse(InferenceCommand, "ats study inference", rest)
-        study_inference(inference.checkpoints, inference.options, inference.data_folder, inference.output)
-    else:
-        raise ValueError(f"unknown study {study!r}, expected 'variance', 'training' or 'inference'")
+        return
+    if study not in STUDIES:
+        raise ValueError(f"unknown study {study!r}, expected one of {', '.join(STUDIES)}")
+    STUDIES[study](rest)
