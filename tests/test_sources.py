@@ -115,16 +115,6 @@ def test_a_handle_is_of_one_process_and_thread():
     assert mine.closed
 
 
-def test_spawned_workers(files):
-    sources = [(ats.open_image(path), levels) for path, _, levels, _ in files]
-    boxes = [list(boxes_of(source, 4)) for source, _ in sources]
-    read_boxes([box for wanted in boxes for box in wanted], threads=0)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        answer = pool.apply(read_all, [pickle.dumps(boxes)])
-    for (_, levels), wanted, arrays in zip(sources, boxes, answer, strict=True):
-        assert_exact(wanted, map(torch.from_numpy, arrays), levels)
-
-
 def test_workers_of_a_data_loader(files):
     """The way that views are read ahead: `DataLoader` forks after the parent has read, and has threads."""
     path, _, _, _ = files[0]
