@@ -12,6 +12,7 @@ from ats._renamed import renamed_attribute, renamed_option
 from ats.batches import GridSizes, Images, Maps, Sizes
 from ats.draw_options import DrawOptions
 from ats.grid import Placement
+from ats.overlap import warn_of_overlap
 from ats.samples import CellSample, Estimator, PatchSample, Selection
 from ats_kernels.checks import Normalisation, Padding, check_choice, check_count, check_flag, check_pair
 from ats_kernels.patches.op import PADDINGS
@@ -96,7 +97,9 @@ class SamplePatches(DrawOptions):
         Both may be sequences, as in `ats.sample_patches`.
         """
         padded, own = functional.own_grids(image, logits, grid_sizes, view_size)
-        return self.read(image, self.draw(padded, mask=mask, grid_sizes=own, generator=generator), view_size)
+        cells = self.draw(padded, mask=mask, grid_sizes=own, generator=generator)
+        warn_of_overlap(self, self, image, cells, view_size)
+        return self.read(image, cells, view_size)
 
     def draw(
         self,

@@ -15,6 +15,7 @@ from ats.draw_options import EstimatorOption
 from ats.grid import Placement, patch_positions
 from ats.layers import Expectation, SamplePatches
 from ats.nested import NestedAttentionSampling
+from ats.overlap import OverlapWarning, warn_of_overlap
 from ats.probe import resolve_placement
 from ats.samples import CellSample, Estimator, PatchSample, Selection
 from ats.zoom import Zoom
@@ -23,7 +24,7 @@ from ats_kernels.checks import Normalisation, Padding, check_count
 from ats_kernels.pixels import blames_pixels, check_cause
 from ats_kernels.pooling.op import check_estimator
 
-__all__ = ["AttentionSampling", "Expectation", "NestedAttentionSampling", "SamplePatches", "Zoom"]
+__all__ = ["AttentionSampling", "Expectation", "NestedAttentionSampling", "OverlapWarning", "SamplePatches", "Zoom"]
 
 
 class AttentionSampling(EstimatorOption):
@@ -166,6 +167,8 @@ class AttentionSampling(EstimatorOption):
         generator: torch.Generator | None,
     ) -> tuple[Tensor, PatchSample]:
         cells = self.sampler.draw(logits, mask=mask, grid_sizes=grids, generator=generator)
+        if next(self.attention.parameters(), None) is not None:  # else it learns no place to look at
+            warn_of_overlap(self, self.sampler, image, cells, view_size)
         sample = self.read_sample(image, cells, view_size)
         features = self.patch_features(sample.patches, sample.offsets, sizes_of(image))
         pooled = functional.pool(features, sample, estimator=self.estimator, control_variate=self.control_variate)

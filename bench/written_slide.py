@@ -44,7 +44,7 @@ def write_slide(path: Path, height: int, width: int, compression: Literal["jpeg"
                     dtype=np.uint8,
                     tile=(TILE, TILE),
                     photometric="rgb",
-                    compression="deflate",  # for bytes, which are written as they are; by itself tifffile encodes no JPEG
+                    compression="deflate",  # bytes are written as they are; tifffile encodes no JPEG by itself
                     subfiletype=int(level > 0),
                     metadata=None,
                 )

@@ -30,6 +30,7 @@ LEVELS = (
         "ats.cells",
         "ats.pooling",
         "ats.functional",
+        "ats.overlap",
         "ats.datasets",
         "ats.sources",
         "ats.regions",

@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import openslide
 import pytest
+import rasterio
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -172,6 +173,24 @@ def test_threads_and_slides_share_one_cache(tmp_path, monkeypatch):
         assert_exact(boxes, read_boxes(boxes, threads=3), levels)
     assert len(given) >= 4
     assert len({id(cache) for cache in given}) == 1
+
+
+def test_what_gdal_keeps_is_limited_once(files, monkeypatch):
+    """By itself it keeps a twentieth of the machine's memory; of a few bytes' cache each block is decoded anew."""
+    from ats.sources import rasters
+
+    path = next(path for path, backend, *_ in files if backend == "rasterio")
+    before = rasterio.env.get_gdal_config("GDAL_CACHEMAX")
+    monkeypatch.delenv("GDAL_CACHEMAX", raising=False)
+    monkeypatch.setattr(rasters, "_limited", False)
+    try:
+        ats.open_image(path)
+        assert rasterio.env.get_gdal_config("GDAL_CACHEMAX") == 32 << 20
+        rasterio.env.set_gdal_config("GDAL_CACHEMAX", 5 << 20)  # a user's own
+        ats.open_image(path).read(0, 0, 0, 2, 2)
+        assert rasterio.env.get_gdal_config("GDAL_CACHEMAX") == 5 << 20
+    finally:
+        rasterio.env.set_gdal_config("GDAL_CACHEMAX", before)
 
 
 def test_large_boxes_of_slides_are_read_in_parts(files, monkeypatch):

@@ -60,6 +60,8 @@ class ExperimentData(DataModule, Generic[Options]):
 
     on_disk: ClassVar[bool] = False
     """Images are files, so that the same options may mean others in another folder, or tomorrow."""
+    tells_of_overlap: ClassVar[bool] = False
+    """It says of its images what `ats.nn.OverlapWarning` says, before a training begins."""
     knows_targets: ClassVar[bool] = False
     """It is known of test images where the evidence for their label is."""
 

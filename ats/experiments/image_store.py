@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ats.datasets.manifest import Manifest, Row
 from ats.experiments.augmentation import apply_change, draw_change
+from ats.experiments.backbones import networks_of
 from ats.experiments.build import normalise, stacked, view_size
 from ats.experiments.changed_source import ChangedSource, changed_view
 from ats.experiments.config import ExperimentConfig
@@ -14,7 +15,9 @@ from ats.experiments.console import say
 from ats.experiments.images_config import ImagesConfig
 from ats.experiments.live_cells import live_cells, placement_of
 from ats.functional import area_downsample
-from ats.sources import ImageSource, open_image, read_view
+from ats.grid import make_grid
+from ats.overlap import overlap_message
+from ats.sources import ImageSource, Level, open_image, read_view
 
 IN_MEMORY = 4 << 30
 """Bytes of a split's images up to which they are kept in memory, where it is not said."""
@@ -42,6 +45,8 @@ class ImageStore:
         opened = [(row, source) for row in rows if (source := self._open(row)) is not None]
         for row, source in opened:
             self._check(row, source)
+        if name == "train":
+            self._warn_of_overlap([(row, source.levels[0]) for row, source in opened])
         self.in_memory = self._fits_memory([source for _, source in opened])
         if not self.in_memory:
             self._check_on_disk()
@@ -144,6 +149,22 @@ class ImageStore:
                 f"{where} holds {source.dtype}, and random colours and sizes are of bytes alone; set --data.contrast 0 "
                 "--data.brightness 0 --data.tint 0 --data.zoom 1 --data.stretch 1"
             )
+
+    def _warn_of_overlap(self, images: Sequence[tuple[Row, Level]]) -> None:
+        """Say of the first image whose patches overlap too much, before hours are spent on them."""
+        model, networks = self.config.model, networks_of(self.config)
+        if model.method != "ats":
+            return
+        for row, full in images:
+            view = view_size(self.config, (full.height, full.width))
+            assert view is not None  # of attention sampling
+            cells = (view[0] - networks.lost) // networks.stride, (view[1] - networks.lost) // networks.stride
+            grid = make_grid(cells, (full.height, full.width), view, networks.lost)
+            message = overlap_message(grid, (model.patch_size, model.patch_size), model.n_patches)
+            if message is not None:
+                options = "--model.view-scale, --model.patch-size, --model.n-patches"
+                say(f"warning: {self.manifest.where(row)}: {message} ({options})", stderr=True)
+                return
 
     def _fits_memory(self, sources: Sequence[ImageSource]) -> bool:
         """Whether images are kept in memory: as asked, or as many as fit there."""

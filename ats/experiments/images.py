@@ -22,6 +22,7 @@ class ImagesData(ExperimentData[ImagesConfig]):
     """What a manifest lists: kept in memory as it is stored, or read from its files."""
 
     on_disk: ClassVar[bool] = True
+    tells_of_overlap: ClassVar[bool] = True
 
     def __init__(self, config: ExperimentConfig) -> None:
         super().__init__(config)

@@ -17,6 +17,7 @@ from ats.experiments.registry import from_dict
 from ats.experiments.schedule import entropy_weight, learning_rate_factor
 from ats.functional import PatchSample, mean_entropy
 from ats.models import ATSClassifier
+from ats.overlap import told_of_overlap
 
 
 class ClassificationTask(L.LightningModule):
@@ -60,6 +61,8 @@ class ClassificationTask(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.classes = self.trainer.datamodule.classes  # type: ignore[attr-defined]
+        if self.trainer.datamodule.tells_of_overlap and isinstance(self.model, ATSClassifier):  # type: ignore[attr-defined]
+            told_of_overlap(self.model.sampling)
         if self.config.optim.class_weights:
             weights: Tensor = self.trainer.datamodule.class_weights()  # type: ignore[attr-defined]
             self.class_weights = weights.to(self.device, torch.float32)

@@ -20,8 +20,10 @@ from ats.sources.decoding import Colour, ImageFileError, background_colour, chos
 from ats.sources.file_source import FileSource
 from ats.sources.image_source import DTYPES, Level, check_mpp, check_unchanged, file_fingerprint
 
-_CACHE = 64
-"""Megabytes that GDAL may keep of decoded blocks in a process, in place of a twentieth of the machine's memory."""
+_CACHE = 32 << 20
+"""Bytes that GDAL may keep of decoded blocks in a process, in place of a twentieth of the machine's memory."""
+
+_limited = False  # whether it has been told
 
 
 class _Datasets:
@@ -126,8 +128,7 @@ def _rasterio() -> Any:
 def _open(path: Path, overview: int | None) -> Any:
     rasterio = _rasterio()
     options = {} if overview is None else {"overview_level": overview}
-    if "GDAL_CACHEMAX" not in os.environ:
-        importlib.import_module("rasterio.env").set_gdal_config("GDAL_CACHEMAX", _CACHE)
+    _limit_cache()
     # A picture need not lie anywhere on Earth.
     warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
     try:
@@ -136,6 +137,15 @@ def _open(path: Path, overview: int | None) -> Any:
         raise ImageFileError(
             f"{path} is damaged, cut short or no raster that GDAL reads ({error}); put a whole copy in its place"
         ) from error
+
+
+def _limit_cache() -> None:
+    """Once, as the first raster is opened, so that what a user sets afterwards stays; a fork takes both along."""
+    global _limited
+    if not _limited and "GDAL_CACHEMAX" not in os.environ:
+        # Of rasterio's numbers this one is in bytes; in GDAL's own variable it is in megabytes.
+        importlib.import_module("rasterio.env").set_gdal_config("GDAL_CACHEMAX", _CACHE)
+    _limited = True
 
 
 def _dtype(path: Path, dtypes: tuple[str, ...]) -> torch.dtype:
