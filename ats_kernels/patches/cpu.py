@@ -2,16 +2,17 @@
 
 Little is allocated but the windows' places: many bytes that become floats are first gathered into the end of the result
 itself. Patches that cross the border are read from the nearest place inside and then shifted. Places are worked out and
-patches shifted by NumPy, whose small operations cost half of PyTorch's or less.
+patches shifted by NumPy, whose small operations cost half of PyTorch's or less. Few small patches are for
+`ats_kernels.patches.few`.
 """
-
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ats_kernels.checks import bits, compute_dtype
+from ats_kernels.patches.affine import affine
+from ats_kernels.patches.few import moved, nearest, one_by_one, overlap, read_few
 
 _SCRATCH = 1 << 18  # bytes where some is needed: small beside any batch of patches, and it stays in a core's cache
 
@@ -29,18 +30,29 @@ def extract_patches_cpu(
     if out.numel() == 0:
         return
     channels_last = out.stride(2) < out.stride(4)
+    work = compute_dtype(image.dtype, out.dtype)
+    normal = affine(
+        None if means is None else tuple(means),
+        None if stds is None else tuple(stds),
+        channels=image.shape[1],
+        width=out.shape[4],
+        channels_last=channels_last,
+        is_byte=image.dtype == torch.uint8,
+        work=work,
+    )
+    direct = work == out.dtype or normal.is_identity
+    if direct and work in (out.dtype, image.dtype) and (way := one_by_one(image, out)):
+        read_few(image, offsets, out, normal, padding, way)
+        return
     patches = (out.movedim(2, -1) if channels_last else out).flatten(0, 1)  # (B·N, …), as it lies in memory
     wanted = offsets.numpy()
     # (B, N, 2): the nearest windows that cross no border
     inside = np.minimum(np.maximum(wanted, 0), (image.shape[2] - out.shape[3], image.shape[3] - out.shape[4]))
     windows = _Windows(image, inside, (out.shape[3], out.shape[4]), channels_last)
 
-    work = compute_dtype(image.dtype, out.dtype)
-    affine = _Affine(means, stds, image, work, out.shape[4], channels_last)
-    direct = work == out.dtype or affine.is_identity
     if direct and image.dtype == out.dtype:
         windows.read(0, patches)
-        affine.apply(patches)
+        normal.apply(patches)
     elif direct and image.dtype.itemsize < out.dtype.itemsize:
         if patches.numel() * image.dtype.itemsize <= _SCRATCH:
             raw = torch.empty(patches.shape, dtype=image.dtype, device="cpu")
@@ -48,7 +60,7 @@ def extract_patches_cpu(
             patches.copy_(raw)
         else:
             _read_narrower(windows, patches, image.dtype)
-        affine.apply(patches)
+        normal.apply(patches)
     else:
         few = max(1, _SCRATCH // (patches[0].numel() * work.itemsize))
         scratch = patches.new_empty((min(few, len(patches)), *patches.shape[1:]), dtype=image.dtype)
@@ -56,7 +68,7 @@ def extract_patches_cpu(
             raw = scratch[: len(part)]
             windows.read(first, raw)
             values = raw.to(work)
-            affine.apply(values)
+            normal.apply(values)
             part.copy_(values)
 
     if np.count_nonzero(inside != wanted):
@@ -102,63 +114,6 @@ def _read_narrower(windows: _Windows, patches: Tensor, raw_dtype: torch.dtype) -
         first += max(part, 1)
 
 
-class _Affine:
-    """Normalisation on the image's own values: ``(x − center)·scale`` by channel, of bytes ``x·scale + shift``."""
-
-    def __init__(
-        self,
-        means: list[float] | None,
-        stds: list[float] | None,
-        image: Tensor,
-        work: torch.dtype,
-        width: int,
-        channels_last: bool,
-    ) -> None:
-        self.channels_last = channels_last
-        is_byte = image.dtype == torch.uint8
-        unit = 255.0 if is_byte else 1.0
-        if stds is None and is_byte:
-            stds = [1.0] * image.shape[1]
-        self.is_identity = means is None and stds is None
-
-        def row(values: list[float]) -> Tensor:
-            return _row(tuple(values), width, channels_last, np.float64 if work == torch.float64 else np.float32)
-
-        self.center: Tensor | None = None
-        self.scale: Tensor | None = None
-        self.shift: Tensor | None = None
-        if stds is not None:
-            self.scale = row([1 / (unit * std) for std in stds])
-        if means is not None and stds is not None and is_byte:
-            # One pass. Bytes lose nothing by it; large numbers near their mean would.
-            self.shift = row([-mean / std for mean, std in zip(means, stds, strict=True)])
-        elif means is not None:
-            self.center = row(means)
-
-    def apply(self, patches: Tensor) -> None:
-        """Normalise patches (M, C, ph, pw), or (M, ph, pw, C) with the channels last, in place."""
-        rows = patches.flatten(-2) if self.channels_last else patches
-        if self.shift is not None and self.scale is not None:
-            torch.addcmul(self.shift, rows, self.scale, out=rows)
-            return
-        if self.center is not None:
-            rows.sub_(self.center)
-        if self.scale is not None:
-            rows.mul_(self.scale)
-
-
-@lru_cache
-def _row(values: tuple[float, ...], width: int, channels_last: bool, number: type) -> Tensor:
-    """One value a channel along a row of pixels, (pw·C) or (C, 1, pw): not written to.
-
-    Broadcasting a few channels along the innermost dimension is slow, whole rows are not.
-    """
-    channel: np.ndarray = np.array(values, number)
-    if channels_last:
-        return torch.from_numpy(np.tile(channel, width))
-    return torch.from_numpy(channel.repeat(width)).view(len(values), 1, width)
-
-
 def _shift_crossing(out: Tensor, offsets: np.ndarray, inside: np.ndarray, image: Tensor, padding: str) -> None:
     """Move the pixels of patches that cross the border to their place, and pad around them."""
     height, width = image.shape[2:]
@@ -167,29 +122,13 @@ def _shift_crossing(out: Tensor, offsets: np.ndarray, inside: np.ndarray, image:
     for b, n in zip(*(places.tolist() for places in (offsets != inside).any(-1).nonzero()), strict=True):
         (y, x), (read_y, read_x), patch = offsets[b, n].tolist(), inside[b, n].tolist(), pixels[b, n]
         if padding == "edge":
-            rows, columns = _nearest(y, size[0], height) - read_y, _nearest(x, size[1], width) - read_x
+            rows, columns = nearest(y, size[0], height) - read_y, nearest(x, size[1], width) - read_x
             patch[...] = patch[:, rows[:, None], columns]
             continue
-        rows, columns = _overlap(y, size[0], height), _overlap(x, size[1], width)
-        kept = patch[:, _moved(rows, y - read_y), _moved(columns, x - read_x)].copy()
+        rows, columns = overlap(y, size[0], height), overlap(x, size[1], width)
+        kept = patch[:, moved(rows, y - read_y), moved(columns, x - read_x)].copy()
         patch.fill(0)
         patch[:, rows, columns] = kept
-
-
-def _nearest(start: int, length: int, limit: int) -> np.ndarray:
-    """Pixel numbers start, …, start + length − 1, those outside the image replaced by the nearest inside."""
-    start = min(max(start, -length), limit)  # farther out reads the same, and does not overflow
-    return np.arange(start, start + length).clip(0, limit - 1)
-
-
-def _overlap(start: int, length: int, limit: int) -> slice:
-    """The part of a patch that lies inside the image, along one axis."""
-    low = min(max(-start, 0), length)
-    return slice(low, max(min(length, limit - start), low))
-
-
-def _moved(part: slice, by: int) -> slice:
-    return slice(0, 0) if part.start == part.stop else slice(part.start + by, part.stop + by)
 
 
 def scatter_patches_cpu(
@@ -207,7 +146,7 @@ def scatter_patches_cpu(
     scale = None if stds is None else torch.tensor([1 / std for std in stds], dtype=work, device="cpu").view(-1, 1, 1)
     for b, corners in enumerate(offsets.tolist()):
         for n, (y, x) in enumerate(corners):
-            rows, columns = _overlap(y, size[0], height), _overlap(x, size[1], width)
+            rows, columns = overlap(y, size[0], height), overlap(x, size[1], width)
             crosses = rows.stop - rows.start < size[0] or columns.stop - columns.start < size[1]
             grad = grad_patches[b, n]
             if crosses and padding == "edge":
@@ -220,13 +159,13 @@ def scatter_patches_cpu(
             grad = grad[:, rows, columns]
             if scale is not None:
                 grad = grad * scale
-            grad_image[b, :, _moved(rows, y), _moved(columns, x)].add_(grad)
+            grad_image[b, :, moved(rows, y), moved(columns, x)].add_(grad)
 
 
 def _fold(grad: Tensor, dim: int, start: int, limit: int) -> tuple[Tensor, int]:
     """Add what lies outside the image along `dim` to the nearest pixel inside; also that dim's first pixel number."""
-    nearest = _nearest(start, grad.shape[dim], limit)
-    first, last = int(nearest[0]), int(nearest[-1])
+    pixels = nearest(start, grad.shape[dim], limit)
+    first, last = int(pixels[0]), int(pixels[-1])
     shape = list(grad.shape)
     shape[dim] = last - first + 1
-    return grad.new_zeros(shape).index_add_(dim, torch.from_numpy(nearest - first), grad), first
+    return grad.new_zeros(shape).index_add_(dim, torch.from_numpy(pixels - first), grad), first
