@@ -39,9 +39,11 @@ def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
 
 def is_many(sizes: Sizes | None) -> "TypeIs[Sequence[Size]]":
     """Whether sizes are one an image, and not one for all."""
-    if not is_sequence(sizes) or not sizes:
+    if sizes is None or not is_sequence(sizes) or not sizes:
         return False
     first: Any = sizes[0]
+    if type(first) is int:
+        return False
     return is_sequence(first) or (isinstance(first, Tensor | np.ndarray) and first.ndim > 0)
 
 
@@ -265,6 +267,8 @@ def check_grid_sizes(grid_sizes: Sequence[Size] | None, logits: Tensor) -> GridS
 
 def check_not_padded(logits: Tensor, image: Images, view_size: Sizes | None) -> None:
     """Raise where a tensor of logits for views of different sizes looks padded: its own grids would be forgotten."""
+    if view_size is None and isinstance(image, Tensor):
+        return
     views = sizes_of(image) if view_size is None else view_size
     if not is_many(views) or len(set(map(tuple, views))) < 2 or not may_look(logits):
         return

@@ -14,6 +14,7 @@ from ats_kernels.checks import check_choice, check_count, check_flag, check_floa
 from ats_kernels.pixels import NonFiniteError
 from ats_kernels.plausible import check_no_attention
 from ats_kernels.sampling.draws import METHODS, any_failed
+from ats_kernels.sampling.op import draw
 
 
 def sample_cells(
@@ -73,13 +74,13 @@ def sample_cells(
         raise ValueError(f"cannot draw n={n} cells from K={cells}; {_advice(selection)}")
     looks = may_look(logits)
     extended = _with_spare_cells(flat, n, looks=looks) if fewer else flat
-    draw = ats_kernels.sample(extended, n, replace=replace, method=selection, generator=generator, validate=False)
+    drawn = draw(extended, n, replace=replace, method=selection, generator=generator)
     if looks if validate is None else validate:
-        if any_failed(draw.indices):
+        if any_failed(drawn.indices):
             _raise_for_few(flat.detach(), n, selection, fewest=1 if fewer or replace else n)
             ats_kernels.sample(extended, n, replace=replace, method=selection, validate=True)  # says what else is wrong
-        check_no_attention(flat, draw.logsumexp)
-    indices, log_attention = draw.indices, draw.log_attention
+        check_no_attention(flat, drawn.logsumexp)
+    indices, log_attention = drawn.indices, drawn.log_attention
     padded = extended is not flat
     if padded:
         spare = indices >= cells
@@ -87,8 +88,8 @@ def sample_cells(
     return CellSample(
         indices=indices,
         log_attention=log_attention,
-        logsumexp=draw.logsumexp,
-        entropy=draw.entropy,
+        logsumexp=drawn.logsumexp,
+        entropy=drawn.entropy,
         replace=replace,
         selection=selection,
         grid_size=(logits.shape[-2], logits.shape[-1]),

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import ats_kernels
 from ats._renamed import renamed_option
 from ats.batches import (
     GridSizes,
@@ -23,12 +22,14 @@ from ats.batches import (
     sizes_of,
 )
 from ats.cells import check_logits, live_cells, mask_logits, mean_entropy, relative_entropy, sample_cells
-from ats.grid import Placement, make_grid
+from ats.grid import Placement, patch_places
 from ats.pooling import estimate_pooled, pool
 from ats.reading import read_cells
 from ats.samples import BoxSample, CellSample, PatchSample, Selection
 from ats_kernels import area_downsample, estimator_weights, expectation
 from ats_kernels.checks import Normalisation, Padding, check_count, check_pair, check_tensor
+from ats_kernels.patches.cells import CellMap
+from ats_kernels.patches.op import read_checked
 from ats_kernels.pixels import blames_pixels
 from ats_kernels.plausible import check_strip
 
@@ -117,17 +118,7 @@ def sample_patches(
         generator=generator,
         validate=validate,
     )
-    return read_patches(
-        image,
-        cells,
-        patch,
-        receptive_field=receptive_field,
-        view_size=view,
-        padding=padding,
-        mean=mean,
-        std=std,
-        dtype=dtype,
-    )
+    return _read(image, cells, patch, view, receptive_field, padding, mean, std, dtype)
 
 
 def read_patches(
@@ -164,18 +155,35 @@ def read_patches(
         raise TypeError(f"cells must be a CellSample, as ats.sample_cells gives it, got {type(cells).__name__}")
     check_images(image)
     _check_together(image, cells.indices, "cells")
-    patches, offsets = extract_cells(
+    patch = check_pair("patch_size", patch_size)
+    view = check_view_size(view_size, receptive_field, sizes_of(image))
+    return _read(image, cells, patch, view, receptive_field, padding, mean, std, dtype)
+
+
+def _read(
+    image: Images,
+    cells: CellSample,
+    patch_size: tuple[int, int],
+    view_size: Sizes | None,
+    receptive_field: int | Placement,
+    padding: Padding,
+    mean: Normalisation,
+    std: Normalisation,
+    dtype: torch.dtype | None,
+) -> PatchSample:
+    """`read_patches` of what is checked and goes together."""
+    patches, offsets = _extract(
         image,
         cells.readable(),
         cells.grid_size,
-        check_pair("patch_size", patch_size),
-        grid_sizes=cells.grid_sizes,
-        view_size=check_view_size(view_size, receptive_field, sizes_of(image)),
-        receptive_field=receptive_field,
-        padding=padding,
-        mean=mean,
-        std=std,
-        dtype=dtype,
+        patch_size,
+        cells.grid_sizes,
+        view_size,
+        receptive_field,
+        padding,
+        mean,
+        std,
+        dtype,
     )
     return PatchSample.of(cells, patches, offsets)
 
@@ -199,6 +207,25 @@ def extract_cells(
     The arguments are those of `read_patches`; `grid_sizes` are each image's own cells, the top left part of the grid.
     Patches come out on the indices' device.
     """
+    check_images(image)
+    size = check_pair("patch_size", patch_size)
+    return _extract(image, indices, grid_size, size, grid_sizes, view_size, receptive_field, padding, mean, std, dtype)
+
+
+def _extract(
+    image: Images,
+    indices: Tensor,
+    grid_size: tuple[int, int],
+    patch_size: tuple[int, int],
+    grid_sizes: GridSizes,
+    view_size: Sizes | None,
+    receptive_field: int | Placement,
+    padding: Padding,
+    mean: Normalisation,
+    std: Normalisation,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """`extract_cells` of images that are checked."""
     if not isinstance(image, Tensor) or grid_sizes is not None or is_many(view_size):
         return read_cells(  # something differs from image to image, so that one launch does not read them all
             image.unbind(0) if isinstance(image, Tensor) else image,
@@ -214,12 +241,10 @@ def extract_cells(
             dtype=dtype,
         )
     image_size = (image.shape[2], image.shape[3])
-    grid_size, patch_size = check_pair("grid_size", grid_size), check_pair("patch_size", patch_size)
+    grid_size = check_pair("grid_size", grid_size)
     check_strip(grid_size, image_size)
-    rows, columns = make_grid(grid_size, image_size, view_size, receptive_field).affine(patch_size)
-    return ats_kernels.extract_cells(
-        image, indices, grid_size, rows, columns, patch_size, padding=padding, mean=mean, std=std, dtype=dtype
-    )
+    rows, columns = patch_places(grid_size, image_size, view_size, receptive_field, patch_size)
+    return read_checked(image, indices, CellMap(grid_size, rows, columns), patch_size, padding, mean, std, dtype)
 
 
 def own_grids(
@@ -231,11 +256,11 @@ def own_grids(
         _check_swapped(image, logits)
     padded, own = pad_logits(logits)
     if own is None and grid_sizes is None:
-        check_inputs(image, padded)
+        _check_fit(image, padded, None)
         check_not_padded(padded, image, view_size)
         return padded, None
     own = check_grid_sizes(own if grid_sizes is None else grid_sizes, padded)
-    check_inputs(image, padded, own)
+    _check_fit(image, padded, own)
     return padded, own
 
 
@@ -247,6 +272,11 @@ def check_inputs(image: Images, logits: Tensor, grid_sizes: GridSizes = None) ->
     check_images(image)
     if isinstance(image, Tensor):
         _check_swapped(image, logits)
+    _check_fit(image, logits, grid_sizes)
+
+
+def _check_fit(image: Images, logits: Tensor, grid_sizes: GridSizes) -> None:
+    """`check_inputs` of images that are checked."""
     check_logits(logits)
     _check_together(image, logits, "logits")
     if isinstance(image, Tensor) and grid_sizes is None:
@@ -268,8 +298,9 @@ def _check_swapped(image: Tensor, logits: Tensor) -> None:
 
 
 def _check_together(image: Images, drawn: Tensor, name: str) -> None:
-    if drawn.shape[0] != len(image):
-        raise ValueError(f"image has batch size {len(image)} but {name} have {drawn.shape[0]}; they must agree")
+    batch = image.shape[0] if isinstance(image, Tensor) else len(image)
+    if drawn.shape[0] != batch:
+        raise ValueError(f"image has batch size {batch} but {name} have {drawn.shape[0]}; they must agree")
     for one in [image] if isinstance(image, Tensor) else image:
         if isinstance(one, Tensor) and one.device != drawn.device and one.device.type != "cpu":
             raise ValueError(

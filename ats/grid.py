@@ -10,6 +10,7 @@ half. (o, s) of both axes is a `Placement`, which `ats.measure_placement` finds 
 pixels that an unpadded network loses, stands for o = rf/2 and s = (h − rf)/g, with g cells.
 """
 
+import functools
 import numbers
 from dataclasses import dataclass
 from fractions import Fraction
@@ -188,6 +189,34 @@ def make_grid(
         return Grid(cells, image_size, view_size, receptive_field.origin, receptive_field.step)
     origin = Fraction(check_count("receptive_field", receptive_field, least=0), 2)
     return Grid(cells, image_size, view_size or image_size, (origin, origin))  # without a loss the view cancels out
+
+
+def patch_places(
+    cells: tuple[int, int],
+    image_size: tuple[int, int],
+    view_size: tuple[int, int] | None,
+    receptive_field: int | Placement,
+    patch_size: tuple[int, int],
+) -> tuple[Affine, Affine]:
+    """What turns the rows and the columns of cells into the first pixels of their patches (ph, pw)."""
+    if torch.compiler.is_compiling():
+        return make_grid(cells, image_size, view_size, receptive_field).affine(patch_size)
+    cells, image_size = check_pair("grid_size", cells), check_pair("image_size", image_size)
+    view_size = None if view_size is None else check_pair("view_size", view_size)
+    if not isinstance(receptive_field, Placement):
+        receptive_field = check_count("receptive_field", receptive_field, least=0)
+    return _kept_places(cells, image_size, view_size, receptive_field, patch_size)
+
+
+@functools.lru_cache
+def _kept_places(
+    cells: tuple[int, int],
+    image_size: tuple[int, int],
+    view_size: tuple[int, int] | None,
+    receptive_field: int | Placement,
+    patch_size: tuple[int, int],
+) -> tuple[Affine, Affine]:
+    return make_grid(cells, image_size, view_size, receptive_field).affine(patch_size)
 
 
 def check_placement(placement: Placement, cells: tuple[int, int], view_size: tuple[int, int]) -> None:

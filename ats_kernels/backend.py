@@ -70,18 +70,22 @@ def is_transformed() -> bool:
 
     Forward-mode differentiation is one, too, and so is a trace, which would keep what NumPy works out as constants.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    return not torch.compiler.is_compiling() and _transforms()
+
+
+def _transforms() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
 def may_look(value: Tensor) -> bool:
     """Whether the host may look at the numbers in `value`: a GPU would make it wait, and a trace has none."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not _transforms()
 
 
 def check_not_to_onnx(what: str) -> None:
     """Raise while a model is being exported to ONNX, which has no operators for what cannot be exported."""
+    if not (torch.compiler.is_compiling() or torch._C._is_tracing()):  # a quicker question: one of them is how it goes
+        return
     if torch.onnx.is_in_onnx_export():
         raise ValueError(
             f"{what} cannot be exported to ONNX; export the attention and the feature network, each by itself, and "

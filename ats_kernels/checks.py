@@ -22,6 +22,7 @@ IMAGE_DTYPES = (
     torch.float64,
 )
 
+_FEW = 64  # up to so many numbers are looked at one by one, without an operation of an array
 _ARRAYS = (np.ndarray, Tensor)  # a union of them is nothing that torch.compile can trace
 
 Padding = Literal["zeros", "edge"]
@@ -96,6 +97,8 @@ def check_log_probabilities(name: str, value: Tensor, *, distinct: bool = False)
     """
     if not may_look(value):
         return
+    if value.numel() <= _FEW and _few_are_log_probabilities(value.tolist(), _slack(value) if distinct else math.inf):
+        return
     value = value.detach()
     numbers = (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # whose small operations cost less
     if numbers.size == 0:
@@ -108,7 +111,7 @@ def check_log_probabilities(name: str, value: Tensor, *, distinct: bool = False)
         )
     if not distinct:
         return
-    slack = 1e-3 if value.dtype in (torch.float32, torch.float64) else 5e-2
+    slack = _slack(value)
     totals = np.add.reduce(np.exp(numbers), -1, np.float64)
     if np.fmax.reduce(totals) > 1 + slack:
         row = int((totals > 1 + slack).argmax())
@@ -117,6 +120,18 @@ def check_log_probabilities(name: str, value: Tensor, *, distinct: bool = False)
             "cannot: cells drawn with replacement are pooled with replace=True, and anything but log_attention of "
             "PatchSample is no log-probability"
         )
+
+
+def _few_are_log_probabilities(rows: list, slack: float) -> bool:
+    """Whether all is well with rows (B, N); False also of NaN, and of what has not two dimensions."""
+    for row in rows:
+        if not isinstance(row, list) or not max(row, default=0.0) <= 1e-6 or not sum(map(math.exp, row)) <= 1 + slack:
+            return False
+    return True
+
+
+def _slack(value: Tensor) -> float:
+    return 1e-3 if value.dtype in (torch.float32, torch.float64) else 5e-2
 
 
 def check_generator(generator: object, device: torch.device) -> None:
@@ -176,6 +191,8 @@ def check_drawn_features(features: Tensor, name: str, drawn: Tensor) -> None:
 
 def check_pair(name: str, value: object) -> tuple[int, int]:
     """Return an int or a pair (height, width) as a pair, or raise unless both are at least 1."""
+    if type(value) is int and value > 0:
+        return value, value
     if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int and min(value) > 0:
         return value
     if isinstance(value, _ARRAYS) and value.ndim:

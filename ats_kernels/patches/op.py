@@ -176,15 +176,29 @@ def extract_cells(
     Source: paper, eq. 3.
     """
     check_image(image)
+    return read_checked(image, indices, CellMap(grid_size, rows, columns), patch_size, padding, mean, std, dtype)
+
+
+def read_checked(
+    image: Tensor,
+    indices: Tensor,
+    cells: CellMap,
+    patch_size: int | tuple[int, int],
+    padding: Padding,
+    mean: Normalisation,
+    std: Normalisation,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """`extract_cells` of an image that is checked."""
     check_tensor("indices", indices)
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices must be int32 or int64, got {indices.dtype}; convert them with indices.long()")
     if indices.ndim != 2 or indices.shape[0] != image.shape[0]:
         raise ValueError(f"indices must be (B, N) with B = {image.shape[0]} images, got {tuple(indices.shape)}")
+    _, rows, columns = cells
     if rows[2] < 1 or columns[2] < 1:
         raise ValueError(f"rows and columns are (a, b, d) with d at least 1, got {rows} and {columns}")
-    how = _check_reading(image, patch_size, padding, mean, std, dtype)
-    return read(image, indices, how._replace(cells=CellMap(grid_size, rows, columns)))
+    return read(image, indices, _check_reading(image, patch_size, padding, mean, std, dtype, cells))
 
 
 def _check_reading(
@@ -194,8 +208,9 @@ def _check_reading(
     mean: Normalisation,
     std: Normalisation,
     dtype: torch.dtype | None,
+    cells: CellMap | None = None,
 ) -> Reading:
     size = check_pair("patch_size", patch_size)
     check_choice("padding", padding, PADDINGS)
     means, stds = check_normalisation(mean, std, image)
-    return Reading(size, padding, means, stds, output_dtype(image, dtype))
+    return Reading(size, padding, means, stds, output_dtype(image, dtype), cells)

@@ -63,16 +63,8 @@ def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 class _Expectation(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        log_attention: Tensor,
-        replace: bool,
-        estimator: str,
-        control_variate: bool,
-        backend: str,
-    ) -> Tensor:
-        ctx.replace, ctx.estimator, ctx.control_variate, ctx.backend = replace, estimator, control_variate, backend
+    def forward(ctx: Any, features: Tensor, log_attention: Tensor, how: tuple[bool, str, bool, str]) -> Tensor:
+        ctx.replace, ctx.estimator, ctx.control_variate, ctx.backend = replace, estimator, _, backend = how
         ctx.by = pools_on_cpu(features, log_attention) if backend == "cpu" else ""
         if backend == "triton":
             if torch.compiler.is_compiling():
@@ -100,13 +92,13 @@ class _Expectation(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         features, log_attention, weights = ctx.saved_tensors
         if wants_graph():
-            return *_gradients_again(grad_out, features, log_attention, weights), None, None, None, None
+            return *_gradients_again(grad_out, features, log_attention, weights), None
         needs_features, needs_log_attention = ctx.needs_input_grad[:2]
         if ctx.by:
             way = {"replace": ctx.replace, "estimator": ctx.estimator, "centred": ctx.control_variate}
             needs = needs_features, needs_log_attention
             both = pool_grad_cpu(grad_out, features, log_attention, weights, ctx.by, needs=needs, **way)
-            return *both, None, None, None, None
+            return *both, None
         grad = _flat(grad_out.unsqueeze(1)).squeeze(1)  # (B, D)
         gradients = _gradients_triton if ctx.backend == "triton" else _gradients
         centred = ctx.control_variate and needs_log_attention
@@ -126,7 +118,7 @@ class _Expectation(torch.autograd.Function):
             )
         if grad_log_attention is not None:
             grad_log_attention = grad_log_attention.to(log_attention.dtype)
-        return grad_features, grad_log_attention, None, None, None, None
+        return grad_features, grad_log_attention, None
 
 
 def _grown_weights(weights: Tensor, log_attention: Tensor) -> Tensor:
@@ -299,7 +291,7 @@ def expectation(
         weights = _weigh(log_attention, dtype, replace=replace, estimator=estimator, backend="reference")
         with _without_autocast(features):
             return _weighted_sum(features, _grown_weights(weights, log_attention))
-    return _Expectation.apply(features, log_attention, replace, estimator, control_variate, backend)
+    return _Expectation.apply(features, log_attention, (replace, estimator, control_variate, backend))
 
 
 def check_estimator(estimator: str, *, replace: bool) -> None:

@@ -57,8 +57,9 @@ def _draw(
 class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, n: int, replace: bool, method: str, seed: Tensor | None, backend: str
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, logits: Tensor, seed: Tensor | None, how: tuple[int, bool, str, str]
+    ) -> tuple[Tensor, ...]:  # as few arguments as can be: each is looked at by several of PyTorch's functions
+        n, replace, method, backend = how
         draw, statistics = _draw(logits, n, replace, method, seed, backend)
         ctx.save_for_backward(logits, draw.indices, *statistics)
         ctx.backend, ctx.replace = backend, replace
@@ -71,9 +72,9 @@ class _Sample(torch.autograd.Function):
         logits, indices, *values = ctx.saved_tensors
         statistics = Statistics(*values)
         if ctx.backend == "triton" and not wants_graph():
-            return _grad_by_kernels(logits, indices, statistics, arriving, ctx.replace), None, None, None, None, None
+            return _grad_by_kernels(logits, indices, statistics, arriving, ctx.replace), None, None
         if ctx.backend == "cpu" and not wants_graph():
-            return grad_cpu(logits, indices, statistics, arriving), None, None, None, None, None
+            return grad_cpu(logits, indices, statistics, arriving), None, None
         dtype = compute_dtype(logits.dtype)
         shapes = (indices.shape, *(2 * [indices.shape[:1]]))
         grads = tuple(
@@ -81,8 +82,8 @@ class _Sample(torch.autograd.Function):
             for grad, shape in zip(arriving, shapes, strict=True)
         )
         if wants_graph():
-            return grad_again(logits, indices, grads), None, None, None, None, None
-        return grad_ref(logits, indices, statistics, grads), None, None, None, None, None
+            return grad_again(logits, indices, grads), None, None
+        return grad_ref(logits, indices, statistics, grads), None, None
 
 
 def _grad_by_kernels(
@@ -132,11 +133,9 @@ def sample(
     """
     check_floating("logits", logits)
     n = check_count("n", n)
-    if n >= 2**31:
-        raise ValueError(f"n must be below 2**31, got {n}")
+    _check_most(n)
     check_choice("method", method, METHODS)
     check_flag("replace", replace)
-    check_generator(generator, logits.device)
     if logits.ndim != 2 or logits.numel() == 0:
         single = "; a single row needs logits[None]" if logits.ndim == 1 else ""
         mend = "; maps need logits.flatten(1)" if logits.ndim > 2 else single
@@ -147,6 +146,20 @@ def sample(
         )
     if not replace and n > logits.shape[1]:
         raise ValueError(f"cannot draw n={n} cells without replacement from K={logits.shape[1]}; {_advice(method)}")
+    drawn = draw(logits, n, replace=replace, method=method, generator=generator)
+    if validate is None:
+        validate = may_look(logits)
+    if validate:
+        if any_failed(drawn.indices):
+            _raise_for_bad_rows(logits.detach(), n, replace, method, drawn.indices[:, 0] < 0)
+        check_no_attention(logits, drawn.logsumexp)
+    return drawn
+
+
+def draw(logits: Tensor, n: int, *, replace: bool, method: str, generator: torch.Generator | None) -> Draw:
+    """`sample` for callers that have checked what it checks, but for the generator and the largest n; no validation."""
+    _check_most(n)
+    check_generator(generator, logits.device)
     if method == "sample" or torch.jit.is_tracing():
         check_not_to_onnx("the draw of attention sampling")
     if is_transformed():  # nor can it look at values
@@ -165,16 +178,13 @@ def sample(
     seed = draw_seed(logits, method, generator)
     backend = "reference" if logits.dtype == torch.float64 and logits.device.type != "cpu" else backend_for(logits)
     if logits.requires_grad and torch.is_grad_enabled():
-        draw = Draw(*_Sample.apply(logits, n, replace, method, seed, backend))
-    else:  # an autograd.Function costs as much as drawing few cells does
-        draw, _ = _draw(logits, n, replace, method, seed, backend)
-    if validate is None:
-        validate = may_look(logits)
-    if validate:
-        if any_failed(draw.indices):
-            _raise_for_bad_rows(logits.detach(), n, replace, method, draw.indices[:, 0] < 0)
-        check_no_attention(logits, draw.logsumexp)
-    return draw
+        return Draw(*_Sample.apply(logits, seed, (n, replace, method, backend)))
+    return _draw(logits, n, replace, method, seed, backend)[0]  # an autograd.Function costs as much as few cells do
+
+
+def _check_most(n: int) -> None:
+    if n >= 2**31:
+        raise ValueError(f"n must be below 2**31, got {n}")
 
 
 def _raise_for_bad_rows(logits: Tensor, n: int, replace: bool, method: str, rows: Tensor) -> NoReturn:
