@@ -108,9 +108,29 @@ def test_masks_keep_attention_where_they_say(tmp_path: Path) -> None:
     prediction = model.predict(image, mask=found[1:], n_patches=20)
     assert all(row["column"] <= 6 for row in prediction.table())
     assert view.shape == (1, 3, 24, 24)
-    assert "masks stay where they are" in refused(tiny(manifest, tmp_path / "run", symmetries=True))
+    assert "but not moved or enlarged" in refused(tiny(manifest, tmp_path / "run", translation=2))
     Image.fromarray(np.zeros((48, 48), np.uint8)).save(tmp_path / "left.png")
     assert f"{manifest}, line 2: {tmp_path / 'left.png'} leaves none of 12×12 cells" in refused(config)
+
+
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_masks_turn_with_their_images(tmp_path: Path, storage: str) -> None:
+    """Where the image is white, in whichever way an epoch turns it."""
+    manifest = write_images(tmp_path, TWO, {"mask": ["0.png", *[""] * 11], "split": ["train"] * 10 + ["test"] * 2})
+    pixels = np.zeros((48, 40, 3), np.uint8)
+    pixels[:16, :32] = 255
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    still = {"contrast": 0.0, "brightness": 0.0, "storage": storage, "symmetries": True}
+    data, seen = data_of(tiny(manifest, tmp_path / "run", **still)), set()
+    index = torch.tensor([0])
+    for epoch in range(20):
+        view, image, _ = data.load("train", index, epoch)
+        white = (view > 0).all(1)[:, ::2, ::2]  # cells of two pixels of the view
+        (size,) = {tuple(one.shape[-2:]) if isinstance(one, torch.Tensor) else one.levels[0] for one in image}
+        assert torch.equal(data.masks("train", index, epoch), white)
+        seen.add((size, white.sum(1).argmax().item(), white.sum(2).argmax().item()))
+    assert len(seen) == 8
+    assert int(data.masks("train", index).sum()) == 4 * 8
 
 
 def test_predictions_of_any_files(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

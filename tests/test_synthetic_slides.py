@@ -144,7 +144,16 @@ def test_the_command_draws_tissue_and_what_it_writes_trains_from_disk(
     assert "test: negative: 1, positive: 1" in said
     assert f"ats train images --data.manifest {data / 'labels.csv'}" in said.replace("\n", " ").replace("  ", " ")
     train = ["train", "images", "--data.manifest", str(data / "labels.csv"), "--output", str(folder)]
-    train += ["--data.storage", "disk", "--model.view-scale", "0.0625", "--model.patch-size", "24"]
+    train += [
+        "--data.storage",
+        "disk",
+        "--data.tissue",
+        "--data.symmetries",
+        "--model.view-scale",
+        "0.0625",
+        "--model.patch-size",
+        "24",
+    ]
     train += ["--optim.epochs", "1", "--optim.batch-size", "2", "--trainer.accelerator", "cpu"]
     assert run(train) == 0, capsys.readouterr().err
     assert run(["evaluate", str(folder), "--output", str(tmp_path / "found.json")]) == 0

@@ -86,14 +86,19 @@ def draw_change(data: ImageConfig, seed: int, epoch: int, index: int) -> Change:
     )
 
 
-def apply_change(image: Tensor, change: Change) -> Tensor:
+def apply_change(image: Tensor, change: Change, *, oblong: bool = False) -> Tensor:
     """The changed image, (C, H, W) uint8: values are rounded, and kept between black and white; black moves in.
 
+    Args:
+        image: (C, H, W) uint8.
+        change: what happens to it.
+        oblong: quarter turns may make height and width trade places.
+
     Raises:
-        ValueError: a quarter turn of an image that is not square.
+        ValueError: a quarter turn of an image that is not square, and not `oblong`.
     """
     height, width = image.shape[-2:]
-    if change.quarter_turns % 2 and height != width:
+    if change.quarter_turns % 2 and height != width and not oblong:
         raise ValueError(f"an image of {height}×{width} cannot be turned by 90°; set data.symmetries=False")
     if change.scale != 1 or any(change.shift):
         # With a half: the cast to bytes cuts off.

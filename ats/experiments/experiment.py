@@ -120,8 +120,9 @@ class ExperimentData(DataModule, Generic[Options]):
         image, label = self.examples(name, indices, epoch)
         return make_view(self.config, image), image, label
 
-    def masks(self, name: str, indices: Tensor) -> Any:
-        """Where attention may look in images of a split, as in a `Batch`, on the indices' device; None: everywhere."""
+    def masks(self, name: str, indices: Tensor, epoch: int | None = None) -> Any:
+        """Where attention may look in images of a split, as in a `Batch`, on the indices' device, as an epoch turns
+        them, if one is given; None: everywhere."""
         return None
 
     def class_weights(self) -> Tensor:
@@ -166,7 +167,8 @@ class ExperimentData(DataModule, Generic[Options]):
             return self._evaluated("test", batch)
         if trainer.validating or trainer.sanity_checking:
             return self._evaluated("validation", batch)
-        return Batch(*self.load("train", batch, epoch=trainer.current_epoch), self.masks("train", batch))
+        epoch = trainer.current_epoch
+        return Batch(*self.load("train", batch, epoch=epoch), self.masks("train", batch, epoch=epoch))
 
     def _evaluated(self, name: str, indices: Tensor) -> Batch:
         indices, counted = read_and_counted(indices)

@@ -63,15 +63,26 @@ class ImageStore:
         pairs = [self._one(index, epoch) for index in indices]
         return [image for image, _ in pairs], [view for _, view in pairs]
 
-    def mask(self, indices: Sequence[int]) -> Tensor | list[Tensor] | None:
-        """Which cells may be drawn, (B, gh, gw) bool or a list; None: all, everywhere."""
-        return None if self.masks is None else stacked([self.masks[index] for index in indices])
+    def mask(self, indices: Sequence[int], epoch: int | None = None) -> Tensor | list[Tensor] | None:
+        """Which cells may be drawn, (B, gh, gw) bool or a list, of images as an epoch turns them; None: all."""
+        if self.masks is None:
+            return None
+        return stacked([self._turned(self.masks[index], index, epoch) for index in indices])
+
+    def _turned(self, cells: Tensor, index: int, epoch: int | None) -> Tensor:
+        """A mask as its image is mirrored and turned. Where cells lie a part of one aside, so does it."""
+        if epoch is None:
+            return cells
+        change = draw_change(self.data, self.config.seed, epoch, index)
+        cells = cells.flip(-1) if change.mirror else cells
+        return cells.rot90(change.quarter_turns, (-2, -1))
 
     def _one(self, index: int, epoch: int | None) -> tuple[Tensor | ImageSource, Tensor]:
         image = self.images[index]
         change = None if epoch is None else draw_change(self.data, self.config.seed, epoch, index)
         if isinstance(image, Tensor):
-            image = image if change is None else apply_change(image, change)
+            oblong = self.config.model.method in ("ats", "uniform")  # which take images of different sizes
+            image = image if change is None else apply_change(image, change, oblong=oblong)
             return image, normalise(self.config, self._shrunk(image))
         view = self._stored_view(index)
         if change is not None:
@@ -194,10 +205,10 @@ class ImageStore:
             return None
         if self.config.model.method not in ("ats", "uniform"):
             raise ValueError(f"{self.manifest.path}: masks are for attention sampling, not {self.config.model.method}")
-        if data.translation or data.zoom != 1 or data.stretch != 1 or data.symmetries:
+        if data.translation or data.zoom != 1 or data.stretch != 1:
             raise ValueError(
-                f"{self.manifest.path}: masks stay where they are, so that images cannot be moved, turned or enlarged; "
-                "set --data.translation 0 --data.zoom 1 --data.stretch 1 --data.no-symmetries"
+                f"{self.manifest.path}: masks are turned and mirrored with their images, but not moved or enlarged; "
+                "set --data.translation 0 --data.zoom 1 --data.stretch 1"
             )
         placement, found = placement_of(self.config), []
         for index, (row, image) in enumerate(zip(self.rows, self.images, strict=True)):

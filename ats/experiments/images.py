@@ -74,8 +74,8 @@ class ImagesData(ExperimentData[ImagesConfig]):
         labels = self.labels(name)[indices.cpu()].to(device)
         return _on(stacked(views), device), stacked(in_memory) if in_memory else images, labels
 
-    def masks(self, name: str, indices: Tensor) -> Any:
-        return _on(self.store(name).mask(indices.tolist()), indices.device)
+    def masks(self, name: str, indices: Tensor, epoch: int | None = None) -> Any:
+        return _on(self.store(name).mask(indices.tolist(), epoch), indices.device)
 
 
 def _on(maps: Tensor | list[Tensor] | None, device: torch.device) -> Any:

@@ -65,7 +65,8 @@ def live_cells(
             raise ValueError(
                 "no tissue was found: the view is of one colour; leave the image out, or look at all of it"
             )
-        cells &= mask_cells(found, grid, size, **where)  # type: ignore[arg-type]
+        # In pixels of the view, whose sides are whole cells and so not quite in the image's proportion.
+        cells &= mask_cells(found, grid, shown, **where)  # type: ignore[arg-type]
         if not bool(cells.any()):
             raise ValueError(f"there is no tissue inside of {mask}; there would be nothing to look at")
     return cells
