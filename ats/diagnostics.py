@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ats import functional
 from ats.batches import check_grid_sizes
-from ats.samples import BoxSample
+from ats.nested_sample import NestedSample
+from ats.samples import BoxSample, Estimator
 from ats_kernels.backend import may_look
 from ats_kernels.checks import check_count, check_floating, check_log_probabilities, check_pair, check_tensor
 from ats_kernels.plausible import check_no_attention
@@ -213,6 +214,39 @@ def distinct_area(sample: BoxSample) -> Tensor:
     return union / (counted.sum(-1) * sample.patch_size[0] * sample.patch_size[1])
 
 
+def by_level(sample: NestedSample, *, estimator: Estimator = "ordered") -> list[dict[str, Tensor]]:
+    """What the draws of each level tell, the outermost first: numbers (B,), of inner levels the mean over regions.
+
+    - effective_draws: `effective_sample_size` of the weights of a level's draws.
+    - covered_mass: attention on the cells drawn, of that within the region.
+    - relative_entropy: of a region's attention, against that of all cells of its grid.
+    - distinct_area: of the boxes, as `distinct_area` has it.
+
+    Args:
+        sample: as a nested model gives it.
+        estimator: what the weights are of.
+    """
+    found = []
+    live = torch.ones(len(sample), 1, dtype=torch.bool, device=sample.entropy.device)  # (B, M) regions that count
+    for level in sample.levels:
+        cells = level.grid_size[0] * level.grid_size[1]
+        if level.grid_sizes is not None:
+            grids = torch.tensor(level.grid_sizes, device=level.indices.device)
+            own: int | Tensor = grids.prod(-1)
+        else:
+            own = cells
+        values = {
+            "effective_draws": effective_sample_size(level.weights(estimator)),
+            "covered_mass": covered_mass(level.log_attention, level.indices),
+            "relative_entropy": relative_entropy(level.entropy, own),
+            "distinct_area": distinct_area(level),
+        }
+        share = live.double() / live.sum(1, keepdim=True)
+        found.append({name: (share * value.double().view(live.shape)).sum(1) for name, value in values.items()})
+        live = (live.reshape(-1, 1) & ~level.surplus).view(len(sample), -1)
+    return found
+
+
 def class_spread(logits: Tensor, labels: Tensor) -> dict[int, float]:
     """For each class the share of the live cells that attention lies on in effect, exp(entropy) / cells: 1 is uniform.
 
@@ -236,7 +270,7 @@ def warning_signs(
     *,
     loss: float | None = None,
     chance: float | None = None,
-    sample: BoxSample | None = None,
+    sample: BoxSample | NestedSample | None = None,
     labels: Tensor | None = None,
 ) -> dict[str, str]:
     """What looks wrong with the attention on a batch: of `CAUSES` those found, and what to do.
@@ -249,11 +283,14 @@ def warning_signs(
         chance: the loss of giving each class its share of the training images, log(classes) if these are equal.
             Without both, a plateau is not told, nor collapse from what the task may need.
         sample: what was drawn from these logits; without it, overlap is not told. Of images whose grids differ it knows
-            their own.
+            their own. Of a nested model, whose first level's logits these are, inner levels are told of as well.
         labels: (B,) classes; without them, attention that explains one class only is not told.
     """
     if chance is not None and not chance > 0:
         raise ValueError(f"chance is a loss in nats, e.g. math.log(classes), and must be positive, got {chance}")
+    inner: Sequence[BoxSample] = ()
+    if isinstance(sample, NestedSample):
+        inner, sample = sample.levels[1:], sample.levels[0]
     attention = _attention(logits)
     grids = (
         [(attention.shape[-2], attention.shape[-1])] if sample is None or not sample.grid_sizes else sample.grid_sizes
@@ -262,7 +299,11 @@ def warning_signs(
     mass = float(border_mass(logits, grid_sizes=None if sample is None else sample.grid_sizes).mean())
     cells = float(torch.special.entr(attention).sum((1, 2)).mean().exp())
     loss, chance = (float("nan") if value is None else value for value in (loss, chance))
-    distinct = 1.0 if sample is None else float(distinct_area(sample).mean())
+    drawn = inner[-1] if inner else sample
+    distinct = 1.0 if drawn is None else float(distinct_area(drawn).mean())
+    for level in inner:  # where a level looks at one cell of each region, that is all that is seen of it
+        of_region = float(level.entropy.detach().double().mean().exp())
+        cells = min(cells, of_region) if level.grid_size[0] * level.grid_size[1] > 2 * _FEW_CELLS else cells
     spread = {} if labels is None else class_spread(logits, labels)
     flat, sharp = (pick(spread, key=spread.__getitem__, default=-1) for pick in (max, min))
     many, few = spread.get(flat, 0.0), spread.get(sharp, 0.0)
@@ -274,7 +315,7 @@ def warning_signs(
         "plateau": loss > _AT_CHANCE * chance,
     }
     details = {"cells": cells, "mass": mass, "share": share, "loss": loss, "chance": chance, "distinct": distinct}
-    details |= {"patches": 0 if sample is None else sample.indices.shape[1]}
+    details |= {"patches": 0 if drawn is None else drawn.indices.shape[1]}
     details |= {"flat": flat, "sharp": sharp, "many": many, "few": few}
     return {cause: CAUSES[cause].format(**details) for cause, there in found.items() if there}
 

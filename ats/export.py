@@ -14,6 +14,7 @@ from torch import Tensor
 from ats._files import write_whole
 from ats.grid import Placement
 from ats.heatmaps import heatmap
+from ats.nested_sample import NestedSample
 from ats.paths import user_path
 from ats.samples import BoxSample, Estimator
 from ats.sources import ImageSource
@@ -26,7 +27,7 @@ _PIXELS_A_CELL = 4
 def geojson(
     path: str | os.PathLike[str],
     source: ImageSource | Tensor,
-    sample: BoxSample,
+    sample: BoxSample | NestedSample,
     *,
     estimator: Estimator = "ordered",
     origin: tuple[int, int] = (0, 0),

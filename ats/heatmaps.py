@@ -20,6 +20,7 @@ from ats.batches import (
 )
 from ats.cells import check_drawable, check_logits, mask_logits
 from ats.grid import Grid, Placement, make_grid
+from ats.nested_sample import NestedSample
 from ats.samples import BoxSample, CellSample, Estimator
 from ats.sources.image_source import ImageSource
 from ats_kernels.checks import check_pair
@@ -27,7 +28,7 @@ from ats_kernels.checks import check_pair
 
 @overload
 def heatmap(
-    sample_or_logits: CellSample | Maps,
+    sample_or_logits: CellSample | NestedSample | Maps,
     image_size: tuple[int, int] | Tensor,
     *,
     size: tuple[int, int] | None = ...,
@@ -39,7 +40,7 @@ def heatmap(
 ) -> Tensor: ...
 @overload
 def heatmap(
-    sample_or_logits: CellSample | Maps,
+    sample_or_logits: CellSample | NestedSample | Maps,
     image_size: Sequence[tuple[int, int]] | Sequence[Tensor | ImageSource],
     *,
     size: tuple[int, int] | None = ...,
@@ -50,7 +51,7 @@ def heatmap(
     grid_sizes: Sequence[tuple[int, int]] | None = ...,
 ) -> list[Tensor]: ...
 def heatmap(
-    sample_or_logits: CellSample | Maps,
+    sample_or_logits: CellSample | NestedSample | Maps,
     image_size: Sizes | Images,
     *,
     size: tuple[int, int] | None = None,
@@ -63,7 +64,7 @@ def heatmap(
     """Attention spread over the pixels that it lies on: (B, h, w) float64, as mass, not as density.
 
     - Logits: each cell's attention over the pixels of the image that the cell covers.
-    - `PatchSample` or `BoxSample`: each patch's weight in the estimate over the pixels of the patch.
+    - `PatchSample`, `BoxSample` or `NestedSample`: each patch's weight in the estimate over the pixels of the patch.
     - `CellSample`: each draw's weight over the pixels of its cell.
 
     The pixels of a picture sum to the attention, or weight, that lies inside the image: 1, but for what cells or
@@ -86,9 +87,9 @@ def heatmap(
     of_images = isinstance(image_size, Tensor) and image_size.ndim == 4
     of_images |= is_sequence(image_size) and any(isinstance(one, ImageSource) or _is_image(one) for one in image_size)
     sizes: Any = sizes_of(image_size) if of_images else image_size  # type: ignore[arg-type]
-    drawn = sample_or_logits if isinstance(sample_or_logits, CellSample) else None
+    drawn = sample_or_logits if isinstance(sample_or_logits, CellSample | NestedSample) else None
     if drawn is not None:
-        logits, grids = None, drawn.grid_sizes
+        logits, grids = None, drawn.grid_sizes if isinstance(drawn, CellSample) else None
     else:
         logits, own = pad_logits(sample_or_logits)  # type: ignore[arg-type]
         check_logits(logits)
@@ -116,7 +117,7 @@ def _is_image(value: object) -> bool:
 
 
 def _pictures(
-    sample: CellSample | None,
+    sample: CellSample | NestedSample | None,
     logits: Tensor | None,
     image: tuple[int, int],
     size: tuple[int, int] | None,
@@ -126,13 +127,8 @@ def _pictures(
 ) -> Tensor:
     """Pictures (B, h, w) of images that have one size and one grid."""
     picture = image if size is None else check_pair("size", size)
-    if isinstance(sample, BoxSample):
-        weights = sample.weights(estimator).double()  # (B, N)
-        rows, columns = (
-            _shares(sample.offsets[..., axis].double(), float(sample.patch_size[axis]), image[axis], picture[axis])
-            for axis in (0, 1)
-        )  # (B, N, h), (B, N, w)
-        return (weights.unsqueeze(-1) * rows).transpose(1, 2) @ columns
+    if isinstance(sample, BoxSample | NestedSample):
+        return box_pictures(sample.weights(estimator).double(), sample.offsets, sample.patch_size, image, picture)
     if sample is not None:
         cells = sample.grid_size
         weights = sample.weights(estimator).double()
@@ -148,6 +144,16 @@ def _pictures(
     grid = make_grid(cells, image, view_size, receptive_field)
     rows, columns = (_cell_shares(grid, axis, picture[axis], mass.device) for axis in (0, 1))  # (gh, h), (gw, w)
     return rows.T @ mass @ columns
+
+
+def box_pictures(
+    mass: Tensor, offsets: Tensor, size: tuple[int, int], image: tuple[int, int], picture: tuple[int, int]
+) -> Tensor:
+    """Mass (B, N) spread over boxes at offsets (B, N, 2), as pictures (B, h, w) of an image (H, W)."""
+    rows, columns = (
+        _shares(offsets[..., axis].double(), float(size[axis]), image[axis], picture[axis]) for axis in (0, 1)
+    )  # (B, N, h), (B, N, w)
+    return (mass.unsqueeze(-1) * rows).transpose(1, 2) @ columns
 
 
 def _cell_shares(grid: Grid, axis: int, pixels: int, device: torch.device) -> Tensor:

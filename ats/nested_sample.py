@@ -81,6 +81,11 @@ class NestedSample:
         return self._per_image(last.patches)
 
     @property
+    def patch_size(self) -> tuple[int, int]:
+        """Pixels (ph, pw) of the patches."""
+        return self.levels[-1].patch_size
+
+    @property
     def offsets(self) -> Tensor:
         """(B, N, 2) int64, top-left pixels (y, x) of the patches in their images."""
         return self._per_image(self.levels[-1].offsets)

@@ -49,6 +49,7 @@ LEVELS = (
         "ats.prediction",
         "ats.class_logits",
         "ats.nested_variance",
+        "ats.nested_maps",
         "ats.draw_plan",
         "ats.nested_inference",
         "ats.inference",

@@ -15,10 +15,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ats import diagnostics, functional
 from ats.functional import PatchSample, estimate_pooled
-from ats.nn import AttentionSampling
+from ats.nested_sample import NestedSample
+from ats.nested_variance import estimate_parts
+from ats.nn import AttentionSampling, NestedAttentionSampling
 from ats_kernels.checks import check_count
 
 Output = tuple[Tensor, Tensor, PatchSample]  # pooled features, logits and sample, of an `AttentionSampling`
+NestedOutput = tuple[Tensor, Tensor, NestedSample]  # the same of a `NestedAttentionSampling`
 
 
 class AttentionWarning(UserWarning):
@@ -92,7 +95,8 @@ class AttentionDiagnostics(Callback):
         due = trainer.global_step % self.every == 0 and trainer.global_step != self._step
         if not (due and trainer.is_global_zero):
             return
-        sampling = next((layer for layer in pl_module.modules() if isinstance(layer, AttentionSampling)), None)
+        kinds = AttentionSampling, NestedAttentionSampling
+        sampling = next((layer for layer in pl_module.modules() if isinstance(layer, kinds)), None)
         if sampling is None:
             return
         self._step, self._look = trainer.global_step, _Look(sampling)
@@ -112,8 +116,8 @@ class AttentionDiagnostics(Callback):
         look, self._look = self._look, None
         if look is None or look.output is None or look.features is None:
             return
-        metrics = measure_attention(look.sampling, look.output, look.features)
-        parameters = [value for value in look.sampling.attention.parameters() if value.requires_grad]
+        metrics = look.measure()
+        parameters = [value for value in look.attention_parameters() if value.requires_grad]
         if self.loss is not None and parameters:
             metrics |= self._repeat(trainer, pl_module, batch, look.sampling, parameters)
         for logger in trainer.loggers:
@@ -132,7 +136,7 @@ class AttentionDiagnostics(Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         batch: Any,
-        sampling: AttentionSampling,
+        sampling: nn.Module,
         parameters: list[nn.Parameter],
     ) -> dict[str, float]:
         """What repeated draws of the batch tell."""
@@ -152,7 +156,7 @@ class AttentionDiagnostics(Callback):
             metrics["repeated_error"] = float(diagnostics.repeated_error(torch.stack(pooled)).mean())
         return metrics
 
-    def _judge(self, logits: Tensor, sample: PatchSample, loss: float, labels: Tensor | None) -> None:
+    def _judge(self, logits: Tensor, sample: PatchSample | NestedSample, loss: float, labels: Tensor | None) -> None:
         found = diagnostics.warning_signs(
             logits, loss=None if math.isnan(loss) else loss, chance=self.chance, sample=sample, labels=labels
         )
@@ -170,11 +174,26 @@ class AttentionDiagnostics(Callback):
 class _Look:
     """What one step shows of a model."""
 
-    sampling: AttentionSampling
-    output: Output | None = None
+    sampling: AttentionSampling | NestedAttentionSampling
+    output: Any = None
     features: Tensor | None = None
 
-    def keep_output(self, module: nn.Module, inputs: Any, output: Output) -> None:
+    def measure(self) -> dict[str, float]:
+        """The numbers of this look."""
+        assert self.features is not None
+        if isinstance(self.sampling, NestedAttentionSampling):
+            return measure_nested(self.sampling, self.output, self.features)
+        return measure_attention(self.sampling, self.output, self.features)
+
+    def attention_parameters(self) -> Iterator[nn.Parameter]:
+        """Of the attention networks of all levels."""
+        if isinstance(self.sampling, AttentionSampling):
+            yield from self.sampling.attention.parameters()
+            return
+        for depth in range(len(self.sampling.levels)):
+            yield from self.sampling.zoom(depth).attention.parameters()
+
+    def keep_output(self, module: nn.Module, inputs: Any, output: Output | NestedOutput) -> None:
         """A forward hook of `sampling`."""
         self.output = output
 
@@ -206,6 +225,34 @@ def measure_attention(sampling: AttentionSampling, output: Output, features: Ten
         features = features.unflatten(0, tuple(log_attention.shape)).flatten(2)  # (B, N, D)
         value, variance = estimate_pooled(features, sample, estimator=sampling.estimator)
         metrics["relative_error"] = variance.sum(-1).sqrt() / value.norm(dim=-1)
+    return {name: float(values.mean()) for name, values in metrics.items()}
+
+
+@torch.no_grad()
+def measure_nested(sampling: NestedAttentionSampling, output: NestedOutput, features: Tensor) -> dict[str, float]:
+    """What one draw of a batch tells of nested attention: of each level, named level1_… from the outermost on.
+
+    Args:
+        sampling: the model's.
+        output: what it returned.
+        features: (B·N, …) what its feature network returned.
+    """
+    _, logits, sample = output
+    levels = sample.levels
+    metrics = {
+        f"level{number}_{name}": value
+        for number, level in enumerate(diagnostics.by_level(sample, estimator=sampling.estimator), 1)
+        for name, value in level.items()
+    }
+    metrics["level1_peak_mass"] = diagnostics.peak_mass(logits)
+    metrics["level1_border_mass"] = diagnostics.border_mass(logits, grid_sizes=levels[0].grid_sizes)
+    if sampling.selection == "sample" and min(sample.n) > 1:
+        estimator = sampling.estimator if sampling.replace else "unordered"
+        drawn = features.unflatten(0, tuple(levels[-1].indices.shape)).flatten(2)  # (R, n, D)
+        value, variance, parts = estimate_parts(drawn, levels, estimator=estimator)
+        metrics["relative_error"] = variance.sum(-1).clamp(min=0).sqrt() / value.norm(dim=-1)
+        for number, part in enumerate(parts.sum(-1) / variance.sum(-1).clamp(min=1e-300), 1):
+            metrics[f"level{number}_variance_share"] = part
     return {name: float(values.mean()) for name, values in metrics.items()}
 
 
