@@ -59,6 +59,39 @@ class ChangedSource:
         return turned(box, self.change)
 
 
+@dataclass(frozen=True)
+class InColours:
+    """A grey source as three equal channels."""
+
+    source: ImageSource
+    channels: int = 3
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def levels(self) -> Sequence[Level]:
+        return self.source.levels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def mpp(self) -> tuple[float, float] | None:
+        return self.source.mpp
+
+    @property
+    def fingerprint(self) -> str | None:
+        own = self.source.fingerprint
+        return None if own is None else f"{own} as {self.channels} channels"
+
+    def read(self, level: int, top: int, left: int, height: int, width: int) -> Tensor:
+        """The pixels of a box, (3, height, width)."""
+        return self.source.read(level, top, left, height, width).expand(self.channels, -1, -1)
+
+
 def turned(maps: Tensor, change: Change) -> Tensor:
     """Maps (…, h, w) mirrored and turned."""
     maps = maps.flip(-1) if change.mirror else maps

@@ -145,30 +145,41 @@ class ExperimentData(DataModule, Generic[Options]):
     def test_dataloader(self) -> DataLoader[int]:
         return self._loader("test")
 
+    def reading(self, name: str) -> dict[str, Any]:
+        """What a split's loader goes through, as the arguments of `DataLoader`: indices alone, unless something of the
+        images is to be there before a step."""
+        return {"dataset": Indices(len(self.labels(name)))}
+
     def _loader(self, name: str, *, shuffle: bool = False) -> DataLoader[int]:
         # The order depends on nothing but the seed and the epoch, so that a resumed run sees the same one.
-        indices = Indices(len(self.labels(name)))
+        indices, reading = Indices(len(self.labels(name))), self.reading(name)
         trainer = self.trainer
         processes, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         sampler: DistributedSampler[int] | EachOnce = EachOnce(len(indices), processes, rank)
         if shuffle:
             sampler = DistributedSampler(indices, processes, rank, shuffle=True, seed=self.config.seed)
         return DataLoader(
-            indices,
+            **reading,
             batch_size=self.config.optim.batch_size,
             sampler=sampler,
             drop_last=shuffle and len(sampler) > self.config.optim.batch_size,
         )
 
     def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Batch:
-        trainer = self.trainer
+        trainer, name = self.trainer, self.current_split()
         assert trainer is not None  # Lightning calls this within a trainer only
-        if trainer.testing:
-            return self._evaluated("test", batch)
-        if trainer.validating or trainer.sanity_checking:
-            return self._evaluated("validation", batch)
+        if name != "train":
+            return self._evaluated(name, batch)
         epoch = trainer.current_epoch
         return Batch(*self.load("train", batch, epoch=epoch), self.masks("train", batch, epoch=epoch))
+
+    def current_split(self) -> str:
+        """Whose batches Lightning's trainer goes through right now."""
+        trainer = self.trainer
+        assert trainer is not None
+        if trainer.testing:
+            return "test"
+        return "validation" if trainer.validating or trainer.sanity_checking else "train"
 
     def _evaluated(self, name: str, indices: Tensor) -> Batch:
         indices, counted = read_and_counted(indices)

@@ -9,11 +9,12 @@ from ats.datasets.manifest import Manifest, Row
 from ats.experiments.augmentation import apply_change, draw_change
 from ats.experiments.backbones import networks_of
 from ats.experiments.build import normalise, stacked, view_size
-from ats.experiments.changed_source import ChangedSource, changed_view
+from ats.experiments.changed_source import ChangedSource, InColours, changed_view
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.console import say
 from ats.experiments.images_config import ImagesConfig
 from ats.experiments.live_cells import live_cells, placement_of
+from ats.experiments.view_loading import ViewReader
 from ats.functional import area_downsample
 from ats.grid import make_grid
 from ats.overlap import overlap_message
@@ -53,6 +54,8 @@ class ImageStore:
         self.rows: tuple[Row, ...] = ()
         self.images: list[Tensor | ImageSource] = []
         self._views: list[Tensor | None] = []
+        self.given: dict[int, Tensor] = {}
+        """Views that were read already, by index, for the batch at hand."""
         for row, source in opened:
             self._keep(row, source)
         self._report(len(self.rows))
@@ -90,18 +93,28 @@ class ImageStore:
         return image, normalise(self.config, view)
 
     def _stored_view(self, index: int) -> Tensor:
-        view, image = self._views[index], self.images[index]
+        image = self.images[index]
         assert not isinstance(image, Tensor)
+        view = self.given.get(index, self._views[index])
         return self._read_view(image) if view is None else view
+
+    def reader(self) -> ViewReader:
+        """What reads views of images on disk elsewhere."""
+        sources = [image for image in self.images if not isinstance(image, Tensor)]
+        names = [self.manifest.where(row) for row in self.rows]
+        return ViewReader(sources, [self._view_size(source) for source in sources], names, self.data.cache)
 
     def _shrunk(self, image: Tensor) -> Tensor:
         size = view_size(self.config, (image.shape[-2], image.shape[-1]))
         return image if size is None else area_downsample(image[None], size)[0]
 
     def _read_view(self, source: ImageSource) -> Tensor:
+        return read_view(source, size=self._view_size(source), cache=self.data.cache)
+
+    def _view_size(self, source: ImageSource) -> tuple[int, int]:
         size = view_size(self.config, (source.levels[0].height, source.levels[0].width))
         assert size is not None  # `_check_on_disk`
-        return read_view(source, size=size, cache=self.data.cache)
+        return size
 
     def _open(self, row: Row) -> ImageSource | None:
         try:
@@ -119,8 +132,10 @@ class ImageStore:
                 grey = image.shape[0] == 1 < self.data.channels
                 self.images.append(image.expand(3, -1, -1) if grey else image)
             else:
+                source = InColours(source) if source.channels == 1 < self.data.channels else source
                 view = self._read_view(source)
-                self._views.append(view if self.data.cache is None else None)
+                keeps = self.data.cache is None and not self.data.workers
+                self._views.append(view if keeps else None)
                 self.images.append(source)
         except (ValueError, OSError) as error:
             self._unread.append((row.line, f"{self.manifest.where(row)}: {error}"))

@@ -12,10 +12,11 @@ from ats.datasets.image_files import is_synthetic
 from ats.experiments.augmentation import PHOTOGRAPHS_OPTIM
 from ats.experiments.build import stacked
 from ats.experiments.config import LESS_NOISE, SHORT_EPOCHS, ExperimentConfig, ModelConfig
-from ats.experiments.experiment import Experiment, ExperimentData, Loaded
+from ats.experiments.experiment import Batch, Experiment, ExperimentData, Loaded
 from ats.experiments.image_store import ImageStore
 from ats.experiments.images_config import ImagesConfig
 from ats.experiments.manifest_splits import Splits, read_truth, split_rows
+from ats.experiments.view_loading import ViewBatch, as_batch
 
 
 class ImagesData(ExperimentData[ImagesConfig]):
@@ -73,6 +74,29 @@ class ImagesData(ExperimentData[ImagesConfig]):
         in_memory = [image.to(device) for image in images if isinstance(image, Tensor)]
         labels = self.labels(name)[indices.cpu()].to(device)
         return _on(stacked(views), device), stacked(in_memory) if in_memory else images, labels
+
+    def reading(self, name: str) -> dict[str, Any]:
+        store = self.store(name)
+        if not self.options.workers or store.in_memory:
+            return super().reading(name)
+        return {
+            "dataset": store.reader(),
+            "collate_fn": as_batch,
+            "num_workers": self.options.workers,
+            "prefetch_factor": 1,  # the next batch of each worker: views may be large
+            "persistent_workers": True,
+            "generator": torch.Generator("cpu").manual_seed(self.config.seed),  # for seeds that nothing uses
+        }
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        if not isinstance(batch, ViewBatch):
+            return super().on_after_batch_transfer(batch, dataloader_idx)
+        store = self.store(self.current_split())
+        store.given = batch.by_image()
+        try:
+            return super().on_after_batch_transfer(batch.indices, dataloader_idx)
+        finally:
+            store.given = {}
 
     def masks(self, name: str, indices: Tensor, epoch: int | None = None) -> Any:
         return _on(self.store(name).mask(indices.tolist(), epoch), indices.device)

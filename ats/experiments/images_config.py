@@ -41,6 +41,9 @@ class ImagesConfig(ImageConfig):
     """Keep images in memory, or read views and patches from their files; auto: in memory up to 4 GiB a split."""
     cache: Path | None = None
     """Folder that keeps the views of images on disk from run to run. Default: a run keeps them in memory."""
+    workers: int = 0
+    """Processes that read the next views of images on disk while a step is computed. Without a cache, a run then keeps
+    no views in memory, and reads them again in each epoch."""
     tissue: bool = False
     """Look at tissue alone, by its colour: for slides, whose background is pale (`ats.tissue_mask`)."""
     mean: tuple[float, ...] = ()
@@ -59,7 +62,7 @@ class ImagesConfig(ImageConfig):
         """Refuse what no data can be."""
         super().__post_init__()
         check_least(self, "data", 2, "folds")
-        check_least(self, "data", 0, "bands", "spread")
+        check_least(self, "data", 0, "bands", "spread", "workers")
         if len(self.mean) != len(self.std):
             raise ValueError(f"data.mean and data.std need as many numbers, got {self.mean} and {self.std}")
         if any(not value > 0 for value in self.std):
