@@ -27,10 +27,11 @@ def test_nothing_waits(rows: dict[str, launches.Row]) -> None:
 
 
 @pytest.mark.parametrize("how", ["", ", with replacement", ", topk"])
-@pytest.mark.parametrize("n", [10, 64])
-def test_drawing_and_reading(n: int, how: str, rows: dict[str, launches.Row]) -> None:
-    row = rows[f"sample_patches, N = {n}{how}"]
-    assert row.kernels == ("statistics_kernel", "draw_kernel", "extract_patches_fwd_kernel")
+@pytest.mark.parametrize("what", ["N = 10", "N = 64", "N = 256", "K = 2^20, N = 10", "K = 2^20, N = 256"])
+def test_drawing_and_reading(what: str, how: str, rows: dict[str, launches.Row]) -> None:
+    row = rows[f"sample_patches, {what}{how}"]
+    draw = "draw_kernel" if what in ("N = 10", "N = 64") else "select_kernel"
+    assert row.kernels == ("statistics_kernel", draw, "extract_patches_fwd_kernel")
     assert row.operators == (() if how == ", topk" else ("randint",))
 
 
@@ -41,6 +42,14 @@ def test_one_draw_kernel_for_all_batch_sizes_maps_of_a_kind_and_draws() -> None:
     drawn = {variant for variant in notes.variants if variant.startswith("draw_kernel")}
     assert notes.kernels.count("draw_kernel") == 4
     assert len(drawn) == 1
+
+
+def test_few_kernels_for_all_large_maps() -> None:
+    with launches.taking_notes() as notes:
+        for rows, cells, n in ((1, 1_100_000, 10), (16, 5 * 2**18, 100), (3, 1_500_000, 40), (1, 1_900_000, 512)):
+            ats_kernels.sample(torch.empty(rows, cells), n, validate=False)
+    found = Counter(variant.split()[0] for variant in notes.variants)
+    assert found == {"statistics_kernel": 2, "select_kernel": 1}  # blocks of 4 groups, or 2
 
 
 SIDES = [(300 + 7 * i, 290 + 5 * i) for i in range(143)]  # of images, of every remainder; up to 1294 x 1000

@@ -153,7 +153,8 @@ def calls() -> dict[str, tuple[Callable[[], Any], bool]]:
         for how, options in draws.items():
             found[f"sample_patches, N = {n}{how}"] = partial(_sample_patches, 180, n, **options), False
     for n in (10, 256):
-        found[f"sample_patches, K = 2^20, N = {n}"] = partial(_sample_patches, 1024, n), False
+        for how, options in draws.items():
+            found[f"sample_patches, K = 2^20, N = {n}{how}"] = partial(_sample_patches, 1024, n, **options), False
     for n, replace in ((10, False), (64, True), (256, False)):
         how = ", with replacement" if replace else ""
         found[f"backward of sample, N = {n}{how}"] = partial(_sample, n, replace), True

@@ -1,13 +1,12 @@
 """Triton kernels of `sample`'s forward: what a row's blocks hold, and what its draws are made of.
 
-`statistics_kernel`, then `draw_kernel` of `kernels_draw`. Large maps and many draws take the kernels of `kernels_large`
-in its place, and `repeats_kernel`, which turns what they draw into a draw with replacement. All are built from the
-functions here.
+`statistics_kernel`, then `draw_kernel` of `kernels_draw`, or `select_kernel` of `kernels_large` for large maps and many
+draws. All are built from the functions here.
 
 Precision: sums over a block are float32 (on large maps float64 with replacement, where the order of the draws rests on
 the total), taken relative to the block's largest logit. What is left of a row beside its largest logit is summed
 without that one's own 1, and nothing cancels: log a and 1 − a keep a relative precision of about 1e-6 however near 1 a
-is, in float32 on small maps and in float64 on large ones. No atomics; deterministic.
+is, in float32 on small maps and in float64 on large ones. The same bits every time: atomics count, whole numbers only.
 """
 
 import triton
@@ -21,11 +20,14 @@ REPEATS_STREAM = tl.constexpr(philox.REPEATS)
 
 # One variant of a kernel for all sizes: what is worth knowing of them UNIT and powers of two say.
 SIZES = (
-    "cells", "cell_units", "n_blocks", "n_chunks", "n_tiles", "n_candidates", "n_draws", "n_repeats", "needed", "rows",
-    "stride_logits_b", "stride_stats", "stride_chunk_stats",
+    "cells", "cell_units", "n_blocks", "n_groups", "n_chunks", "n_programs", "n_candidates", "n_draws", "n_repeats",
+    "capacity", "needed", "rows", "stride_logits_b", "stride_stats", "stride_chunk_stats", "stride_keys",
 )  # fmt: skip
 
 FLOOR = tl.constexpr(-104.0)  # exp is 0 in float32 from here down
+E = tl.constexpr(2.0**-24)  # the most that float32 rounds by
+FAR = tl.constexpr(1e30)
+NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # past all keys
 
 
 @triton.jit
@@ -61,6 +63,22 @@ def log_exponential(seed, index, row, STREAM: tl.constexpr):
 
 
 @triton.jit
+def log_exponential_in_float32(seed, index, row, STREAM: tl.constexpr):
+    """The logarithm of an exponential variable in float32, at both ends to the precision that `kernels_draw` states."""
+    high, low = random_words(seed, index, row, STREAM)
+    u = high.to(tl.float32) * 2.0**-32 + low.to(tl.float32) * 2.0**-53 + 2.0**-54
+    # 1 − u from the complements of its bits, the last of which float64 rounds.
+    lower = low ^ 0x1FFFFF
+    v = (high ^ 0xFFFFFFFF).to(tl.float32) * 2.0**-32 + (lower + (lower & 1)).to(tl.float32) * 2.0**-53
+    small = u < 0.5
+    left = tl.where(small, 1.0 - u, tl.maximum(v, 2.0**-53))
+    taken = 1.0 - left
+    # What 1 − u lost in rounding, the quotient makes up for.
+    exponential = -tl.log(left) * tl.where(small, u / tl.where(taken == 0.0, 1.0, taken), 1.0)
+    return tl.log(tl.where(taken == 0.0, u, exponential))
+
+
+@triton.jit
 def block_times(seed, block, row, peak, top, total):
     """Log times at which blocks first ring, from their largest logits and their sums of exponentials."""
     return log_exponential(seed, block, row, BLOCKS_STREAM) - (peak - top) - tl.log(total)
@@ -84,13 +102,44 @@ def ring_times(z, top, seed, block, cell, row):
     return tl.where(late == float("inf"), float("inf"), both)
 
 
+@triton.jit
+def ascending_32(x):
+    """int64 keys whose order is that of float32 numbers."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+
+
+@triton.jit
+def descending_key(z, index):
+    """int64 keys whose ascending order is that of z descending, then of the index."""
+    bits = (z.to(tl.float32) + 0.0).to(tl.int32, bitcast=True)  # + 0.0: −0 and 0 are one value
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return ((~ascending).to(tl.int64) << 32) | index.to(tl.int64)
+
+
+@triton.jit
+def ring_bounds(seed, block, row, peak, total):
+    """When blocks first ring at the earliest and at the latest, float32 logarithms of times that are not relative to
+    anything: before the row's largest logit is known. `kernels_large` derives the bound."""
+    time = log_exponential_in_float32(seed, block, row, BLOCKS_STREAM) - tl.log(total) - peak
+    error = E * (768.0 + 6.0 * (tl.abs(time) + tl.abs(peak)))
+    near = tl.abs(peak) < FAR
+    early = tl.where(near, time - error, tl.where(peak > 0.0, -float("inf"), FAR * 0.5))
+    early = tl.where(peak == -float("inf"), float("inf"), early)
+    return early, tl.where(near, time + error, float("inf"))
+
+
 @triton.jit(do_not_specialize=SIZES)
 def statistics_kernel(
     logits_ptr,  # (B, K)
     stats_ptr,  # (3, B, blocks), written
-    chunk_stats_ptr,  # (3, B, chunks), written with CHUNKS
+    chunk_stats_ptr,  # (3, B, chunks), written; None on small maps, and so are the next three
+    group_keys_ptr,  # (B, groups), written
+    counters_ptr,  # (B, 2), set to 0
+    seed_ptr,  # (); None for topk too
     cell_units,
     n_blocks,
+    n_groups,
     n_chunks,
     stride_logits_b,
     stride_stats,
@@ -100,11 +149,12 @@ def statistics_kernel(
     SLICE: tl.constexpr,
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """One program: of BLOCKS blocks of one row, each block's largest logit m, Σ exp(z − m) and Σ (z − m) exp(z − m);
-    with CHUNKS the same of all of them together. Sizes and strides come in units of UNIT logits, so that vector loads
-    are provably aligned."""
+    """One program: of BLOCKS blocks of one row, each block's largest logit m, Σ exp(z − m) and Σ (z − m) exp(z − m).
+    On large maps these of all of them together, of each block when it rings at the earliest in place of the last, and
+    of every GROUP blocks the key of when one of them has rung for sure (for topk, of what comes first). Sizes and
+    strides come in units of UNIT logits, so that vector loads are provably aligned."""
     program = tl.program_id(0)
     row = (program // n_chunks).to(tl.int64)
     chunk = program % n_chunks
@@ -127,8 +177,25 @@ def statistics_kernel(
     stats_row = stats_ptr + row * n_blocks + block
     tl.store(stats_row, peak, mask=block < n_blocks)
     tl.store(stats_row + stride_stats, total, mask=block < n_blocks)
-    tl.store(stats_row + 2 * stride_stats, slope, mask=block < n_blocks)
-    if CHUNKS:
+    if chunk_stats_ptr is None:
+        tl.store(stats_row + 2 * stride_stats, slope, mask=block < n_blocks)
+    else:
+        # Loaded again a block a thread: as they lie, each thread would work on several, and all on the same.
+        tl.debug_barrier()
+        own = chunk * BLOCKS + tl.arange(0, BLOCKS)
+        own_row = stats_ptr + row * n_blocks + own
+        own_peak = tl.load(own_row, mask=own < n_blocks, other=-float("inf")).to(tl.float32)
+        if seed_ptr is None:
+            key = tl.where(own_peak > -float("inf"), descending_key(own_peak, own), NEVER)
+        else:
+            own_total = tl.load(own_row + stride_stats, mask=own < n_blocks, other=0.0).to(tl.float32)
+            early, late = ring_bounds(tl.load(seed_ptr), own, row.to(tl.int32), own_peak, own_total)
+            tl.store(own_row + 2 * stride_stats, early, mask=own < n_blocks)
+            key = tl.where(late < float("inf"), ascending_32(late), NEVER)
+        group_key = tl.min(tl.reshape(key, (BLOCKS // GROUP, GROUP)), 1)
+        group = chunk * (BLOCKS // GROUP) + tl.arange(0, BLOCKS // GROUP)
+        tl.store(group_keys_ptr + row * n_groups + group, group_key, mask=group < n_groups)
+        tl.store(counters_ptr + 2 * row + tl.arange(0, 2), 0, mask=tl.arange(0, 2) < 2 * (chunk == 0).to(tl.int32))
         chunk_peak = tl.max(peak, 0)
         below = peak - tl.where(chunk_peak == -float("inf"), 0.0, chunk_peak)
         share = tl.exp(below)
@@ -191,14 +258,6 @@ def row_totals(logits_row, peak, total, slope, entry, top, cells, SPAN: tl.const
 
 
 @triton.jit
-def descending_key(z, index):
-    """int64 keys whose ascending order is that of z descending, then of the index."""
-    bits = (z.to(tl.float32) + 0.0).to(tl.int32, bitcast=True)  # + 0.0: −0 and 0 are one value
-    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return ((~ascending).to(tl.int64) << 32) | index.to(tl.int64)
-
-
-@triton.jit
 def store_draw(
     logits_row,
     indices_ptr,
@@ -255,26 +314,3 @@ def repeat(
         tl.store(indices_ptr + at, tl.load(distinct_ptr + distinct_row + pick))
         tl.store(log_attention_ptr + at, tl.load(distinct_log_attention_ptr + distinct_row + pick))
     return nearest
-
-
-@triton.jit(do_not_specialize=SIZES)
-def repeats_kernel(
-    seed_ptr,  # ()
-    distinct_ptr,  # (B, N)
-    distinct_log_attention_ptr,  # (B, N)
-    indices_ptr,  # (B, n), written
-    log_attention_ptr,  # (B, n), written
-    n_draws,
-    n_repeats,
-    PADDED: tl.constexpr,
-):
-    """One program: `repeat` of one row."""
-    row = tl.program_id(0)
-    cell = tl.arange(0, PADDED)
-    log_attention = distinct_log_attention_ptr + row.to(tl.int64) * n_draws + cell
-    attention = tl.exp(tl.load(log_attention, mask=cell < n_draws, other=-float("inf")))
-    more = tl.exp(tl.load(log_attention + 1, mask=cell + 1 < n_draws, other=-float("inf"))) > 0.0
-    repeat(
-        tl.load(seed_ptr), attention, more, distinct_ptr, distinct_log_attention_ptr, indices_ptr, log_attention_ptr,
-        row, n_draws, n_repeats, PADDED,
-    )  # fmt: skip

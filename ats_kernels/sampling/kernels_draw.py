@@ -33,43 +33,26 @@ import triton.language as tl
 from ats_kernels.sampling.kernels import (
     BLOCKS_STREAM,
     CELLS_STREAM,
+    FAR,
+    NEVER,
     SIZES,
+    E,
     block_times,
     descending_key,
     load_entries,
     log1p,
-    random_words,
+    log_exponential_in_float32,
     repeat,
     ring_times,
     row_totals,
     store_draw,
 )
 
-E = tl.constexpr(2.0**-24)
-FAR = tl.constexpr(1e30)
-NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # past all keys
 CELL_BITS = tl.constexpr(18)  # of a key: a small map's cells, 2,048 blocks of 128 at most
 # How near a random number may come to where a drawn cell ends, in a draw with replacement. Where they end is off by the
 # relative errors of N probabilities, times these: 60e for the total and 64e for running sums, 8e for an exponential,
 # and 2e |log a|, of which the mean is below 5: 142e, and twice that with the random number's own.
 NEAR = tl.constexpr(288 * 2.0**-24)
-
-
-@triton.jit
-def _log_exponential(seed, index, row, STREAM: tl.constexpr):
-    """The logarithm of an exponential variable in float32, at both ends to the precision above; see
-    philox.log_exponential."""
-    high, low = random_words(seed, index, row, STREAM)
-    u = high.to(tl.float32) * 2.0**-32 + low.to(tl.float32) * 2.0**-53 + 2.0**-54
-    # 1 − u from the complements of its bits, the last of which float64 rounds.
-    lower = low ^ 0x1FFFFF
-    v = (high ^ 0xFFFFFFFF).to(tl.float32) * 2.0**-32 + (lower + (lower & 1)).to(tl.float32) * 2.0**-53
-    small = u < 0.5
-    left = tl.where(small, 1.0 - u, tl.maximum(v, 2.0**-53))
-    taken = 1.0 - left
-    # What 1 − u lost in rounding, the quotient makes up for.
-    exponential = -tl.log(left) * tl.where(small, u / tl.where(taken == 0.0, 1.0, taken), 1.0)
-    return tl.log(tl.where(taken == 0.0, u, exponential))
 
 
 @triton.jit
@@ -98,7 +81,7 @@ def _latest(key):
 @triton.jit
 def _block_keys(seed, block, row, peak, top, total):
     below = peak - top
-    time = _log_exponential(seed, block, row, BLOCKS_STREAM) - below - tl.log(total)
+    time = log_exponential_in_float32(seed, block, row, BLOCKS_STREAM) - below - tl.log(total)
     soonest = time - E * (96.0 + 5.0 * (tl.abs(time) + tl.abs(below)))
     soonest = tl.where(below > -FAR, tl.minimum(soonest, FAR), FAR)
     return tl.where(peak > -float("inf"), _key(soonest, tl.abs(soonest) * 0.0, block), NEVER)
@@ -112,8 +95,8 @@ def _cell_keys(z, top, seed, block, cell, row):
     peak = tl.where(peak == -float("inf"), top, peak)
     total = tl.sum(tl.exp(z - peak[:, None]), 1)
     largest = peak - top
-    block_time = _log_exponential(seed, block, row, BLOCKS_STREAM) - (tl.log(total) + largest)
-    alone = _log_exponential(seed, cell, row, CELLS_STREAM) - log_mass
+    block_time = log_exponential_in_float32(seed, block, row, BLOCKS_STREAM) - (tl.log(total) + largest)
+    alone = log_exponential_in_float32(seed, cell, row, CELLS_STREAM) - log_mass
     first = tl.min(alone, 1)
     first = tl.where(first == float("inf"), 0.0, first)[:, None]
     excess = alone + tl.log(1.0 - tl.exp(first - alone))

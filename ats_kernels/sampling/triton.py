@@ -1,9 +1,8 @@
 """The GPU path of `sample`: it launches the Triton kernels, which draw by the reference's algorithm and random numbers.
 
-Pass 1 (`statistics_kernel`) reads the logits once. Then, for maps of up to 2,048 blocks and up to 64 draws, one
-program a row does all the rest (`draw_kernel`): two launches. Larger problems rank with torch.topk, on block times and
-on the times of the cells in the candidate blocks: `block_times_kernel`, topk, `cell_times_kernel`, topk,
-`finish_kernel`, and `repeats_kernel` for a draw with replacement. Nothing makes the host wait.
+Two launches: pass 1 (`statistics_kernel`) reads the logits once; then, for maps of up to 2,048 blocks and up to 64
+draws, one program a row does all the rest (`draw_kernel`), and for larger problems many do (`select_kernel`). Nothing
+makes the host wait.
 """
 
 import math
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from ats_kernels.sampling.cpu import SPARE_BLOCKS
 from ats_kernels.sampling.draws import Draw, Statistics, block_size
-from ats_kernels.sampling.kernels import repeats_kernel, statistics_kernel
+from ats_kernels.sampling.kernels import statistics_kernel
 from ats_kernels.sampling.kernels_bwd import bwd_drawn_kernel, bwd_kernel
 from ats_kernels.sampling.kernels_draw import draw_kernel
-from ats_kernels.sampling.kernels_large import block_times_kernel, cell_times_kernel, finish_kernel
+from ats_kernels.sampling.kernels_large import select_kernel
 
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _SMALL_DRAWS = 64
@@ -25,7 +24,12 @@ _SMALL_DRAWS = 64
 MAX_REGISTERS = {16: 128, _SMALL_DRAWS: 192}
 SLOTS = 4  # candidate blocks that a program treats at a time
 _SMALL_BLOCKS = 2048
-_TIMES_TILE = 1024  # blocks a program of block_times_kernel
+_PROGRAMS = 128  # of select_kernel, at most, for a row; of all rows together about _ALL_PROGRAMS, if that is more
+_ALL_PROGRAMS = 512
+_SPARE_ROOM = 64  # blocks, beside N, whose cells select_kernel has room for
+SLOT_CELLS = 512  # that a program of it treats at a time
+SELECT_REGISTERS = 224  # of a thread of select_kernel: left to itself, ptxas spills a few
+SELECT_TILES = {"OWN": 256, "TILE": 1024, "OTHERS": 16}
 _BARRIER_DRAWS = 64  # up to so many, the backward's own programs add what belongs to the drawn cells
 
 
@@ -40,31 +44,40 @@ def sample_triton(logits: Tensor, n: int, replace: bool, method: str, seed: Tens
     distinct = min(n, cells)
     needed = 1 if replace else n
     topk = seed is None
-    candidates = min(n_blocks, distinct if topk else distinct + SPARE_BLOCKS)
     small = n_blocks <= _SMALL_BLOCKS and distinct <= _SMALL_DRAWS
 
     blocks = _blocks_a_program(n_blocks, block)
     n_chunks = triton.cdiv(n_blocks, blocks)
+    group = 1 if small else group_size(n_blocks, blocks, distinct)
+    n_groups = triton.cdiv(n_blocks, group)
     unit = _unit(cells, stride)
     wide = torch.float64 if replace and not small else torch.float32
     stats = torch.empty(3, rows, n_blocks, dtype=wide, device=device)
-    chunk_stats = stats if small else torch.empty(3, rows, n_chunks, dtype=wide, device=device)
+    chunk_stats = group_keys = counters = None
+    if not small:
+        chunk_stats = torch.empty(3, rows, n_chunks, dtype=wide, device=device)
+        group_keys = torch.empty(rows, n_groups, dtype=torch.int64, device=device)
+        counters = torch.empty(rows, 2, dtype=torch.int32, device=device)
     statistics_kernel[(rows * n_chunks,)](
         logits,
         stats,
         chunk_stats,
+        group_keys,
+        counters,
+        None if small else seed,
         cells // unit,
         n_blocks,
+        n_groups,
         n_chunks,
         stride // unit,
         stats.stride(0),
-        chunk_stats.stride(0),
+        0 if chunk_stats is None else chunk_stats.stride(0),
         BLOCK=block,
         BLOCKS=blocks,
         SLICE=slice_size(block),
         UNIT=unit,
         WIDE=replace and not small,
-        CHUNKS=not small,
+        GROUP=group,
         num_warps=warps(blocks * block, 1024),
     )
 
@@ -89,7 +102,7 @@ def sample_triton(logits: Tensor, n: int, replace: bool, method: str, seed: Tens
             repeats_log_attention,
             cells,
             n_blocks,
-            candidates,
+            min(n_blocks, distinct if topk else distinct + SPARE_BLOCKS),
             distinct,
             n,
             needed,
@@ -106,97 +119,53 @@ def sample_triton(logits: Tensor, n: int, replace: bool, method: str, seed: Tens
             **({} if torch.version.hip else {"maxnreg": MAX_REGISTERS[draws]}),
         )
     else:
-        chosen, order = _rank(logits, seed, stats, chunk_stats, candidates, distinct)
-        span = blocks * block
-        finish_kernel[(rows,)](
+        programs = _programs(rows, n_blocks)
+        capacity = min(n_blocks, distinct + _SPARE_ROOM) * block
+        keys = torch.empty(rows, capacity + max(distinct, n_blocks), dtype=torch.int64, device=device)
+        select_kernel[(rows * programs,)](
             logits,
+            seed,
+            stats,
             chunk_stats,
-            chosen,
-            order,
+            group_keys,
+            counters,
+            torch.empty(2, rows, dtype=torch.float64, device=device),
+            keys,
+            torch.empty(keys.shape, dtype=torch.int32, device=device),
             indices,
             log_attention,
             row_stats,
+            repeats,
+            repeats_log_attention,
             cells,
+            n_blocks,
+            n_groups,
             n_chunks,
-            candidates,
+            programs,
+            capacity,
             distinct,
+            n,
             needed,
             rows,
             stride,
-            chunk_stats.stride(0),
+            stats.stride(0),
+            0 if chunk_stats is None else chunk_stats.stride(0),
+            keys.stride(0),
             BLOCK=block,
-            SPAN=span,
-            TILE=min(span, 1024),
+            SPAN=blocks * block,
             CHUNKS=_padded(n_chunks),
-            DRAWS=_padded(distinct),
+            GROUPS=_groups_together(distinct),
+            SLOTS=SLOT_CELLS // block,
+            PADDED=_padded(distinct) if replace else 1,
+            TOPK=topk,
+            **SELECT_TILES,
             num_warps=8,
+            **({} if torch.version.hip else {"maxnreg": SELECT_REGISTERS}),
         )
-        if replace:
-            repeats_kernel[(rows,)](
-                seed,
-                indices,
-                log_attention,
-                repeats,
-                repeats_log_attention,
-                distinct,
-                n,
-                PADDED=_padded(distinct),
-                num_warps=4,
-            )
     if repeats is not None and repeats_log_attention is not None:
         indices, log_attention = repeats, repeats_log_attention
     peak, log_total, entropy, logsumexp = row_stats.unbind(0)
     return Draw(indices, log_attention, logsumexp, entropy), Statistics(peak, log_total, entropy)
-
-
-def _rank(
-    logits: Tensor,  # (B, K)
-    seed: Tensor | None,
-    stats: Tensor,  # (3, B, blocks)
-    chunk_stats: Tensor,  # (3, B, chunks)
-    candidates: int,
-    distinct: int,
-) -> tuple[Tensor, Tensor]:
-    """The candidate blocks (B, candidates) and, in draw order, the places (B, distinct) of the drawn cells in them."""
-    rows, cells = logits.shape
-    block = block_size(cells)
-    n_blocks, n_chunks = stats.shape[2], chunk_stats.shape[2]
-    topk = seed is None
-    dtype = torch.int64 if topk else torch.float64
-    block_keys = torch.empty(rows, n_blocks, dtype=dtype, device=logits.device)
-    tops = torch.empty(rows, dtype=torch.float64, device=logits.device)
-    tiles = triton.cdiv(n_blocks, _TIMES_TILE)
-    block_times_kernel[(rows * tiles,)](
-        seed,
-        stats,
-        chunk_stats,
-        block_keys,
-        tops,
-        n_blocks,
-        n_chunks,
-        tiles,
-        stats.stride(0),
-        CHUNKS=_padded(n_chunks),
-        TILE=_TIMES_TILE,
-        TOPK=topk,
-        num_warps=8,
-    )
-    chosen = block_keys.topk(candidates, largest=False, sorted=False).indices
-    cell_keys = torch.empty(rows, candidates * block, dtype=dtype, device=logits.device)
-    cell_times_kernel[(rows * candidates,)](
-        logits,
-        seed,
-        chosen,
-        tops,
-        cell_keys,
-        cells,
-        candidates,
-        logits.stride(0),
-        BLOCK=block,
-        TOPK=topk,
-        num_warps=warps(block, 128),
-    )
-    return chosen, cell_keys.topk(distinct, largest=False).indices
 
 
 def grad_triton(
@@ -261,6 +230,24 @@ def slice_size(block: int) -> int:
 def _blocks_a_program(n_blocks: int, block: int) -> int:
     """Those of pass 1: 4,096 logits, on large maps 8,192, which keeps its chunks countable by one program."""
     return min(triton.next_power_of_2(n_blocks), (8192 if block == 512 else 4096) // block)
+
+
+def _groups_together(distinct: int) -> int:
+    """Groups of blocks whose keys a program of select_kernel holds: four times the draws, so that few blocks but those
+    of the draw ring before the last of N groups."""
+    return min(8192, max(2048, triton.next_power_of_2(4 * distinct)))
+
+
+def group_size(n_blocks: int, blocks: int, distinct: int) -> int:
+    """Blocks of a group of pass 1, which holds no more than one program treats: as few groups as are wanted."""
+    return min(blocks, max(1, triton.next_power_of_2(n_blocks // _groups_together(distinct))))
+
+
+def _programs(rows: int, n_blocks: int) -> int:
+    """Programs of select_kernel for a row: one for its totals, and an odd number, so that blocks below each other in a
+    map fall to different ones."""
+    others = min(_PROGRAMS, max(_PROGRAMS // 8, _ALL_PROGRAMS // rows), triton.cdiv(n_blocks, 8))
+    return 1 + (others - 1 | 1 if others > 2 else 1)
 
 
 def _unit(cells: int, stride: int) -> int:

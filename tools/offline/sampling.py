@@ -5,11 +5,20 @@ from typing import Any
 
 import triton
 
-from ats_kernels.sampling.kernels import SIZES, repeats_kernel, statistics_kernel
+from ats_kernels.sampling.kernels import SIZES, statistics_kernel
 from ats_kernels.sampling.kernels_bwd import bwd_drawn_kernel, bwd_kernel
 from ats_kernels.sampling.kernels_draw import draw_kernel
-from ats_kernels.sampling.kernels_large import block_times_kernel, cell_times_kernel, finish_kernel
-from ats_kernels.sampling.triton import MAX_REGISTERS, SLOTS, slice_size, warps
+from ats_kernels.sampling.kernels_large import select_kernel
+from ats_kernels.sampling.triton import (
+    MAX_REGISTERS,
+    SELECT_REGISTERS,
+    SELECT_TILES,
+    SLOT_CELLS,
+    SLOTS,
+    group_size,
+    slice_size,
+    warps,
+)
 from tools.offline.compile import FP64_BUDGET, OfflineCase
 
 # Triton 3.6 takes blocks whole: more instructions than slices need with 3.7, half of what slices would take there.
@@ -17,19 +26,19 @@ _SLICED = slice_size(512) < 512
 _WIDE_LOAD, _WIDE_STORE = r"ld\.global\S*\.v4", r"st\.global\S*\.v4"
 
 RARE_FP64 = 0.35  # of draw_kernel's code with the branch that one row in hundreds takes
-LARGE_FP64 = 0.8  # of what only large maps and many draws take: their times and totals are float64's
+LARGE_FP64 = 0.5  # of what only large maps and many draws take: float64 for their totals, and for a few of their cells
 
 _SIZES = set(SIZES)
+_SMALL = dict.fromkeys(("chunk_stats_ptr", "group_keys_ptr", "counters_ptr", "seed_ptr"))  # not wanted of small maps
 _TYPES = {
     "indices_ptr": "*i64",
     "seed_ptr": "*i64",
-    "chosen_ptr": "*i64",
-    "order_ptr": "*i64",
-    "distinct_ptr": "*i64",
     "repeats_ptr": "*i64",
-    "keys_ptr": "*fp64",
-    "tops_ptr": "*fp64",
-    "distinct_log_attention_ptr": "*fp64",
+    "group_keys_ptr": "*i64",
+    "counters_ptr": "*i32",
+    "totals_ptr": "*fp64",
+    "keys_ptr": "*i64",
+    "cells_ptr": "*i32",
 }
 
 
@@ -37,7 +46,7 @@ def offline_cases() -> list[OfflineCase]:
     """Both ways through the forward, sampled and top-k, and the backward, in every dtype of logits."""
     cases = []
     for dtype, size in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
-        for block, chunks, budget in ((64, False, 22), (512, True, (21 if size == 4 else 33) if _SLICED else 36)):
+        for block, chunks, budget in ((64, False, 22), (512, True, (26 if size == 4 else 33) if _SLICED else 38)):
             tile = 8192 if chunks else 4096
             cases.append(
                 _case(
@@ -49,13 +58,15 @@ def offline_cases() -> list[OfflineCase]:
                         "SLICE": slice_size(block),
                         "UNIT": 16,
                         "WIDE": False,
-                        "CHUNKS": chunks,
+                        "GROUP": group_size(2**15, tile // block, 256) if chunks else 1,
+                        **({} if chunks else _SMALL),
                     },
                     dtype=dtype,
                     num_warps=warps(tile, 1024),
                     elements=tile,
                     bytes_per_element=size,
                     budget=budget,
+                    amd_budget=50 if chunks else None,
                     needs=(_WIDE_LOAD,),
                 )
             )
@@ -72,19 +83,33 @@ def offline_cases() -> list[OfflineCase]:
                 needs=(_WIDE_LOAD, _WIDE_STORE),
             )
         )
-    cases.append(
-        _case(
-            "statistics fp32, float64 sums",
-            statistics_kernel,
-            {"BLOCK": 64, "BLOCKS": 64, "SLICE": 64, "UNIT": 16, "WIDE": True, "CHUNKS": False},
-            wide=True,
-            num_warps=4,
-            elements=4096,
-            bytes_per_element=4,
-            budget=80,
-            fp64_budget=LARGE_FP64,
+    wide: dict[str, object] = {
+        "BLOCK": 512,
+        "BLOCKS": 16,
+        "SLICE": slice_size(512),
+        "UNIT": 16,
+        "WIDE": True,
+        "GROUP": 16,
+    }
+    topk: dict[str, object] = {**wide, "WIDE": False, "seed_ptr": None}
+    for name, constants, budget, share in (
+        ("float64 sums", wide, 84 if _SLICED else 108, LARGE_FP64),
+        ("topk", topk, 19 if _SLICED else 31, FP64_BUDGET),
+    ):
+        cases.append(
+            _case(
+                f"statistics fp32 blocks of 512, {name}",
+                statistics_kernel,
+                constants,
+                wide=constants is wide,
+                num_warps=8,
+                elements=8192,
+                bytes_per_element=4,
+                budget=budget,
+                amd_budget=88 if constants is wide else 40,
+                fp64_budget=share,
+            )
         )
-    )
     ways: dict[str, dict[str, object]] = {"sample": {"TOPK": False}, "topk": {"TOPK": True, "seed_ptr": None}}
     unrepeated = {"repeats_ptr": None, "repeats_log_attention_ptr": None}
     # What runs unless float32 cannot tell, and with float64's branch, which is rare.
@@ -123,50 +148,30 @@ def offline_cases() -> list[OfflineCase]:
         )
         for draws in (16, 64)
     ]
-    for way, topk in ways.items():
-        cases += [
+    select: dict[str, Any] = {
+        "BLOCK": 512, "SPAN": 8192, "CHUNKS": 2048, "GROUPS": 2048, "SLOTS": SLOT_CELLS // 512, "PADDED": 1,
+        **SELECT_TILES,
+    }  # fmt: skip
+    for name, constants, budget in (
+        ("sample", {**ways["sample"], **unrepeated}, 5600),
+        ("topk", {**ways["topk"], **unrepeated}, 2300),
+        ("with replacement", {**ways["sample"], "PADDED": 256}, 5900),
+    ):
+        cases.append(
             _case(
-                f"block times {way}",
-                block_times_kernel,
-                {"CHUNKS": 2048, "TILE": 1024, **topk},
+                f"select {name}",
+                select_kernel,
+                {**select, **constants},
                 num_warps=8,
-                elements=1024 * 512,
-                bytes_per_element=20 / 512,
-                budget=2,
+                elements=SLOT_CELLS,
+                bytes_per_element=4,
+                budget=budget,
+                amd_budget=1.2 * budget,
                 fp64_budget=LARGE_FP64,
-            ),
-            _case(
-                f"cell times {way}",
-                cell_times_kernel,
-                {"BLOCK": 512, **topk},
-                num_warps=4,
-                elements=512,
-                bytes_per_element=12,
-                budget=1000,
-                fp64_budget=LARGE_FP64,
-            ),
-        ]
+                wide="PADDED" in constants,
+            )
+        )
     cases += [
-        _case(
-            "finish",
-            finish_kernel,
-            {"BLOCK": 512, "SPAN": 8192, "TILE": 1024, "CHUNKS": 2048, "DRAWS": 256},
-            num_warps=8,
-            elements=2048 * 8192,
-            bytes_per_element=12 / 8192,
-            budget=2,
-            fp64_budget=LARGE_FP64,
-        ),
-        _case(
-            "repeats",
-            repeats_kernel,
-            {"PADDED": 16},
-            num_warps=4,
-            elements=10,
-            bytes_per_element=40,
-            budget=4500,
-            fp64_budget=LARGE_FP64,
-        ),
         _case(
             "bwd of 256 drawn",
             bwd_drawn_kernel,
@@ -192,19 +197,23 @@ def _case(
     budget: float,
     dtype: str = "fp32",
     wide: bool = False,
+    amd_budget: float | None = None,
     needs: tuple[str, ...] = (),
     fp64_budget: float = FP64_BUDGET,
 ) -> OfflineCase:
     types = _TYPES | {"logits_ptr": f"*{dtype}", "grad_logits_ptr": f"*{dtype}"}
     if wide:
         types |= dict.fromkeys(("stats_ptr", "chunk_stats_ptr", "log_attention_ptr"), "*fp64")
-    if constexprs.get("TOPK"):
-        types["keys_ptr"] = "*i64"  # in place of times
     signature = {
         arg: types.get(arg, "i32" if arg in _SIZES or arg.startswith("stride") else "*fp32")
         for arg in kernel.arg_names
         if arg not in constexprs
     }
+    registers = None
+    if kernel is draw_kernel:
+        registers = MAX_REGISTERS[constexprs["DRAWS"]]
+    elif kernel is select_kernel:
+        registers = SELECT_REGISTERS
     return OfflineCase(
         name=name,
         kernel=kernel,
@@ -216,7 +225,8 @@ def _case(
         elements=elements,
         bytes_per_element=bytes_per_element,
         budget=budget,
+        amd_budget=amd_budget,
         needs=needs,
         fp64_budget=fp64_budget,
-        max_registers=MAX_REGISTERS[constexprs["DRAWS"]] if kernel is draw_kernel else None,
+        max_registers=registers,
     )
