@@ -32,6 +32,7 @@ SHADE, INHABITED_SHADE = 16, 24
 FULL_SIZE = 32_768
 """Pixels a side, of which `n_noise` glyphs elsewhere are counted."""
 
+_GROUNDS = (0, SHADE, INHABITED_SHADE)  # that glyphs lie on
 _N_NOISE_GLYPHS = 2000
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
 _SLOT = 2 * GLYPH  # a side of the squares in which one glyph lies at most
@@ -130,7 +131,7 @@ class GigapixelMNIST(Dataset["tuple[GigapixelImage, int]"]):
         self.seed, self.split, self.first = seed, split, first
         noise = noise_glyphs(np.random.Philox(key=[seed, _key(split, 0, noise=True)]), _N_NOISE_GLYPHS)
         self.glyphs = torch.cat([digits.images, noise]).numpy()  # (G, 28, 28) uint8
-        self._sums = _summed(self.glyphs[len(digits.images) :].astype(np.int32))  # of noise on black, by far the most
+        self._sums = np.concatenate([_over(shade, self.glyphs[len(digits.images) :]) for shade in _GROUNDS])
         self.n_digits = len(digits.images)
         labels = [self._digits(index)[1] for index in range(n_images)]
         self.labels = torch.tensor(labels, dtype=torch.int64, device="cpu")
@@ -223,25 +224,23 @@ class GigapixelMNIST(Dataset["tuple[GigapixelImage, int]"]):
         scene, corner = self.scene(index), np.array([top, left])
         rows, columns = height // scale, width // scale
         total = np.zeros((rows, columns), np.int64)
-        for number, place in enumerate(scene.places - corner):
-            if (place < (height, width)).all() and (place + self.place_size > 0).all():
-                shade = INHABITED_SHADE if number < self.n_inhabited else SHADE
-                down = _covered(int(place[0]), self.place_size, scale, rows)
-                across = _covered(int(place[1]), self.place_size, scale, columns)
-                total += shade * down[:, None] * across
+        places = scene.places - corner
+        for number in np.flatnonzero(((places < (height, width)) & (places + self.place_size > 0)).all(-1)).tolist():
+            shade = INHABITED_SHADE if number < self.n_inhabited else SHADE
+            down = _covered(int(places[number, 0]), self.place_size, scale, rows)
+            across = _covered(int(places[number, 1]), self.place_size, scale, columns)
+            total += shade * down[:, None] * across
         seen = scene.touched(top, left, height, width)
-        on_black = scene.shades[seen] == 0
-        for some, sums, which in (
-            (seen[on_black], self._sums, scene.glyph_ids[seen[on_black]] - self.n_digits),
-            (seen[~on_black], self._over_shade(scene, seen[~on_black]), np.arange((~on_black).sum())),
-        ):
-            _add_glyphs(total, sums, which, scene.corners[some] - corner, scale)
+        is_digit = seen < self.n_inhabited
+        noise, digits = seen[~is_digit], seen[is_digit]
+        which = (
+            scene.glyph_ids[noise] - self.n_digits + _N_NOISE_GLYPHS * np.searchsorted(_GROUNDS, scene.shades[noise])
+        )
+        _add_glyphs(total, self._sums, which, scene.corners[noise] - corner, scale)
+        if len(digits):
+            sums = _over(INHABITED_SHADE, self.glyphs[scene.glyph_ids[digits]])
+            _add_glyphs(total, sums, np.arange(len(digits)), scene.corners[digits] - corner, scale)
         return torch.from_numpy((total / (255 * scale * scale)).astype(np.float32))[None]
-
-    def _over_shade(self, scene: Scene, some: _Ints) -> "np.ndarray[Any, np.dtype[np.int32]]":
-        """What glyphs in places add to the ground that they lie on: the brighter wins."""
-        pixels = self.glyphs[scene.glyph_ids[some]].astype(np.int32) - scene.shades[some, None, None].astype(np.int32)
-        return _summed(np.maximum(pixels, 0))
 
 
 @dataclass(frozen=True)
@@ -317,9 +316,15 @@ def _corners(slots: _Ints, jitter: _Ints, across: int, slot: int, free: int) -> 
     return np.stack([slots // across * slot + jitter // free, slots % across * slot + jitter % free], -1)
 
 
-def _summed(pixels: "np.ndarray[Any, np.dtype[np.int32]]") -> "np.ndarray[Any, np.dtype[np.int32]]":
-    """(G, 28, 28) -> the sums over all pixels above and left of each corner, (G, 29, 29)."""
-    return np.pad(pixels.cumsum(1, dtype=np.int32).cumsum(2, dtype=np.int32), ((0, 0), (1, 0), (1, 0)))
+def _over(shade: int, glyphs: "np.ndarray[Any, np.dtype[np.uint8]]") -> "np.ndarray[Any, np.dtype[np.int32]]":
+    """What glyphs (G, 28, 28) add to the ground that they lie on, of which the brighter wins: the sums over all pixels
+    above and left of each corner, (G, 29, 29)."""
+    sums = np.zeros((len(glyphs), GLYPH + 1, GLYPH + 1), np.int32)
+    if len(glyphs):
+        np.maximum(glyphs.astype(np.int32) - shade, 0, out=sums[:, 1:, 1:])
+        np.cumsum(sums, axis=1, out=sums)
+        np.cumsum(sums, axis=2, out=sums)
+    return sums
 
 
 def _covered(begin: int, size: int, scale: int, count: int) -> _Ints:

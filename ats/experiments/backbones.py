@@ -37,6 +37,7 @@ def networks_of(config: ExperimentConfig) -> Networks:
         networks = replace(
             networks,
             attention=partial(TimmAttention, name, data.channels, model.attention_stride),
+            level=partial(_timm_level, name, data.channels),
             stride=model.attention_stride,
             lost=0,
             view=networks.for_view if own_unit else statistics(name, data.channels),
@@ -53,6 +54,11 @@ def networks_of(config: ExperimentConfig) -> Networks:
             std=std,
         )
     return networks
+
+
+def _timm_level(name: str, channels: int, depth: int, stride: int) -> TimmAttention:
+    """A level's attention network, `Networks.level`."""
+    return TimmAttention(name, channels, stride)
 
 
 def resolved(model: ModelConfig) -> ModelConfig:

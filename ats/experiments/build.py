@@ -9,14 +9,21 @@ from torch import Tensor, nn
 from ats.batches import Images
 from ats.experiments.backbones import networks_of
 from ats.experiments.config import ExperimentConfig
+from ats.experiments.levels import build_sampling, nested_view, nested_view_size
 from ats.functional import area_downsample
-from ats.models import ATSClassifier, CNNClassifier, MILClassifier, UniformAttention
+from ats.models import (
+    ATSClassifier,
+    CNNClassifier,
+    MILClassifier,
+    NestedClassifier,
+    UniformAttention,
+)
 from ats.models.classifier import PlacedFeatures
 from ats.nn import AttentionSampling
 from ats.probe import measure_placement
 from ats.sources import ImageSource, read_view
 
-Classifier = ATSClassifier | MILClassifier | CNNClassifier
+Classifier = ATSClassifier | NestedClassifier | MILClassifier | CNNClassifier
 
 
 def build_model(config: ExperimentConfig) -> Classifier:
@@ -51,13 +58,16 @@ def _build(config: ExperimentConfig) -> Classifier:
             std=networks.std,
         )
     learned = model.method == "ats"
-    attention: nn.Module = UniformAttention(networks.stride, networks.lost)
-    if learned:
-        attention = networks.attention()
     feature = networks.feature(normalised=not model.positions)
     n_features = networks.size_of(feature)
     if model.positions:
         feature = PlacedFeatures(feature, n_features)
+    if model.nested:
+        nested = build_sampling(model, networks, feature)
+        return NestedClassifier(nested, n_features, n_classes, model.feature_scale)
+    attention: nn.Module = UniformAttention(networks.stride, networks.lost)
+    if learned:
+        attention = networks.attention()
     try:
         placed = measure_placement(attention) if learned else networks.lost
     except ValueError as error:
@@ -87,7 +97,7 @@ def patch_features(model: Classifier) -> nn.Module | None:
     """The network from patches to features; a CNN has none."""
     if isinstance(model, CNNClassifier):
         return None
-    return model.sampling.feature if isinstance(model, ATSClassifier) else model.feature
+    return model.sampling.feature if isinstance(model, ATSClassifier | NestedClassifier) else model.feature
 
 
 def view_size(config: ExperimentConfig, image_size: tuple[int, int]) -> tuple[int, int] | None:
@@ -98,7 +108,10 @@ def view_size(config: ExperimentConfig, image_size: tuple[int, int]) -> tuple[in
     if model.method == "cnn":
         height, width = (max(1, round(size * model.cnn_scale)) for size in image_size)
         return height, width
-    return networks_of(config).view_size(image_size, model.view_scale)
+    networks = networks_of(config)
+    if model.nested:
+        return nested_view_size(image_size, model.nested[0], networks)
+    return networks.view_size(image_size, model.view_scale)
 
 
 @overload
@@ -110,6 +123,9 @@ def make_view(config: ExperimentConfig, image: Images) -> Tensor | list[Tensor]:
 
     Of a sequence of images, in memory or on disk, it is a list where their views differ in size.
     """
+    if config.model.nested:
+        views = nested_view(image, config.model.nested[0], networks_of(config))
+        return views if isinstance(views, Tensor) else stacked(views)
     if not isinstance(image, Tensor):
         return stacked([_view_of_one(config, one) for one in image])
     size = view_size(config, (image.shape[2], image.shape[3]))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from ats.datasets.image_files import default_folder
 from ats.experiments.backbone_options import BackboneOptions, check_least
+from ats.experiments.level_options import LevelOptions, read_levels
 from ats.experiments.objectives import Classes, Objective
 from ats.models.networks import Networks
 from ats.paths import user_path
@@ -27,6 +28,10 @@ class ModelConfig(BackboneOptions):
     """Attention sampling; uniform sampling; Deep MIL over all patches of a regular grid, plain or gated; a CNN."""
     networks: Literal["paper", "modern"] = "modern"
     """As published, or our recipe (docs/experiments.md)."""
+    levels: tuple[str, ...] = ()
+    """ats, uniform: attention within attention, a level each, the outermost first: SCALE:DRAWS[:STRIDE[:CONTEXT]], in
+    place of view_scale and n_patches (docs/nested.md); e.g. 128:10 4:2 draws 10 regions from a view of 1/128 and 2
+    patches in each from its view of 1/4. None: attention on a view of the whole image."""
     n_patches: int = 10
     """ats, uniform: patches drawn from an image."""
     patch_size: int = 50
@@ -61,6 +66,7 @@ class ModelConfig(BackboneOptions):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"model.{name} must be in (0, 1], got {getattr(self, name)}")
         self.check_backbones(self.method)
+        read_levels(self.levels)
         if self.replace and self.estimator == "unordered":
             raise ValueError(
                 "model.estimator=unordered needs model.replace=False: it averages over the orders of a set; to draw "
@@ -68,10 +74,20 @@ class ModelConfig(BackboneOptions):
             )
 
     @property
+    def nested(self) -> tuple[LevelOptions, ...]:
+        """The levels of nested attention; none where it is flat, or the method has none."""
+        return read_levels(self.levels) if self.method in ("ats", "uniform") else ()
+
+    @property
+    def draws(self) -> str:
+        """What is drawn from an image: "10" patches, or "10x2" in nested levels."""
+        return "x".join(str(level.n) for level in self.nested) or str(self.n_patches)
+
+    @property
     def label(self) -> str:
         """A short name, as in the paper's tables and in the names of folders."""
         if self.method in ("ats", "uniform"):
-            return f"{self.method}-{self.n_patches}"
+            return f"{self.method}-{self.draws}"
         return f"cnn-{self.cnn_scale:g}" if self.method == "cnn" else self.method
 
 

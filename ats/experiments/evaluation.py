@@ -14,7 +14,7 @@ from ats.experiments.experiment import Batch, ExperimentData
 from ats.experiments.objectives import Objective
 from ats.experiments.registry import experiment_data
 from ats.experiments.trained import Method, TrainedModel, predict_with
-from ats.models import ATSClassifier
+from ats.models import SamplingClassifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def evaluate(
         raise ValueError(f"method='anytime' reads what an image needs: give it a budget, not n_patches={n_patches}")
     if method != "anytime" and (tolerance, lead) != (None, None):
         raise ValueError(f"a tolerance or a lead is for method='anytime', got method={method!r}")
-    draws = isinstance(trained.model, ATSClassifier)
+    draws = isinstance(trained.model, SamplingClassifier)
     name = method if draws else trained.config.model.method
     if not draws and (method, n_patches, repeats) != ("sample", None, 1):
         raise ValueError(f"{name} draws no patches: method, n_patches and repeats do not apply to it")

@@ -16,7 +16,8 @@ from ats.experiments.experiment import Batch
 from ats.experiments.registry import from_dict
 from ats.experiments.schedule import entropy_weight, learning_rate_factor
 from ats.functional import PatchSample, mean_entropy
-from ats.models import ATSClassifier
+from ats.models import ATSClassifier, NestedClassifier
+from ats.nested_sample import NestedSample
 from ats.overlap import told_of_overlap
 
 
@@ -96,15 +97,15 @@ class ClassificationTask(L.LightningModule):
         self.log("train/error", self.train_error, batch_size=len(batch.label), **mean, prog_bar=True)
         if sample is None:  # nothing was drawn
             return {"loss": loss}
-        entropy = mean_entropy(sample)
+        entropy = sample.entropy.mean() if isinstance(sample, NestedSample) else mean_entropy(sample)
         self.log("train/entropy", entropy.detach(), batch_size=len(batch.label), **mean, sync_dist=True)
         bonus = entropy_weight(self.global_step, self.total_steps(), self.config.optim) * entropy
         return {"loss": loss - bonus, "task_loss": loss.detach()}
 
     def _several_draws(
         self, view: Views, image: Images, mask: Maps | None, generator: torch.Generator
-    ) -> tuple[Tensor, PatchSample | None]:
-        if not isinstance(self.model, ATSClassifier):
+    ) -> tuple[Tensor, PatchSample | NestedSample | None]:
+        if not isinstance(self.model, ATSClassifier | NestedClassifier):
             return self.model(view, image, generator=generator)
         return self.model(view, image, mask=mask, generator=generator, draws=self.config.optim.draws)
 

@@ -21,7 +21,7 @@ from ats.experiments.build import Classifier, patch_features
 from ats.experiments.checkpoints import read_checkpoint, write_checkpoint
 from ats.experiments.experiment import ExperimentData
 from ats.experiments.schedule import learning_rate_factor
-from ats.models import ATSClassifier
+from ats.models import SamplingClassifier
 
 BATCH = 48
 REPORT_EVERY = 10.0  # seconds
@@ -37,7 +37,7 @@ def teach_features(model: Classifier, data: ExperimentData, checkpoint: Path) ->
     config, feature = data.config, patch_features(model)
     if not config.data.taught_patches or feature is None:
         return
-    classify = model.classify if isinstance(model, ATSClassifier) else model.head
+    classify = model.classify if isinstance(model, SamplingClassifier) else model.head
     optim = config.optim
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, 0, 0, 2])))
     steps = math.ceil(config.data.taught_patches / BATCH)

@@ -13,7 +13,7 @@ from ats.experiments.checkpoints import check_weights, read_checkpoint
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.registry import from_dict
 from ats.inference import Prediction, anytime, predict
-from ats.models import ATSClassifier, MILClassifier
+from ats.models import ATSClassifier, MILClassifier, NestedClassifier
 from ats.paths import user_path
 from ats.sources import ImageSource
 
@@ -141,11 +141,13 @@ def predict_with(
     Raises:
         ValueError: options that the model has no use for.
     """
-    if isinstance(model, ATSClassifier):
+    if isinstance(model, ATSClassifier | NestedClassifier):
         inputs = model.sampling, model.classify, view, image
         if method == "anytime":
             return anytime(*inputs, mask=mask, generator=generator, **stop)
         own = model.sampling.estimator if method == "sample" else None
+        if isinstance(model, NestedClassifier) and own == "ordered" and not model.sampling.replace:
+            own = None  # the mean over all orders of the draw: in levels, the ordered one has no standard error
         return predict(*inputs, mask=mask, selection=method, n_patches=n_patches, estimator=own, generator=generator)
     if (method, n_patches) != ("sample", None):
         kind = "Deep MIL" if isinstance(model, MILClassifier) else "a CNN"

@@ -133,7 +133,18 @@ class ScaledLinear(nn.Linear):
         return super().forward(input) * self.spread + self.centre
 
 
-class ATSClassifier(nn.Module):
+class SamplingClassifier(nn.Module):
+    """What classifiers on sampled features share: `sampling`, then one linear layer, `head`."""
+
+    head: nn.Linear
+    feature_scale: float
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Pooled features (B, D) -> class logits (B, n_classes), linear."""
+        return self.head(self.feature_scale * pooled)
+
+
+class ATSClassifier(SamplingClassifier):
     """Φ̂ from attention sampling, then one linear layer.
 
     Args:
@@ -170,10 +181,6 @@ class ATSClassifier(nn.Module):
         again = {"mask": mask, "generator": generator, "grid_sizes": sample.grid_sizes}
         more = [self.sampling.draw(image, logits, sizes_of(view), **again)[0] for _ in range(draws - 1)]
         return self.classify(torch.cat([pooled, *more])), sample
-
-    def classify(self, pooled: Tensor) -> Tensor:
-        """Pooled features (B, D) -> class logits (B, n_classes), linear."""
-        return self.head(self.feature_scale * pooled)
 
 
 class CNNClassifier(nn.Module):

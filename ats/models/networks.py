@@ -22,6 +22,8 @@ class Networks:
             `ats.receptive_field` measures, and `ats.nn.AttentionSampling` takes as its receptive_field.
         image: (channels) -> layers of a CNN from images (B, C, H, W) to features, and how many these are; `channels`
             is what it starts with. None: the experiment has no CNN.
+        level: (depth, stride) -> attention network of a level of nested attention, 0 the outermost, from a view to
+            logits (B, 1, h // stride, w // stride). None: the experiment has no nested attention.
         mean, std: of the images, by channel, where values of 1 are white: networks see (x − mean) / std. None: as is.
         view: mean and std by which the attention network sees, where they are others.
     """
@@ -32,6 +34,7 @@ class Networks:
     stride: int = 1
     lost: int = 0
     image: Callable[[int], tuple[nn.Module, int]] | None = None
+    level: Callable[[int, int], nn.Module] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     view: tuple[Sequence[float] | None, Sequence[float] | None] | None = None

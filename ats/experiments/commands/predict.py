@@ -17,7 +17,7 @@ from ats.experiments.console import say
 from ats.experiments.inputs import LookOptions, answer, load_for, mask_for, open_for, probabilities
 from ats.experiments.options import parse
 from ats.experiments.trained import TrainedModel
-from ats.models import ATSClassifier
+from ats.models import SamplingClassifier
 from ats.sources import open_image
 
 
@@ -165,7 +165,7 @@ def _refuse(unread: dict[Wanted, str], images: int) -> None:
 
 
 def _predict(options: PredictOptions, trained: TrainedModel, image: Any, mask: Tensor | None) -> Any:
-    how: dict[str, Any] = {"n_patches": options.n_patches} if isinstance(trained.model, ATSClassifier) else {}
+    how: dict[str, Any] = {"n_patches": options.n_patches} if isinstance(trained.model, SamplingClassifier) else {}
     if options.method == "anytime":
         how = {"budget": options.budget, "tolerance": options.tolerance, "lead": options.lead}
     generator = torch.Generator(trained.device).manual_seed(options.seed)
