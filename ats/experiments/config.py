@@ -218,6 +218,11 @@ class DataConfig(ABC):
         return 3
 
     @property
+    def variant(self) -> str:
+        """What tells a run on these data from the preset's own, in the names of folders; empty: nothing."""
+        return ""
+
+    @property
     def objective(self) -> Objective:
         """What is learned: a class, unless an experiment has something else."""
         return Classes()
@@ -271,7 +276,7 @@ class ExperimentConfig:
     """One training run."""
 
     preset: Literal["demo", "paper", "modern", "quick"] = "modern"
-    """Where the defaults of all other options come from. "demo" is of Megapixel MNIST alone."""
+    """Where the defaults of all other options come from. "demo" is of Megapixel and Gigapixel MNIST alone."""
     output: Path | None = None
     """Folder of the run; default runs/EXPERIMENT-PRESET-METHOD-seed-SEED. A run that stopped goes on from there."""
     seed: int = 0
@@ -298,8 +303,8 @@ class ExperimentConfig:
     @property
     def run_folder(self) -> Path:
         """Where the run's files go."""
-        name = f"{self.experiment}-{self.preset}-{self.model.label}-seed-{self.seed}"
-        return user_path(self.output or Path("runs") / name)
+        parts = self.experiment, self.preset, self.data.variant, self.model.label, f"seed-{self.seed}"
+        return user_path(self.output or Path("runs") / "-".join(filter(None, parts)))
 
 
 def to_dict(config: ExperimentConfig) -> dict[str, Any]:

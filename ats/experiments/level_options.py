@@ -38,9 +38,7 @@ def read_levels(texts: Sequence[str]) -> tuple[LevelOptions, ...]:
                 f"{outer.scale} is followed by {inner.scale}"
             )
     if levels and levels[0].context:
-        raise ValueError(
-            f"model.levels: the first sees whole images and has no context, got {texts[0]!r}; leave it out"
-        )
+        raise ValueError(f"model.levels: the first sees whole images and has no context: leave it out of {texts[0]!r}")
     return levels
 
 

@@ -1,35 +1,29 @@
 """Megapixel MNIST: which digit is three times in an image that is nearly all black?"""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
-from ats.datasets.megapixel_mnist import GLYPH, N_CLASSES, MegapixelMNIST
-from ats.datasets.mnist import Digits, fetch_mnist, load_digits
-from ats.experiments.config import LESS_NOISE, DataConfig, ExperimentConfig, ModelConfig, OptimConfig, check_least
+from ats.datasets.megapixel_mnist import GLYPH, MegapixelMNIST
+from ats.datasets.mnist import Digits
+from ats.experiments.config import LESS_NOISE, ExperimentConfig, ModelConfig, OptimConfig, check_least
 from ats.experiments.experiment import Experiment, ExperimentData
+from ats.experiments.mnist_options import MNISTConfig
 from ats.experiments.tables import Row, Table, cnn_row, draws_row
 from ats.models import megapixel_mnist
 from ats.models.networks import Networks
-from ats.paths import user_path
 
 
 @dataclass(frozen=True)
-class MegapixelMNISTConfig(DataConfig):
+class MegapixelMNISTConfig(MNISTConfig):
     """Megapixel MNIST."""
 
     experiment: ClassVar[str] = "megapixel-mnist"
     networks: ClassVar[Mapping[str, Networks]] = megapixel_mnist.NETWORKS
 
-    digits: Literal["bundled", "full"] = "full"
-    """The 6,000 digits that ship with the package, or all of MNIST."""
-    folder: Path | None = None
-    """Folder with MNIST's IDX files, for digits=full. Default: $ATS_DATA/mnist, else a cache; downloaded if missing."""
     image_size: int = 1500
     """Pixels a side."""
     n_noise: int = 50
@@ -52,29 +46,6 @@ class MegapixelMNISTConfig(DataConfig):
         check_least(self, "data", 1, "train_images", "test_images")
         check_least(self, "data", 0, "n_noise", "validation_images", "small_epochs", "medium_epochs")
 
-    @property
-    def channels(self) -> int:
-        return 1
-
-    @property
-    def n_classes(self) -> int:
-        """The digits."""
-        return N_CLASSES
-
-    @classmethod
-    def subfolder(cls) -> str:
-        """MNIST's: that is what is on disk."""
-        return "mnist"
-
-    def find_folder(self) -> Path:
-        """Where MNIST is, or is to be put."""
-        if self.folder is not None:
-            return self.folder
-        if "ATS_DATA" in os.environ:
-            return user_path(os.environ["ATS_DATA"]) / self.subfolder()
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return user_path(cache) / "torch-ats" / self.subfolder()
-
     def check_run(self, config: ExperimentConfig) -> None:
         """Refuse a training that never comes to images of full size."""
         before = self.small_epochs + self.medium_epochs
@@ -83,10 +54,6 @@ class MegapixelMNISTConfig(DataConfig):
                 f"data.small_epochs={self.small_epochs} and data.medium_epochs={self.medium_epochs} leave none of "
                 f"optim.epochs={config.optim.epochs} for images of full size; set them to less, or to 0 for none"
             )
-
-    def with_test_images(self, count: int) -> "MegapixelMNISTConfig":
-        """The same with `count` images to test on: there are as many as anyone wants."""
-        return dataclasses.replace(self, test_images=count)
 
 
 class MegapixelMNISTData(ExperimentData[MegapixelMNISTConfig]):
@@ -100,15 +67,14 @@ class MegapixelMNISTData(ExperimentData[MegapixelMNISTConfig]):
 
     @property
     def source(self) -> str:
-        return "Megapixel MNIST" if self.options.digits == "full" else "Megapixel MNIST of the bundled digits"
+        return self.options.called("Megapixel MNIST")
 
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(map(str, range(self.options.n_classes)))
 
     def prepare_data(self) -> None:
-        if self.options.digits == "full":
-            fetch_mnist(self.options.find_folder())
+        self.options.fetch()
 
     def split(self, name: str) -> MegapixelMNIST:
         """The images of a split; those of "validation" are other images of the training digits."""
@@ -142,7 +108,7 @@ class MegapixelMNISTData(ExperimentData[MegapixelMNISTConfig]):
     ) -> MegapixelMNIST:
         of = "test" if split == "test" else "train"
         if of not in self._digits:
-            self._digits[of] = load_digits(of, self.options.find_folder() if self.options.digits == "full" else None)
+            self._digits[of] = self.options.load(of)
         return MegapixelMNIST(
             self._digits[of],
             count,

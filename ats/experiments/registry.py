@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from ats.experiments.colon_cancer import COLON_CANCER
 from ats.experiments.config import DiagnosticsConfig, ExperimentConfig, ModelConfig, OptimConfig, TrainerConfig
 from ats.experiments.experiment import Experiment, ExperimentData
+from ats.experiments.gigapixel_mnist import GIGAPIXEL_MNIST
 from ats.experiments.images import IMAGES
 from ats.experiments.megapixel_mnist import MEGAPIXEL_MNIST
 from ats.experiments.speed_limits import SPEED_LIMITS
@@ -32,6 +33,7 @@ register(MEGAPIXEL_MNIST)
 register(COLON_CANCER)
 register(SPEED_LIMITS)
 register(IMAGES)
+register(GIGAPIXEL_MNIST)
 
 
 def experiment_data(config: ExperimentConfig) -> ExperimentData:

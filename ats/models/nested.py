@@ -29,9 +29,9 @@ class NestedClassifier(SamplingClassifier):
         generator: torch.Generator | None = None,
         draws: int = 1,
     ) -> tuple[Tensor, NestedSample]:
-        """View (B, C, h, w) and image (B, C, H, W) -> class logits (draws·B, n_classes), NestedSample of the first draw.
+        """View (B, C, h, w) and image (B, C, H, W) -> class logits (draws·B, n_classes), `NestedSample`.
 
-        Arguments as in `ATSClassifier`; `view` and `mask` as `ats.nn.NestedAttentionSampling` takes them.
+        Arguments and draws as in `ATSClassifier`; `view` and `mask` as `ats.nn.NestedAttentionSampling` takes them.
         """
         pooled, _, sample = self.sampling(view, image, mask=mask, generator=generator)
         more: list[Tensor] = []
