@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # .NAME.HOST.PROCESS-COUNT.part or, of earlier versions, .NAME.PROCESS.part
 _PART = re.compile(r"\..+\.(?:(?P<host>[\w-]+)\.(?P<process>\d+)-\d+|(?P<alone>\d+))\.part", re.DOTALL)
@@ -28,14 +28,21 @@ def write_whole(path: Path, data: bytes | memoryview, *, overwrite: bool = True)
         FileExistsError: not `overwrite`, and there is a file, even one that another process wrote just now.
         OSError: it cannot be written, e.g. to a full disk; `filename` is `path`, and what was there is untouched.
     """
+    with whole_file(path, overwrite=overwrite) as file:
+        file.write(data)
+
+
+@contextmanager
+def whole_file(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
+    """A file to write to, bit by bit, that is put in `path`'s place once the block ends, as by `write_whole`."""
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # The name is cut, so that it fits where `path` does.
         name = os.fsdecode(os.fsencode(path.name)[:150])
         part = path.with_name(f".{name}.{_host()}.{os.getpid()}-{next(_COUNT)}.part")
         try:
-            with part.open("wb") as file:
-                file.write(data)
+            with part.open("w+b") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             if overwrite:

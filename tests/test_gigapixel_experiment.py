@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ats
+from ats.datasets.manifest import read_manifest
 from ats.experiments.build import build_model, make_view
 from ats.experiments.commands.command_line import run
 from ats.experiments.config import ExperimentConfig, ModelConfig
@@ -16,7 +17,7 @@ from ats.experiments.level_options import LevelOptions, read_levels
 from ats.experiments.registry import experiment_data
 from ats.experiments.training import train
 from ats.models import NestedClassifier
-from tests.helpers import seeded
+from tests.helpers import assert_close, seeded
 from tests.test_training import StopAt, assert_same, weights
 
 DATA = GigapixelMNISTConfig(
@@ -169,3 +170,35 @@ def test_what_the_options_refuse(tiny):
     flat = PRESETS["demo"]
     with pytest.raises(ValueError, match=r"have none for model\.levels; leave the option out"):
         build_model(dataclasses.replace(flat, model=dataclasses.replace(flat.model, levels=("4:2",))))
+
+
+def test_from_disk_the_same_is_drawn_and_seen(tmp_path, capsys):
+    """What one command writes are the demo's own images: views, draws, patches and features are those from memory."""
+    pytest.importorskip("tifffile")
+    pytest.importorskip("rasterio")
+    folder = tmp_path / "files"
+    assert run(f"synthesise gigapixel-mnist {folder} --images 2 --image-size 2048 --seed 3".split()) == 0
+    assert "labels.csv, test: " in " ".join(capsys.readouterr().out.split())
+    demo = GIGAPIXEL_MNIST.presets["demo"]
+    config = dataclasses.replace(demo, seed=3, data=dataclasses.replace(demo.data, image_size=2048, test_images=1))
+    model, data = build_model(config).eval(), experiment_data(config)
+    view, images, label = data.load("test", torch.arange(1))
+    written = ats.open_image(folder / "test-0000.tif")
+    assert [level.height for level in written.levels] == [level.height for level in images[0].levels]
+    assert read_manifest(folder / "labels.csv").select("test")[0].label == str(int(label))
+    with torch.no_grad():
+        expected = model.sampling(view, images, generator=seeded(5))
+        for other in (None, make_view(config, [written])):
+            pooled, _, sample = model.sampling(other, [written], generator=seeded(5))
+            assert torch.equal(sample.offsets, expected[2].offsets)
+            assert torch.equal(sample.patches, expected[2].patches)
+            assert_close(pooled, expected[0], torch.float32)
+
+
+def test_bytes_are_the_nearest_to_the_mean(tiny):
+    images = experiment_data(tiny).split("test")
+    for level in (0, 3):
+        box = level, 8, 16, 100, 60
+        exact, found = images.image(1).read(*box), images.image(1, dtype=torch.uint8).read(*box)
+        assert float((255 * exact - found).abs().max()) <= 0.5 + 1e-4
+    assert len({images.image(0).fingerprint, images.image(0, dtype=torch.uint8).fingerprint}) == 2

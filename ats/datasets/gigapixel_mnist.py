@@ -22,12 +22,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ats.datasets.glyph_sums import Ints, add_glyphs, covered, over
 from ats.datasets.megapixel_mnist import GLYPH, N_CLASSES, members_by_class, noise_glyphs
 from ats.datasets.mnist import Digits
 from ats.sources.image_source import Level, check_box
 
 SHADE, INHABITED_SHADE = 16, 24
 """Brightness of places, as bytes; glyphs are up to 255."""
+
+DEMO = {"image_size": 8192, "place_size": 256, "place_noise": 5}
+"""A size to train on within minutes: places a 32nd of a side as in the full size, with less noise in each."""
 
 FULL_SIZE = 32_768
 """Pixels a side, of which `n_noise` glyphs elsewhere are counted."""
@@ -37,7 +41,6 @@ _N_NOISE_GLYPHS = 2000
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
 _SLOT = 2 * GLYPH  # a side of the squares in which one glyph lies at most
 _ROUNDS = 100
-_Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Scene(NamedTuple):
@@ -51,13 +54,13 @@ class Scene(NamedTuple):
         order: (G,) the glyphs from top to bottom.
     """
 
-    glyph_ids: _Ints
-    corners: _Ints
-    shades: _Ints
-    places: _Ints
-    order: _Ints
+    glyph_ids: Ints
+    corners: Ints
+    shades: Ints
+    places: Ints
+    order: Ints
 
-    def touched(self, top: int, left: int, height: int, width: int) -> _Ints:
+    def touched(self, top: int, left: int, height: int, width: int) -> Ints:
         """The glyphs that lie in a box, in part at least."""
         begin, end = np.searchsorted(self.corners[:, 0], [top - GLYPH + 1, top + height], sorter=self.order)
         some = self.order[begin:end]
@@ -131,7 +134,7 @@ class GigapixelMNIST(Dataset["tuple[GigapixelImage, int]"]):
         self.seed, self.split, self.first = seed, split, first
         noise = noise_glyphs(np.random.Philox(key=[seed, _key(split, 0, noise=True)]), _N_NOISE_GLYPHS)
         self.glyphs = torch.cat([digits.images, noise]).numpy()  # (G, 28, 28) uint8
-        self._sums = np.concatenate([_over(shade, self.glyphs[len(digits.images) :]) for shade in _GROUNDS])
+        self._sums = np.concatenate([over(shade, self.glyphs[len(digits.images) :]) for shade in _GROUNDS])
         self.n_digits = len(digits.images)
         labels = [self._digits(index)[1] for index in range(n_images)]
         self.labels = torch.tensor(labels, dtype=torch.int64, device="cpu")
@@ -142,8 +145,12 @@ class GigapixelMNIST(Dataset["tuple[GigapixelImage, int]"]):
 
     def __getitem__(self, index: int) -> "tuple[GigapixelImage, int]":
         """The image, a source of boxes, and its label."""
-        number = range(len(self))[operator.index(index)]
-        return GigapixelImage(self, number), int(self.labels[number])
+        image = self.image(index)
+        return image, int(self.labels[image.index])
+
+    def image(self, index: int, *, dtype: torch.dtype = torch.float32) -> "GigapixelImage":
+        """An image as a source, exact in float32, or in bytes, to which a file's levels are rounded."""
+        return GigapixelImage(self, range(len(self))[operator.index(index)], dtype=dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_scenes"}
@@ -183,7 +190,7 @@ class GigapixelMNIST(Dataset["tuple[GigapixelImage, int]"]):
         every = np.concatenate(corners)
         return Scene(ids, every, grounds.astype(np.int64), places, np.argsort(every[:, 0], kind="stable"))
 
-    def _elsewhere(self, bits: np.random.Philox, places: _Ints) -> _Ints:
+    def _elsewhere(self, bits: np.random.Philox, places: Ints) -> Ints:
         """Where noise outside of places lies, (n_noise, 2)."""
         found, slots = np.empty((0, 2), np.int64), np.empty(0, np.int64)
         across = self.image_size // _SLOT
@@ -219,6 +226,16 @@ class GigapixelMNIST(Dataset["tuple[GigapixelImage, int]"]):
         Returns:
             Values in [0, 1], the same as `ats.area_downsample` gives of the box at full resolution.
         """
+        total = self._total(index, top, left, height, width, scale)
+        return torch.from_numpy((total / (255 * scale * scale)).astype(np.float32))[None]
+
+    def render_bytes(self, index: int, top: int, left: int, height: int, width: int, *, scale: int = 1) -> Tensor:
+        """A box as `render` has it, in bytes, halves rounded up: (1, height / scale, width / scale) uint8."""
+        total, area = self._total(index, top, left, height, width, scale), scale * scale
+        return torch.from_numpy(((2 * total + area) // (2 * area)).astype(np.uint8))[None]
+
+    def _total(self, index: int, top: int, left: int, height: int, width: int, scale: int) -> Ints:
+        """The sums of a box's bytes over scale×scale pixels each, (rows, columns)."""
         if scale < 1 or height < 1 or width < 1 or height % scale or width % scale:
             raise ValueError(f"the box, {height}×{width}, must be whole pixels of scale={scale}, one at least")
         scene, corner = self.scene(index), np.array([top, left])
@@ -227,8 +244,8 @@ class GigapixelMNIST(Dataset["tuple[GigapixelImage, int]"]):
         places = scene.places - corner
         for number in np.flatnonzero(((places < (height, width)) & (places + self.place_size > 0)).all(-1)).tolist():
             shade = INHABITED_SHADE if number < self.n_inhabited else SHADE
-            down = _covered(int(places[number, 0]), self.place_size, scale, rows)
-            across = _covered(int(places[number, 1]), self.place_size, scale, columns)
+            down = covered(int(places[number, 0]), self.place_size, scale, rows)
+            across = covered(int(places[number, 1]), self.place_size, scale, columns)
             total += shade * down[:, None] * across
         seen = scene.touched(top, left, height, width)
         is_digit = seen < self.n_inhabited
@@ -236,16 +253,20 @@ class GigapixelMNIST(Dataset["tuple[GigapixelImage, int]"]):
         which = (
             scene.glyph_ids[noise] - self.n_digits + _N_NOISE_GLYPHS * np.searchsorted(_GROUNDS, scene.shades[noise])
         )
-        _add_glyphs(total, self._sums, which, scene.corners[noise] - corner, scale)
+        add_glyphs(total, self._sums, which, scene.corners[noise] - corner, scale)
         if len(digits):
-            sums = _over(INHABITED_SHADE, self.glyphs[scene.glyph_ids[digits]])
-            _add_glyphs(total, sums, np.arange(len(digits)), scene.corners[digits] - corner, scale)
-        return torch.from_numpy((total / (255 * scale * scale)).astype(np.float32))[None]
+            sums = over(INHABITED_SHADE, self.glyphs[scene.glyph_ids[digits]])
+            add_glyphs(total, sums, np.arange(len(digits)), scene.corners[digits] - corner, scale)
+        return total
 
 
 @dataclass(frozen=True)
 class GigapixelImage:
-    """An image as an `ats.ImageSource`, whose levels halve down to 1/256 and are rendered as they are read."""
+    """An image as an `ats.ImageSource`, whose levels halve down to 1/256 and are rendered as they are read.
+
+    Each pixel of a level is the mean over its area at full resolution: in float32, or where `dtype` is uint8 the byte
+    nearest to it.
+    """
 
     dataset: GigapixelMNIST
     index: int
@@ -271,14 +292,16 @@ class GigapixelImage:
             *(data.image_size, data.n_places, data.place_size, data.n_inhabited, data.n_target, data.place_noise),
             *(data.n_noise, data.seed, data.split, data.first + self.index, zlib.crc32(data.glyphs.tobytes())),
         )
-        return f"gigapixel-mnist:{':'.join(map(str, numbers))}"
+        kind = "" if self.dtype == torch.float32 else f":{self.dtype}"
+        return f"gigapixel-mnist:{':'.join(map(str, numbers))}{kind}"
 
     def read(self, level: int, top: int, left: int, height: int, width: int) -> Tensor:
         """See `ats.sources.ImageSource`."""
         level, top, left, height, width = check_box(self, level, top, left, height, width)
         scale = 2**level
         box = (side * scale for side in (top, left, height, width))
-        return self.dataset.render(self.index, *box, scale=scale)
+        render = self.dataset.render_bytes if self.dtype == torch.uint8 else self.dataset.render
+        return render(self.index, *box, scale=scale)
 
 
 @functools.cache
@@ -298,11 +321,11 @@ def _spacing(place_size: int) -> int:
     return place_size + place_size // 3
 
 
-def _below(bits: np.random.Philox, bound: int, count: int) -> _Ints:
+def _below(bits: np.random.Philox, bound: int, count: int) -> Ints:
     return (bits.random_raw(count) % bound).astype(np.int64) if count else np.empty(0, np.int64)
 
 
-def _in_slots(bits: np.random.Philox, count: int, across: int, slot: int, size: int) -> _Ints:
+def _in_slots(bits: np.random.Philox, count: int, across: int, slot: int, size: int) -> Ints:
     """The corners (count, 2) of as many squares, each anywhere within a slot of its own of across×across."""
     taken: dict[int, None] = {}
     while len(taken) < count:
@@ -312,41 +335,5 @@ def _in_slots(bits: np.random.Philox, count: int, across: int, slot: int, size: 
     return _corners(slots, _below(bits, free**2, count), across, slot, free)
 
 
-def _corners(slots: _Ints, jitter: _Ints, across: int, slot: int, free: int) -> _Ints:
+def _corners(slots: Ints, jitter: Ints, across: int, slot: int, free: int) -> Ints:
     return np.stack([slots // across * slot + jitter // free, slots % across * slot + jitter % free], -1)
-
-
-def _over(shade: int, glyphs: "np.ndarray[Any, np.dtype[np.uint8]]") -> "np.ndarray[Any, np.dtype[np.int32]]":
-    """What glyphs (G, 28, 28) add to the ground that they lie on, of which the brighter wins: the sums over all pixels
-    above and left of each corner, (G, 29, 29)."""
-    sums = np.zeros((len(glyphs), GLYPH + 1, GLYPH + 1), np.int32)
-    if len(glyphs):
-        np.maximum(glyphs.astype(np.int32) - shade, 0, out=sums[:, 1:, 1:])
-        np.cumsum(sums, axis=1, out=sums)
-        np.cumsum(sums, axis=2, out=sums)
-    return sums
-
-
-def _covered(begin: int, size: int, scale: int, count: int) -> _Ints:
-    """How many pixels of [begin, begin + size) lie in each of `count` stretches of `scale` pixels."""
-    edges = np.clip(np.arange(count + 1) * scale - begin, 0, size)
-    return np.diff(edges)
-
-
-def _add_glyphs(
-    total: _Ints, sums: "np.ndarray[Any, np.dtype[np.int32]]", which: _Ints, begin: _Ints, scale: int
-) -> None:
-    """Add what glyphs at (G, 2) pixels of the box hold to the view's pixels (h, w)."""
-    if not len(which):
-        return
-    most = (GLYPH - 1) // scale + 2  # view pixels that a glyph can lie in, along an axis
-    first = begin // scale  # (G, 2), of the view
-    steps = np.arange(most + 1) * scale
-    edges = np.clip(steps - (begin - first * scale)[..., None], 0, GLYPH)  # (G, 2, most + 1)
-    corners = sums[which[:, None, None], edges[:, 0, :, None], edges[:, 1, None, :]]
-    parts = np.diff(np.diff(corners, axis=1), axis=2)  # (G, most, most)
-    rows, columns = (first[:, axis, None] + np.arange(most) for axis in (0, 1))  # (G, most) each
-    down, across = (rows >= 0) & (rows < total.shape[0]), (columns >= 0) & (columns < total.shape[1])
-    inside = down[:, :, None] & across[:, None]
-    flat = (rows[:, :, None] * total.shape[1] + columns[:, None])[inside]
-    total += np.bincount(flat, parts[inside], total.size).astype(np.int64).reshape(total.shape)

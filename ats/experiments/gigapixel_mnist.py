@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ats.datasets.gigapixel_mnist import GigapixelMNIST
+from ats.datasets.gigapixel_mnist import DEMO, GigapixelMNIST
 from ats.datasets.mnist import Digits
 from ats.experiments.build import make_view
 from ats.experiments.config import LESS_NOISE, ExperimentConfig, ModelConfig, OptimConfig, TrainerConfig, check_least
@@ -98,7 +98,7 @@ class GigapixelMNISTConfig(MNISTConfig):
 
 
 class GigapixelMNISTData(ExperimentData[GigapixelMNISTConfig]):
-    """Gigapixel MNIST, rendered box by box as they are read. Each epoch has images of its own."""
+    """Gigapixel MNIST, rendered box by box as it is read, in bytes as on disk. Each epoch has images of its own."""
 
     def __init__(self, config: ExperimentConfig) -> None:
         super().__init__(config)
@@ -139,7 +139,7 @@ class GigapixelMNISTData(ExperimentData[GigapixelMNISTConfig]):
     def load(self, name: str, indices: Tensor, epoch: int | None = None) -> Loaded:
         """Images of a split as sources, with their views and labels on the indices' device."""
         images = self.split(name) if name != "train" or epoch is None else self.trained_on(epoch)
-        sources = [images[index][0] for index in indices.tolist()]
+        sources = [images.image(index, dtype=torch.uint8) for index in indices.tolist()]
         views = make_view(self.config, sources)
         assert isinstance(views, Tensor)  # of images of one size
         return views.to(indices.device), sources, images.labels[indices.cpu()].to(indices.device)
@@ -194,9 +194,7 @@ _OPTIM = OptimConfig(
 _TRAINER = TrainerConfig(checkpoint_seconds=20.0)
 _DEMO = GigapixelMNISTConfig(
     digits="bundled",
-    image_size=8192,
-    place_size=256,
-    place_noise=5,
+    **DEMO,
     train_images=1000,
     clear_epochs=8,
     rising_epochs=12,

@@ -35,7 +35,7 @@ def write_pyramid(path: Path, pixels: NDArray[np.uint8], mpp: float) -> None:
     if pixels.ndim != 3 or pixels.shape[2] != 3 or height % MULTIPLE or width % MULTIPLE or not pixels.size:
         raise ValueError(f"pixels must be (H, W, 3) with sides that are multiples of {MULTIPLE}, got {pixels.shape}")
     buffer, image = io.BytesIO(), pillow("Image").fromarray(pixels)
-    with _tifffile().TiffWriter(buffer) as file:
+    with tifffile().TiffWriter(buffer) as file:
         for level in range(LEVELS):
             file.write(
                 np.asarray(image.reduce(1 << level)) if level else pixels,
@@ -51,7 +51,12 @@ def write_pyramid(path: Path, pixels: NDArray[np.uint8], mpp: float) -> None:
     write_whole(path, buffer.getbuffer())
 
 
-def _tifffile() -> Any:
+def tifffile() -> Any:
+    """The package that writes TIFFs.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; says which extra brings it.
+    """
     try:
         return importlib.import_module("tifffile")
     except ModuleNotFoundError as error:

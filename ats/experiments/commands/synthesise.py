@@ -13,6 +13,7 @@ from ats.datasets.colon_cancer import load_colon_cancer
 from ats.datasets.image_dataset import ImageDataset
 from ats.datasets.manifest import read_manifest
 from ats.datasets.speed_limits import load_speed_limits
+from ats.datasets.synthetic.gigapixel import write_gigapixel_mnist
 from ats.datasets.synthetic.slides import write_slides
 from ats.datasets.synthetic.write import write_colon_cancer, write_german, write_swedish
 from ats.experiments.console import say
@@ -23,14 +24,20 @@ from ats.experiments.options import parse
 class SynthesiseOptions:
     """Write a small synthetic data set, laid out on disk as a real one is. Reports on it say that it is synthetic."""
 
-    data: tyro.conf.Positional[Literal["colon-cancer", "speed-limits-german", "speed-limits-swedish", "slides"]]
-    """Whose task and layout; or slides with a manifest, for `ats train images` (docs/slides.md)."""
+    data: tyro.conf.Positional[
+        Literal["colon-cancer", "speed-limits-german", "speed-limits-swedish", "slides", "gigapixel-mnist"]
+    ]
+    """Whose task and layout; or slides (docs/slides.md) or Gigapixel MNIST (docs/gigapixel-mnist.md) as tiled pyramids
+    with a manifest, for `ats train images`."""
     folder: tyro.conf.Positional[Path]
-    """Where to; new or empty. Give it to `ats train` as --data.folder; of slides its labels.csv as --data.manifest."""
+    """Where to; new or empty. Give it to `ats train` as --data.folder; where it has a labels.csv, that as
+    --data.manifest."""
     images: int = 100
     """Images: of colon-cancer in all, of others to train on; half as many come to test on."""
     slide: Path | None = None
     """slides: an image of stained tissue that they are cut from. Default: tissue that is drawn."""
+    image_size: int | None = None
+    """gigapixel-mnist: pixels a side. Default: 8,192, as in the preset demo."""
     seed: int = 0
     """Decides all that is random."""
 
@@ -42,6 +49,13 @@ def synthesise(options: SynthesiseOptions) -> list[str]:
         FileExistsError: the folder is not empty.
         ValueError: a number of images that the data set cannot have, or a slide where none is of use.
     """
+    if options.image_size is not None and options.data != "gigapixel-mnist":
+        raise ValueError(f"--image-size is for gigapixel-mnist, and {options.data} has its own; leave it out")
+    if options.data == "gigapixel-mnist" and options.slide is None:
+        write_gigapixel_mnist(
+            options.folder, options.images, options.images // 2, image_size=options.image_size, seed=options.seed
+        )
+        return _describe_slides(options.folder / "labels.csv")
     if options.data == "slides":
         write_slides(options.folder, options.images, options.images // 2, seed=options.seed, slide=options.slide)
         return _describe_slides(options.folder / "labels.csv")
