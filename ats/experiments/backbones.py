@@ -56,7 +56,7 @@ def networks_of(config: ExperimentConfig) -> Networks:
     return networks
 
 
-def _timm_level(name: str, channels: int, depth: int, stride: int) -> TimmAttention:
+def _timm_level(name: str, channels: int, scale: int, stride: int) -> TimmAttention:
     """A level's attention network, `Networks.level`."""
     return TimmAttention(name, channels, stride)
 

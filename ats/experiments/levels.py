@@ -35,7 +35,7 @@ def build_levels(levels: Sequence[LevelOptions], networks: Networks, *, learned:
     zooms = []
     for depth, level in enumerate(levels):
         stride = level_stride(level, networks)
-        attention: nn.Module = networks.level(depth, stride) if learned else UniformAttention(stride)
+        attention: nn.Module = networks.level(level.scale, stride) if learned else UniformAttention(stride)
         context = level.context
         if context is None:
             context = stride if depth else 0

@@ -15,6 +15,7 @@ from ats.models.classifier import ChannelsLast, GlobalMaxPool, L2Normalise, Soft
 from ats.models.networks import Networks
 
 _FEATURES = 64
+_FINE = 16  # pixels of the image a view pixel, at which a digit is 1.75 pixels
 
 
 class _FromBrightness(nn.Sequential):
@@ -73,7 +74,7 @@ def fine_attention(stride: int) -> nn.Sequential:
         ValueError: a stride that is not even.
     """
     if stride % 2:
-        raise ValueError(f"the inner levels' networks pool twice, and need an even stride, got {stride}")
+        raise ValueError(f"the networks of levels up to a scale of {_FINE} need an even stride, got {stride}")
     layers = [
         ChannelsLast(),
         *conv_norm(1, 8, kernel=3),
@@ -86,9 +87,9 @@ def fine_attention(stride: int) -> nn.Sequential:
     return nn.Sequential(start, SoftBound(8.0))
 
 
-def level_attention(depth: int, stride: int) -> nn.Sequential:
-    """The attention network of a level, `Networks.level`."""
-    return fine_attention(stride) if depth else coarse_attention(stride)
+def level_attention(scale: int, stride: int) -> nn.Sequential:
+    """The attention network of a level, `Networks.level`: for digits where these show, else for places."""
+    return fine_attention(stride) if scale <= _FINE else coarse_attention(stride)
 
 
 def feature_network(*, normalised: bool = True) -> nn.Sequential:

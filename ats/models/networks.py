@@ -22,8 +22,8 @@ class Networks:
             `ats.receptive_field` measures, and `ats.nn.AttentionSampling` takes as its receptive_field.
         image: (channels) -> layers of a CNN from images (B, C, H, W) to features, and how many these are; `channels`
             is what it starts with. None: the experiment has no CNN.
-        level: (depth, stride) -> attention network of a level of nested attention, 0 the outermost, from a view to
-            logits (B, 1, h // stride, w // stride). None: the experiment has no nested attention.
+        level: (scale, stride) -> attention network of a level of nested attention, from a view in which one pixel is
+            scale×scale of the image's, to logits (B, 1, h // stride, w // stride). None: there is no nested attention.
         mean, std: of the images, by channel, where values of 1 are white: networks see (x − mean) / std. None: as is.
         view: mean and std by which the attention network sees, where they are others.
     """
