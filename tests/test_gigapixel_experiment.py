@@ -1,7 +1,9 @@
 """`ats train gigapixel-mnist`, and nested attention as any experiment's option."""
 
+import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from ats.experiments.level_options import LevelOptions, read_levels
 from ats.experiments.registry import experiment_data
 from ats.experiments.training import train
 from ats.models import NestedClassifier
+from bench.gigapixel_mnist import runs, table
 from tests.helpers import assert_close, seeded
 from tests.test_training import StopAt, assert_same, weights
 
@@ -202,3 +205,36 @@ def test_bytes_are_the_nearest_to_the_mean(tiny):
         exact, found = images.image(1).read(*box), images.image(1, dtype=torch.uint8).read(*box)
         assert float((255 * exact - found).abs().max()) <= 0.5 + 1e-4
     assert len({images.image(0).fingerprint, images.image(0, dtype=torch.uint8).fingerprint}) == 2
+
+
+def test_what_is_compared_draws_as_much_and_may_be_shortened(tmp_path):
+    options = argparse.Namespace(
+        preset="demo",
+        methods=[],
+        compare=False,
+        sizes=[],
+        seeds=2,
+        first_seed=1,
+        epochs=10,
+        test_images=7,
+        runs=tmp_path,
+    )
+    found = runs(options)
+    assert [name for name, _ in found[::2]] == ["nested", "flat", "uniform", "oracle"]
+    assert len({config.run_folder for _, config in found}) == 8
+    for name, config in found:
+        model, data = config.model, config.data
+        assert isinstance(data, GigapixelMNISTConfig)
+        assert math.prod(level.n for level in model.nested) == 20 or (not model.nested and model.n_patches == 20)
+        assert (data.clear_epochs, data.rising_epochs, config.optim.epochs, data.test_images) == (2, 3, 10, 7)
+        assert data.oracle == (name == "oracle")
+    options.compare, options.seeds = True, 1
+    flat = [config for name, config in runs(options) if name == "flat at 1/8"]
+    assert [config.data.image_size for config in flat] == [2048, 4096, 8192]
+    assert isinstance(build_model(flat[0]), NestedClassifier)
+
+
+def test_the_table_has_means_and_spreads_of_seeds():
+    one = {"method": "nested", "image_size": 8192, "images_trained_on": 1000, "minutes": 2.0}
+    rows = [one | {"error": error, "averaged_error": 0.5 * error} for error in (0.1, 0.2)]
+    assert "| nested | 8,192² | 2 | 0.150 (0.100 to 0.200) | 0.075 (0.050 to 0.100) | 1,000 | 2.0 |" in table(rows)
