@@ -181,7 +181,9 @@ def test_from_disk_the_same_is_drawn_and_seen(tmp_path, capsys):
     pytest.importorskip("rasterio")
     folder = tmp_path / "files"
     assert run(f"synthesise gigapixel-mnist {folder} --images 2 --image-size 2048 --seed 3".split()) == 0
-    assert "labels.csv, test: " in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "labels.csv, test: " in said
+    assert "ats train images --data.manifest" in said
     demo = GIGAPIXEL_MNIST.presets["demo"]
     config = dataclasses.replace(demo, seed=3, data=dataclasses.replace(demo.data, image_size=2048, test_images=1))
     model, data = build_model(config).eval(), experiment_data(config)

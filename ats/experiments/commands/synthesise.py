@@ -90,6 +90,6 @@ def run_synthesise(arguments: list[str]) -> None:
     for line in synthesise(options):
         say(line)
     way = f"--data.folder {shlex.quote(str(options.folder))}"
-    if options.data == "slides":
+    if options.data in ("slides", "gigapixel-mnist"):
         way = f"ats train images --data.manifest {shlex.quote(str(options.folder / 'labels.csv'))}"
     say(f"Train on it with: {way}")
