@@ -30,7 +30,7 @@ from ats.sources.image_source import Level, check_box
 SHADE, INHABITED_SHADE = 16, 24
 """Brightness of places, as bytes; glyphs are up to 255."""
 
-DEMO = {"image_size": 8192, "place_size": 256, "place_noise": 5}
+DEMO: dict[str, Any] = {"image_size": 8192, "place_size": 256, "place_noise": 5}
 """A size to train on within minutes: places a 32nd of a side as in the full size, with less noise in each."""
 
 FULL_SIZE = 32_768
