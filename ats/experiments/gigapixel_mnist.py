@@ -159,7 +159,7 @@ class GigapixelMNISTData(ExperimentData[GigapixelMNISTConfig]):
         return torch.stack(found).to(indices.device)
 
     def _images(self, name: Split | str, count: int, *, first: int = 0, share: float = 1.0) -> GigapixelMNIST:
-        of: Literal["train", "test"] = "test" if name == "test" else "train"
+        of = "test" if name == "test" else "train"
         if of not in self._digits:
             self._digits[of] = self.options.load(of)
         return self.options.images(self._digits[of], count, name, self.config.seed, first, share)  # type: ignore[arg-type]

@@ -51,7 +51,7 @@ class MNISTConfig(DataConfig):
         if self.digits == "full":
             fetch_mnist(self.find_folder())
 
-    def load(self, split: Literal["train", "test"]) -> Digits:
+    def load(self, split: str) -> Digits:
         """The digits of a split."""
         return load_digits(split, self.find_folder() if self.digits == "full" else None)
 
