@@ -9,6 +9,7 @@ import ats_kernels
 from ats.experiments import cost
 from bench.bench_training_step import BATCH, N_PATCHES, published
 from bench.measure import Method
+from bench.rehearsal import small
 from bench.report import Report
 
 SECTION = "estimators"
@@ -40,7 +41,7 @@ def inputs(report: Report, batch: int, n: int) -> tuple[list[Tensor], list[Tenso
 
 @pytest.mark.parametrize(("batch", "n"), [(16, 10), (128, 10), (16, 100), (1, 256)])
 def bench_estimators(report: Report, batch: int, n: int) -> None:
-    draws, features = inputs(report, batch, n)
+    draws, features = inputs(report, small(batch, 4), n)
     report.compare(
         f"Estimators, forward and backward: B = {batch}, N = {n}, D = {FEATURES}",
         {name: pooling(draws, features, options) for name, options in WAYS.items()},

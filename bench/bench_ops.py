@@ -17,6 +17,7 @@ import ats
 import ats_kernels
 from ats.functional import extract_cells
 from bench.measure import Method, available_bytes, rotation, scratch_bytes
+from bench.rehearsal import pinned, small
 from bench.report import Group, Report
 
 SECTION = "ops"
@@ -47,6 +48,7 @@ def gumbel_top_k(logits: Tensor, n: int) -> Tensor:
     ],
 )
 def bench_sampling(report: Report, batch: int, cells: int, n: int, gpu_floors: float | None) -> None:
+    batch, cells, n = small(batch, 4), small(cells, 2**16), small(n, 64)
     copies = rotation(report.device, 4 * batch * cells, COPIES)
     logits = [torch.randn(batch, cells, device=report.device) for _ in range(copies)]
     compiled = torch.compile(gumbel_top_k, dynamic=False)
@@ -69,19 +71,20 @@ def bench_sampling(report: Report, batch: int, cells: int, n: int, gpu_floors: f
         group.at_least(6, eager, "faster than torch.multinomial")
         scratch, _ = scratch_bytes(lambda i: ats_kernels.sample(logits[i % copies], n), report.device)
         group.at_most(5, 100 * scratch / (batch * cells * 4), "scratch, of the logits", "%")
-    elif report.device.type == "cpu" and cells == 2**22:
+    elif not report.on_gpu and cells == 2**22:
         group.at_least(25, eager, "faster than torch.multinomial")
         group.at_most(8, group.ratio("ats_kernels.sample", "one read: logits.amax()"), "of one read")
-    elif report.device.type == "cpu" and batch == 16:
+    elif not report.on_gpu and batch == 16:
         group.at_least(6, eager, "faster than torch.multinomial")
-    elif report.device.type == "cpu":
+    elif not report.on_gpu:
         group.at_most(0.5, ours, "a call", "ms")
 
 
 def bench_sampling_of_more_cells_than_multinomial_takes(report: Report) -> None:
-    logits = torch.randn(1, 2**25, device=report.device)
+    power = small(25, 16)
+    logits = torch.randn(1, 2**power, device=report.device)
     group = report.compare(
-        "Sampling: B = 1, K = 2^25, N = 10",
+        f"Sampling: B = 1, K = 2^{power}, N = 10",
         {
             "ats_kernels.sample": lambda i: ats_kernels.sample(logits, 10),
             "one read: logits.amax()": lambda i: logits.amax(-1),
@@ -129,7 +132,7 @@ def bench_gather(report: Report, dtype: torch.dtype, request: pytest.FixtureRequ
     result = ours(0)
     compiled = torch.compile(indexing, dynamic=False)
     by_slices = {}  # of offsets that the host knows: a GPU would have to be waited for
-    if report.device.type == "cpu":
+    if not report.on_gpu:
         by_slices["slices and torch.stack"] = lambda i: slices(offsets[i % copies])
     group = report.compare(
         f"Gather: 10 patches of 50×50 from 8 images of 3×1500×1500, {request.node.callspec.id}",
@@ -147,8 +150,8 @@ def bench_gather(report: Report, dtype: torch.dtype, request: pytest.FixtureRequ
     if normal:
         times = (4, 6)
     eager = group.ratio("advanced indexing", "ats_kernels.extract_patches")
-    group.at_least(4 if report.device.type == "cuda" else times[0], eager, "faster than advanced indexing")
-    if report.device.type == "cpu":
+    group.at_least(4 if report.on_gpu else times[0], eager, "faster than advanced indexing")
+    if not report.on_gpu:
         group.at_most(times[1], slower, "of copying the result")
     memory_target(group, report, ours)
 
@@ -166,6 +169,7 @@ def bench_gather(report: Report, dtype: torch.dtype, request: pytest.FixtureRequ
 def bench_gather_large(
     report: Report, batch: int, channels: int, side: int, n: int, patch: int, floors: float | None, dtype: torch.dtype
 ) -> None:
+    batch, side, n = small(batch, 4), small(side, 2000), small(n, 16)
     too_large(report, batch * channels * side**2)
     image = noise((batch, channels, side, side), torch.uint8, report.device)
     moved = batch * n * channels * patch**2 * (1 + dtype.itemsize)
@@ -198,14 +202,15 @@ def bench_gather_large(
 
 @GPU
 def bench_gather_from_host_memory(report: Report) -> None:
-    images = noise((128, 1, 1500, 1500), torch.uint8, torch.device("cpu")).pin_memory()
-    cells = [torch.randint(32_400, (128, 10), device=report.device) for _ in range(COPIES)]
+    batch = small(128, 4)
+    images = pinned(noise((batch, 1, 1500, 1500), torch.uint8, torch.device("cpu")), report.device)
+    cells = [torch.randint(32_400, (batch, 10), device=report.device) for _ in range(COPIES)]
 
     def patches(images: Tensor, i: int) -> Tensor:
         return extract_cells(images, cells[i % COPIES], (180, 180), (50, 50))[0]
 
     group = report.compare(
-        "Gather from pinned host memory: 10 patches of 50×50 from 128 images of 1×1500×1500 uint8",
+        f"Gather from pinned host memory: 10 patches of 50×50 from {batch} images of 1×1500×1500 uint8",
         {
             "only the patches": lambda i: patches(images, i),
             "the images copied first": lambda i: patches(images.to(report.device, non_blocking=True), i),
@@ -220,6 +225,7 @@ def bench_gather_from_host_memory(report: Report) -> None:
     [(8, 3, 1500, 180), pytest.param(1, 3, 40_000, 1024, marks=GPU), (1, 1, 32_768, 1024)],
 )
 def bench_view(report: Report, batch: int, channels: int, side: int, size: int) -> None:
+    batch, side, size = small(batch, 2), small(side, 2000), small(size, 180)
     too_large(report, 6 * batch * channels * side**2)  # with a float copy
     copies = rotation(report.device, batch * channels * side**2, 2) if side == 1500 else 1
     images = [noise((batch, channels, side, side), torch.uint8, report.device) for _ in range(copies)]
@@ -247,7 +253,7 @@ def bench_view(report: Report, batch: int, channels: int, side: int, size: int) 
             lambda image: F.interpolate(image.float() / 255, size=(size, size), mode="area"), dynamic=False
         )
         compiled["F.interpolate, compiled"] = lambda i: compiled_eager(images[i % copies])
-        if report.device.type == "cpu":
+        if not report.on_gpu:
             compiled["torch.compile(ats_kernels.area_downsample)"] = lambda i: compiled_ours(images[i % copies], size)
     group = report.compare(
         f"View: {batch} images of {channels}×{side}×{side} uint8 at {size}×{size}",
@@ -259,7 +265,7 @@ def bench_view(report: Report, batch: int, channels: int, side: int, size: int) 
     )
     baseline = "F.interpolate(image.float() / 255, mode='area')"
     faster = group.ratio(baseline, "ats_kernels.area_downsample")
-    if report.device.type == "cuda":
+    if report.on_gpu:
         times = report.times_floor(group.time("ats_kernels.area_downsample"), images[0].numel())
         group.at_most(1.5 if side > 1500 else 2.0, times, FLOOR.format("reading the images"))
         group.at_least(6, faster, "faster than F.interpolate")

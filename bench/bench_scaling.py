@@ -10,8 +10,10 @@ from torch import Tensor
 import ats_kernels
 from ats.experiments import cost
 from ats.experiments.config import ExperimentConfig, ModelConfig
-from bench.bench_tables import peaks, repeated, unaffordable
+from bench import rehearsal
+from bench.bench_tables import peak_bytes, peaks, repeated, unaffordable
 from bench.measure import available_bytes, rotation, seconds_a_call
+from bench.rehearsal import few, pinned
 from bench.report import Group, Report
 
 SECTION = "scaling"
@@ -19,6 +21,7 @@ COPIES = 4
 GRID = 180  # cells along an axis, and pixels of the view
 SIDES = (500, 1000, 2000, 4000, 8000, 16_000, 32_768, 40_000)
 MEGAPIXEL, GIGAPIXEL = 1000, 32_768
+REHEARSED = (200, 300)
 WITH_MEMORY = (500, MEGAPIXEL, 8000, GIGAPIXEL)
 STEP_SECONDS = 6.0  # the longest step that a run has time for, on a CPU
 LARGEST_SHARE = 0.3  # of the free memory, that an image may take
@@ -43,10 +46,10 @@ READ_ALL = CNN, MIL
 def bench_image_size(report: Report) -> None:
     """At fixed N and a fixed grid: reading patches costs the same at every size, reading the image grows with it."""
     device = report.device
-    sides = [side for side in SIDES if side**2 < LARGEST_SHARE * available_bytes(torch.device("cpu"))]
+    wanted = REHEARSED if rehearsal.active else SIDES
+    sides = [side for side in wanted if side**2 < LARGEST_SHARE * available_bytes(torch.device("cpu"))]
     images = {side: cost.random_images(config_at(side, "ats"), (side, side)) for side in sides}
-    if device.type == "cuda":
-        images = {side: [batch.pin_memory() for batch in batches] for side, batches in images.items()}
+    images = {side: [pinned(batch, device) for batch in batches] for side, batches in images.items()}
     group = Group("to find out what fits")
     points = {label(line, side): (line, side) for line in LINES for side in sides}
 
@@ -65,7 +68,7 @@ def bench_image_size(report: Report) -> None:
             if reason:
                 group.not_run[label(line, side)] = reason
     larger = [(line, side) for line in READ_ALL for side in sides[1:] if label(line, side) not in group.not_run]
-    measure_memory(group, [*larger, *((ATS, side) for side in sides if side in WITH_MEMORY)], device)
+    measure_memory(group, [*larger, *((ATS, side) for side in sides if side in (*WITH_MEMORY, *REHEARSED))], device)
     timed = report.compare(
         f"A training step by the image's size: N = 10, {GRID}×{GRID} cells, batch 1",
         {name: repeated(step(*point)) for name, point in points.items() if name not in group.not_run},
@@ -76,7 +79,7 @@ def bench_image_size(report: Report) -> None:
     timed.axis, timed.points = "side of the image, pixels", dict(points)
     timed.memory, timed.not_run = group.memory, group.not_run
     timed.notes.append("Memory is what a step takes beyond the image itself.")
-    left_out = [f"{side:,}" for side in SIDES if side not in sides]
+    left_out = [f"{side:,}" for side in wanted if side not in sides]
     if left_out:
         timed.notes.append(f"Left out, as the free memory is too small: sides of {', '.join(left_out)} pixels.")
     if GIGAPIXEL in sides:
@@ -87,7 +90,7 @@ def measure_memory(group: Group, chosen: Sequence[tuple[str, int]], device: torc
     """Fill in what steps take beyond the image, and which of them fail."""
 
     def measure(line: str, side: int) -> Callable[[], int]:
-        return lambda: cost.measure_bytes(config_at(side, LINES[line]), device, image_size=(side, side), given=True)
+        return lambda: peak_bytes(config_at(side, LINES[line]), device, (side, side), given=True)
 
     peaks(device, {label(line, side): measure(line, side) for line, side in chosen}, group)
 
@@ -124,7 +127,7 @@ def bench_number_of_cells(report: Report) -> None:
         "one read: logits.amax()": lambda logits: logits.amax(-1),
     }
     most = 0
-    for power in (8, 12, 16, 20, 22, 24):
+    for power in few((8, 12, 16, 20, 22, 24), 3):
         copies = rotation(report.device, 4 * 2**power, COPIES)
         most = max(most, copies)
         logits = [torch.randn(1, 2**power, device=report.device) for _ in range(copies)]
@@ -140,6 +143,7 @@ def compare_sizes(
     report: Report, name: str, axis: str, configs: Mapping[tuple[str, int], ExperimentConfig], batch: int = 1
 ) -> None:
     """Training steps of configurations that are named by a line and a size."""
+    configs = dict(few(list(configs.items())))
     images = cost.random_images(next(iter(configs.values())), batch=batch, copies=COPIES)
     methods = {
         f"{line}, {size}": repeated(cost.training_step(config, report.device, images=images))

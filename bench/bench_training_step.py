@@ -23,6 +23,7 @@ from ats.experiments.build import build_model
 from ats.experiments.config import ExperimentConfig, ModelConfig
 from ats.models.classifier import ATSClassifier, ChannelsLast
 from bench.measure import Rounds, synchronise
+from bench.rehearsal import pinned, small
 from bench.report import Group, Report
 
 SECTION = "parts"
@@ -177,7 +178,7 @@ def split_steps(steps: dict[str, SplitStep], rounds: int) -> dict[str, Rounds]:
 def measure_variants(device: torch.device, rounds: int = ROUNDS) -> dict[str, Rounds]:
     """Steps of all variants on Megapixel MNIST, view given."""
     config = published("megapixel-mnist")
-    image = cost.random_images(config, batch=BATCH)[0].to(device)
+    image = cost.random_images(config, batch=small(BATCH, 2))[0].to(device)
     steps = {}
     for name, build in VARIANTS.items():
         step = SplitStep(build(config).to(device), config, image)
@@ -202,12 +203,12 @@ def bench_parts(report: Report, experiment: str) -> None:
     """A step at batch size 1 from an image in main memory, as published."""
     config = published(experiment)
     image = cost.random_images(config)[0]
-    image = image.pin_memory() if report.device.type == "cuda" else image
+    image = pinned(image, report.device)
     label = f"ATS-{PUBLISHED_N[experiment]}"
     step = {label: SplitStep(channels_last_model(config).to(report.device), config, image)}
     quick = split_steps(step, 2)[label]
     seconds = sum(parts[-1] for parts in quick.values())
-    parts = split_steps(step, max(ROUNDS, min(100, round(LEAST_SECONDS / seconds))))
+    parts = split_steps(step, small(max(ROUNDS, min(100, round(LEAST_SECONDS / seconds))), ROUNDS))
     group = add_group(report, f"Parts of a training step: {experiment}, batch 1", parts)
     share = group.ratio(f"{label}: {SAMPLING}", label) * 100
     if experiment == "speed-limits":
@@ -217,7 +218,7 @@ def bench_parts(report: Report, experiment: str) -> None:
 def bench_training_step(report: Report) -> None:
     name = f"Training step on Megapixel MNIST: batch {BATCH}, view given"
     group = add_group(report, name, measure_variants(report.device))
-    if report.device.type == "cpu":
+    if not report.on_gpu:
         outside = sum(group.time(f"channels-last: {part}").median for part in (SAMPLING, REST))
         share = 100 * outside / group.time("channels-last").median
         group.at_most(3, share, "of the step is outside the two networks", "%")
@@ -225,7 +226,7 @@ def bench_training_step(report: Report) -> None:
 
 
 def bench_training_step_with_memory_kept(report: Report) -> None:
-    if report.device.type != "cpu":
+    if report.on_gpu:
         pytest.skip("about the CPU's allocator")
     command = [sys.executable, "-m", "bench.bench_training_step", str(torch.get_num_threads())]
     done = subprocess.run(command, env=os.environ | KEEPING, check=True, stdout=subprocess.PIPE, text=True)

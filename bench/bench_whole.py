@@ -56,5 +56,5 @@ def bench_whole(report: Report, experiment: str, batch: int) -> None:
         copies=COPIES,
         seconds=1.0,
     )
-    if report.device.type == "cpu":
+    if not report.on_gpu:
         group.at_most(1 if batch == 16 else 3, group.time("ats") * (1 / batch), "a sample", "ms")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import render
+from bench import rehearsal, render
 from bench.report import COMPILE_SECONDS, Group, Report, default_path
 
 THREADS = 2
@@ -72,11 +72,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="S",
         help="time that may go to torch.compile, in all",
     )
+    group.addoption(
+        "--rehearse",
+        choices=("all", "first"),
+        help="as on a GPU, but on the CPU and with small sizes, all or the first of each module: tries the benchmarks "
+        "themselves; its times say nothing",
+    )
     group.addoption("--copy-rate", type=float, metavar="B/S", help="of a large copy on this device, if it is known")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse what would fail after minutes of measuring."""
+    rehearsal.active = config.getoption("--rehearse") is not None
+    if rehearsal.active and config.getoption("--device") != "cpu":
+        raise pytest.UsageError("--rehearse stands in for a GPU; add --device=cpu")
+    if rehearsal.active and config.getoption("--output") is None:
+        raise pytest.UsageError("--rehearse measures nothing that should be kept; name another place by --output")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device=cuda, but PyTorch finds no GPU here; leave it out to measure on the CPU")
     path = config.getoption("--output")
@@ -105,6 +116,10 @@ def section_of(item: pytest.Item) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the sizes that are marked `gpu` where the benchmarks run on a CPU."""
     left_out = [item for item in items if _is_for_a_gpu(item)]
+    if config.getoption("--rehearse") == "first":
+        own = [item for item in items if item.get_closest_marker("gpu")]  # a GPU's own have targets
+        first = {item.path: item for item in [*items[::-1], *own[::-1]]}
+        left_out = [item for item in items if item is not first[item.path]]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
@@ -112,7 +127,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_for_a_gpu(item: pytest.Item) -> bool:
     """Whether it is a size that only a GPU is given."""
-    on_gpu = item.config.getoption("--device") == "cuda"
+    on_gpu = rehearsal.on_gpu(torch.device(item.config.getoption("--device")))
     return not on_gpu and item.path.is_relative_to(HERE) and item.get_closest_marker("gpu") is not None
 
 

@@ -7,12 +7,15 @@ import time
 import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from bench import rehearsal
 
 Method = Callable[[int], Any]  # takes the number of the call, to rotate its inputs by; caches then don't flatter
 
@@ -105,6 +108,8 @@ def calls_in(method: Method) -> int:
 
 def _plan(once: float, share: float, settle: bool, slow_rounds: int) -> _Plan:
     settle = settle and once < _SLOW
+    if rehearsal.active:
+        return _Plan(1, settle, rehearsal.ROUNDS)
     repeats = max(1, min(100, round((_SETTLED_SECONDS if settle else _LEAST_SECONDS) / max(once, 1e-6))))
     cost = once * (repeats + settle)
     least = _LEAST_ROUNDS if cost < _SLOW else slow_rounds
@@ -155,9 +160,10 @@ def rotation(device: torch.device, touched: int, on_cpu: int = 4) -> int:
         touched: bytes that one call reads and writes.
         on_cpu: inputs on a CPU, whose caches are the user's as well.
     """
-    if device.type != "cuda":
+    if not rehearsal.on_gpu(device):
         return on_cpu
-    return turns(torch.cuda.get_device_properties(device).L2_cache_size, touched)
+    cache = rehearsal.CACHE if rehearsal.active else torch.cuda.get_device_properties(device).L2_cache_size
+    return turns(cache, touched)
 
 
 def turns(cache: int, touched: int) -> int:
@@ -201,26 +207,43 @@ def graphed(method: Method, copies: int) -> Graphs:
     A graph holds about ten calls, and all graphs together one for each of the `copies` inputs, or more. Each call
     writes to memory of its own while that takes no more than a quarter of what is free.
     """
+    size = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(_warmed_up(method, copies)))
+    number, calls = graphs_for(copies)
+    device = torch.device("cpu" if rehearsal.active else "cuda")
+    keep = size * number * calls <= available_bytes(device) // 4
+    graphs: list[Any] = []
+    results: list[Any] = []
+
+    def run(first: int, kept: list[Any] | None = None) -> None:
+        for index in range(first, first + calls):
+            result = method(index)
+            if kept is not None:
+                kept.append(result)
+
+    for first in range(0, number * calls, calls):
+        if rehearsal.active:
+            run(first, results if keep else None)
+            graphs.append(rehearsal.Graph(partial(run, first)))
+            continue
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run(first, results if keep else None)
+        graphs.append(graph)
+    return Graphs(graphs, calls, results)
+
+
+def _warmed_up(method: Method, copies: int) -> Any:
+    """What the last of a few calls returns; kernels are compiled and workspaces allocated before a capture."""
+    if rehearsal.active:
+        return [method(index) for index in range(min(copies, 3))][-1]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # kernels are compiled and workspaces allocated before the capture
+    with torch.cuda.stream(stream):
         for index in range(min(copies, 3)):
             result = method(index)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # a capture has a pool of its own and cannot take what is cached
-    number, calls = graphs_for(copies)
-    size = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(result))
-    keep = size * number * calls <= available_bytes(stream.device) // 4
-    graphs, results = [], []
-    for first in range(number):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for index in range(calls):
-                result = method(first * calls + index)
-                if keep:
-                    results.append(result)
-        graphs.append(graph)
-    return Graphs(graphs, calls, results)
+    return result
 
 
 def graphs_for(copies: int) -> tuple[int, int]:

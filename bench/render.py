@@ -56,13 +56,16 @@ def markdown(record: Record, plots: dict[str, str] | None = None) -> str:
     """
     groups = record["groups"]
     targets = [(group["name"], target) for group in groups for target in group["targets"]]
-    lines = [f"# {record['title']}", "", *table(("", ""), list(record["machine"].items())), ""]
+    said = ": no figure here is a GPU's" if record.get("rehearsal") else ""
+    lines = [f"# {record['title']}{said}", "", *table(("", ""), list(record["machine"].items())), ""]
     lines += parts_lines(record)
     headlines = [(name, target) for name, target in targets if target["headline"]]
     if headlines:
         rows = [(name, *_target(target)) for name, target in headlines]
         lines += [*table(("headline", "", "wanted", "measured", "met", "by the best rounds"), rows), ""]
-    if targets or not record.get("parts"):
+    if record.get("rehearsal"):
+        lines += [f"{len(targets)} targets are of a GPU; this is none, so whether they were met says nothing.", ""]
+    elif targets or not record.get("parts"):
         lines += [f"{sum(target['met'] for _, target in targets)} of {len(targets)} targets met.", ""]
     known = [section for section in SECTIONS if any(group["section"] == section for group in groups)]
     for section in known:

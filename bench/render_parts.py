@@ -25,9 +25,10 @@ def parts_lines(record: Mapping[str, Any]) -> list[str]:
     lines = ["## Checks", "", _verdict(record, parts), ""]
     lines += ["| " + " | ".join(row) + " |" for row in (header, tuple("---" for _ in header), *rows)] + [""]
     for part in parts:
-        if part["failures"] or part["notes"]:
+        notes = [*filter(None, [part.get("lacks")]), *part["notes"]]
+        if part["failures"] or notes:
             lines += [f"### {part['title']}", ""]
-            for note in part["notes"]:
+            for note in notes:
                 lines += [note, ""]
             if part["failures"]:
                 shown = [f"- `{test}`: {message}" for test, message in part["failures"].items()]

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ats._files import write_whole
-from bench.measure import SLOW_ROUNDS, Method, Rounds, Timing, compare, copy_rate, graphed, timing
+from bench import rehearsal
+from bench.measure import SLOW_ROUNDS, Method, Rounds, Timing, compare, copy_rate, graphed, synchronise, timing
 
 RESULTS = Path(__file__).parent / "results"
 ALLOCATOR = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"  # glibc's; docs/performance.md says what they do
@@ -126,6 +127,11 @@ class Report:
     failures: dict[str, str] = field(default_factory=dict)  # what failed, and the message
     skipped: dict[str, str] = field(default_factory=dict)  # what was left out, and why
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU is measured, or stood in for."""
+        return rehearsal.on_gpu(self.device)
+
     def facts(self) -> dict[str, str]:
         """What the times depend on."""
         cores = os.cpu_count() or 1
@@ -174,7 +180,7 @@ class Report:
                 group.not_run[label] = found
             else:
                 methods = methods | {label: found}
-        if self.device.type == "cuda" and not steps:
+        if self.on_gpu and not steps:
             methods = {name: self._graphed(name, method, copies, group) for name, method in methods.items()}
         if floor_bytes is not None:
             self.copy_rate()
@@ -214,7 +220,7 @@ class Report:
             return graphed(method, copies)
         except RuntimeError as error:  # what synchronises cannot be captured
             group.notes.append(f"{name} is timed without a CUDA graph: {str(error).splitlines()[0]}")
-            torch.cuda.synchronize(self.device)
+            synchronise(self.device)
             return method
 
     def as_dict(self) -> dict[str, Any]:

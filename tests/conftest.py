@@ -3,7 +3,7 @@
 - ``gpu``: needs a CUDA or HIP device.
 - ``interpreter``: runs Triton kernels: compiled on a GPU where there is one, else in Triton's interpreter on CPU
   tensors. The interpreter must be chosen before Triton is imported, hence for a whole process: test_interpreter.py
-  starts one that runs all of these tests. By hand: ``TRITON_INTERPRET=1 pytest -m interpreter``.
+  starts one for each file of these tests. By hand: ``TRITON_INTERPRET=1 pytest -m interpreter``.
 """
 
 import os

@@ -1,5 +1,7 @@
 """What several test files share: the table of tolerances and a patch cut by plain slicing."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,3 +35,13 @@ def seeded(seed: int = 0) -> torch.Generator:
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     """Normal numbers, the same in every dtype but for rounding."""
     return torch.randn(shape, dtype=torch.float64, generator=seeded(seed)).to(dtype)
+
+
+def alone(**more: str) -> dict[str, str]:
+    """The environment of a process that pytest-xdist and coverage shall know nothing of.
+
+    pytest-benchmark does nothing in one of several workers, nor in their children; and coverage, which sees every line
+    of every library, makes Triton's interpreter three times as slow.
+    """
+    told = "PYTEST_XDIST", "COVERAGE_PROCESS"
+    return {name: value for name, value in os.environ.items() if not name.startswith(told)} | more

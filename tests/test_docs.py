@@ -26,7 +26,7 @@ def test_the_plain_pytorch_example_trains() -> None:
     assert len(path.read_text().splitlines()) < 60
     done = subprocess.run(
         [sys.executable, str(path), "--steps", "3", "--batch", "4"],
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     losses = re.findall(r"step \d+: loss (\S+),", done.stdout)

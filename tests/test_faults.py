@@ -42,7 +42,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[st
     place = tmp_path_factory.mktemp("killed")
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults", str(place)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return place, [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -271,7 +271,7 @@ def test_the_sanitizer_ignores_errors_of_the_api(tmp_path: Path) -> None:
     assert list(commands[0].arguments[:4]) == [
         "/usr/bin/compute-sanitizer", "--tool=memcheck", "--report-api-errors=no", "--error-exitcode=99"
     ]  # fmt: skip
-    assert "--one-each" in commands[0].arguments
+    assert "--few=a-test" in commands[0].arguments
     assert commands[0].environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
 
 

@@ -41,56 +41,67 @@ def test_marks_that_are_imported_count(tmp_path: Path) -> None:
     assert [path.stem for path in files_with(tmp_path / "tests")] == ["test_far", "test_near", "test_own"]
 
 
-def modules_of(*packages: str) -> set[str]:
-    """The top modules of packages and of all that these require."""
-    known = {normal(name) for names in importlib.metadata.packages_distributions().values() for name in names}
+def requirements(*packages: str) -> set[str]:
+    """Packages and all that these require."""
     found, waiting = set(), [normal(package) for package in packages]
     while waiting:
         package = waiting.pop()
-        if package in found or package not in known:
+        if package in found:
+            continue
+        try:
+            required = importlib.metadata.requires(package) or ()
+        except importlib.metadata.PackageNotFoundError:  # of another system
             continue
         found.add(package)
-        for requirement in importlib.metadata.requires(package) or ():
-            if "extra ==" not in requirement:
-                waiting.append(normal(re.split(r"[^\w.-]", requirement, maxsplit=1)[0]))
-    return {
-        module
-        for module, names in importlib.metadata.packages_distributions().items()
-        if any(normal(name) in found for name in names)
-    }
+        waiting += [
+            normal(re.split(r"[^\w.-]", requirement, maxsplit=1)[0])
+            for requirement in required
+            if "extra ==" not in requirement
+        ]
+    return found
 
 
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-BLOCKED = """
-import importlib.abc, sys
-blocked = set({blocked!r})
+ABSENT = """
+import importlib.machinery, importlib.metadata, re, sys, sysconfig
+packages, modules = set({packages!r}), set({modules!r})
+installed = tuple({{sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}})
 
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in blocked:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Allowed(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        found = super().find_spec(name, path, target)
+        places = [] if found is None else [found.origin or "", *(found.submodule_search_locations or ())]
+        others = any(place.startswith(installed) for place in places) and name.partition(".")[0] not in modules
+        return None if others else found
 
-sys.meta_path.insert(0, Finder())
-import pytest
-import tools.gpu_check.__main__, tools.gpu_check.device, tools.gpu_check.mnist, tools.gpu_check.worker
-import bench.render
-sys.exit(pytest.main([*sys.argv[1:], "--collect-only", "-q", "-p", "no:cacheprovider"]))
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Allowed
+every = importlib.metadata.distributions
+importlib.metadata.distributions = lambda **options: (
+    found for found in every(**options) if re.sub(r"[-_.]+", "-", found.metadata["Name"]).lower() in packages
+)
 """
 
 
-def test_nothing_on_its_path_needs_more_than_five_packages() -> None:
+def without_other_packages(folder: Path) -> Path:
+    """A folder to put on PYTHONPATH: of what is installed only the five packages, and what they require, is found."""
+    packages = requirements(*NEEDED)
     installed = importlib.metadata.packages_distributions()
-    blocked = sorted(set(installed) - modules_of(*NEEDED) - {"ats", "ats_kernels", "tests", "tools", "bench"})
-    assert {"lightning", "tyro", "matplotlib", "rich", "PIL"} <= set(blocked)
+    modules = {module for module, names in installed.items() if packages & set(map(normal, names))}
+    assert not {"lightning", "tyro", "matplotlib", "rich", "PIL", "numba"} & modules
+    (folder / "sitecustomize.py").write_text(ABSENT.format(packages=sorted(packages), modules=sorted(modules)))
+    return folder
+
+
+def test_nothing_on_its_path_needs_more_than_five_packages(tmp_path: Path) -> None:
+    """All files that hold tests for a GPU can be collected; test_gpu_check_rehearsal.py runs some."""
     files = [str(path) for path in files_with(ROOT / "tests")]
-    command = [sys.executable, "-c", BLOCKED.format(blocked=blocked), "-p", "pytest_benchmark.plugin"]
-    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run(
-        [*command, "bench", *files], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    environment = os.environ | {"PYTHONPATH": f"{without_other_packages(tmp_path)}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "bench", *files]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     skipped = re.findall(r"^SKIPPED .*", done.stdout, re.MULTILINE)
     assert len(skipped) == 1

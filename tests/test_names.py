@@ -99,7 +99,7 @@ def test_the_version_needs_no_extras() -> None:
         "sys.argv = ['ats', 'demo']\n"
         "main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=False)
     assert done.stdout == f"{ats.__version__}\n"
     assert done.returncode == 1
     assert "is not installed; the commands need: pip install 'torch-ats[experiments]'" in done.stderr

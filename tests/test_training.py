@@ -92,10 +92,10 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(uninterrupted: Path, t
     process = subprocess.Popen([sys.executable, "-c", script, json.dumps(to_dict(config))])
     last = config.run_folder / "checkpoints" / "last.ckpt"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not (last.exists() and torch.load(last, weights_only=True)["epoch"] == 1):
             assert process.poll() is None, "the training ended by itself"
-            assert time.monotonic() < deadline, "no checkpoint within two minutes"
+            assert time.monotonic() < deadline, "no checkpoint within ten minutes"
             time.sleep(0.1)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -325,7 +325,7 @@ def test_two_processes_train_together(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(path), json.dumps(to_dict(config))],
-        env=environment, capture_output=True, text=True, timeout=240, check=False,
+        env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     steps = json.loads((config.run_folder / "training.json").read_text())["steps"]

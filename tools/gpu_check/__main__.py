@@ -22,7 +22,7 @@ from tools.gpu_check.processes import Clock, Command, MonotonicClock, Start, run
 from tools.gpu_check.record import Files, Record, RefusedError
 
 _DEVICE_SECONDS = 60.0  # at most, of the time, to start torch and measure copies
-REHEARSAL = "rehearsal on "
+REHEARSAL = "Rehearsal without a GPU, on "
 
 
 def main(arguments: list[str] | None = None, *, clock: Clock | None = None, start: Start = start) -> int:
@@ -38,8 +38,12 @@ def main(arguments: list[str] | None = None, *, clock: Clock | None = None, star
     )
     parser.add_argument(
         "--rehearse",
-        action="store_true",
-        help="try the check itself, without a GPU: all parts on the CPU, kernels in Triton's interpreter",
+        nargs="?",
+        choices=("all", "first"),
+        const="all",
+        default="",
+        help="try the check itself, without a GPU: all parts on the CPU with small sizes, kernels in Triton's "
+        "interpreter; or only the first test or benchmark of each",
     )
     options = parser.parse_args(arguments)
     if not options.minutes > 0:
@@ -53,9 +57,7 @@ def main(arguments: list[str] | None = None, *, clock: Clock | None = None, star
     if isinstance(found, str):
         print(f"NOTHING WAS CHECKED: there is no GPU to check on.\n{found}", file=sys.stderr)
         return 1
-    setting = Setting(
-        found["device"], options.rehearse, memory=found["memory"], bytes_per_second=found["bytes_per_second"]
-    )
+    setting = Setting(options.rehearse, memory=found["memory"], bytes_per_second=found["bytes_per_second"])
     name = (REHEARSAL if options.rehearse else "") + found["name"]
     folder = Path(tempfile.gettempdir()) if options.rehearse else RESULTS  # a rehearsal says nothing of a device
     stem = (options.output or folder / slug(name)).resolve()
@@ -67,6 +69,7 @@ def main(arguments: list[str] | None = None, *, clock: Clock | None = None, star
         return 1
     todo = parts(setting)
     record = Record(name, found["machine"], found["bytes_per_second"], options.minutes, outcomes(todo))
+    record.rehearsal = bool(options.rehearse)
     say = functools.partial(print, flush=True)
     whole = check(todo, record, files, end, clock=clock, start=start, stop=stop, say=say)
     return 0 if whole else 1
@@ -79,7 +82,7 @@ def find_device(device: str, deadline: float, clock: Clock, start: Start, stop: 
         command = Command([sys.executable, "-m", "tools.gpu_check.device", str(file), f"--device={device}"])
         ended = run([command], log, deadline, clock=clock, start=start, stopped=stop, progress=lambda: None)
         if file.exists():  # even if copies failed: all else may work
-            return dict(json.loads(file.read_bytes())) | {"device": device}
+            return dict(json.loads(file.read_bytes()))
         said = log.read_text().strip().splitlines()[1:]
         if ended.cut:
             said.append(f"It was asked for {device}, and {ended.cut}.")

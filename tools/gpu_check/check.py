@@ -34,7 +34,7 @@ class Stop:
 
 def outcomes(parts: Sequence[Part]) -> list[Outcome]:
     """One for each part, none of which has run."""
-    return [Outcome(part.name, part.title, part.log, part.required) for part in parts]
+    return [Outcome(part.name, part.title, part.log, part.required, lacks=part.lacks) for part in parts]
 
 
 def allowed(parts: Sequence[Part], left: float) -> float:

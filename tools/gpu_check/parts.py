@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from tools.gpu_check.record import CUT, FAILED, PASSED, Outcome
 ROOT = Path(__file__).parents[2]
 SANITIZER_FAILED = 99
 _MEMORY_A_PROCESS = 4 * 2**30  # bytes of the GPU
+_AROUND_TRAINING = 15.0  # seconds: it starts, makes images, and its last steps and test batch may take longer
+_REHEARSED_TRAINING = 10.0
 _TOOLKITS = "CUDA_HOME", "CUDA_PATH"
 
 
@@ -24,12 +26,23 @@ _TOOLKITS = "CUDA_HOME", "CUDA_PATH"
 class Setting:
     """Where the check runs."""
 
-    device: str = "cuda"
-    interpreted: bool = False  # a rehearsal: on the CPU, kernels in Triton's interpreter
+    rehearsal: str = ""  # or "all", or "first" of each kind: on the CPU, kernels in Triton's interpreter
     memory: int = 0  # bytes, of the GPU
     bytes_per_second: float | None = None
     cores: int = field(default_factory=lambda: os.cpu_count() or 1)
     sanitizer: str | None = field(default_factory=lambda: find_sanitizer())
+
+    @property
+    def device(self) -> str:
+        """As torch names it."""
+        return "cpu" if self.rehearsal else "cuda"
+
+    @property
+    def watching(self) -> list[str] | None:
+        """The sanitizer, or what stands in for it, or None where there is none."""
+        if self.rehearsal:
+            return [sys.executable, "-m", "tools.gpu_check.no_sanitizer"]
+        return [self.sanitizer] if self.sanitizer else None
 
     @property
     def processes(self) -> int:
@@ -40,7 +53,7 @@ class Setting:
     @property
     def environment(self) -> Mapping[str, str]:
         """What tests run under: interpreted or not, whatever this process was told."""
-        return {"TRITON_INTERPRET": "1" if self.interpreted else "0", "OMP_NUM_THREADS": "1"}
+        return {"TRITON_INTERPRET": "1" if self.rehearsal else "0", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ class Part:
         read: fill in an outcome from what lies in the folder, while they run and when they have ended.
         required: the check fails unless it passes.
         most: seconds.
+        lacks: what a rehearsal of it cannot show.
     """
 
     name: str
@@ -67,12 +81,37 @@ class Part:
     read: Callable[[Path, Outcome, Ended | None], None]
     required: bool = False
     most: float = float("inf")
+    lacks: str = ""
+
+
+_TESTS_LACK = (
+    "Rehearsed in Triton's interpreter: nothing was compiled, and one case ran of each file of kernel tests. "
+    "Tests marked `gpu` did not run: streams, graphs and peaks of memory are a GPU's."
+)
+_BENCH_LACKS = (
+    "Rehearsed on the CPU with small sizes: captured graphs were stood in for by plain calls, and no kernel of Triton "
+    "ran. No time, rate, memory or target in it is a GPU's."
+)
+_SANITIZERS_LACK = (
+    "Rehearsed without compute-sanitizer, which watches compiled kernels on an NVIDIA GPU only: its subset of the "
+    "tests ran in Triton's interpreter, and nothing was looked for."
+)
+_LACKS = {
+    "tests": _TESTS_LACK,
+    "ops": _BENCH_LACKS,
+    "memcheck": _SANITIZERS_LACK,
+    "benchmark": _BENCH_LACKS,
+    "racecheck": _SANITIZERS_LACK,
+    "tables": f"{_BENCH_LACKS} Memory was measured the way of a CPU.",
+    "training": "Rehearsed on the CPU with small images: neither the times nor the errors are those of a GPU.",
+    "synccheck": _SANITIZERS_LACK,
+}
 
 
 def parts(setting: Setting) -> list[Part]:
     """All of them."""
     share = _tests(setting)
-    return [
+    found = [
         Part("tests", "Tests", "tests", 33, 20, share, read_tests, required=True),
         Part("ops", "Ops against their floors", "bench", 17, 20, _bench(setting, ["bench_ops"], 0), read_bench),
         Part("memcheck", "memcheck, on a subset", "sanitizers", 12, 20, _sanitize(setting, "memcheck"), read_tests),
@@ -82,6 +121,7 @@ def parts(setting: Setting) -> list[Part]:
         Part("training", "Megapixel MNIST, quick", "training", 7, 20, _training(setting), read_training, most=125),
         Part("synccheck", "synccheck, on a subset", "sanitizers", 3, 20, _sanitize(setting, "synccheck"), read_tests),
     ]
+    return [replace(part, lacks=_LACKS[part.name]) for part in found] if setting.rehearsal else found
 
 
 def find_sanitizer() -> str | None:
@@ -107,25 +147,28 @@ def share_of_tests(folder: Path, place: float, *more: str, files: Sequence[Path]
 def _tests(setting: Setting) -> Callable[[Path, float], list[Command] | str]:
     def commands(folder: Path, seconds: float) -> list[Command] | str:
         places = [index / setting.processes for index in range(setting.processes)]
-        return [Command(share_of_tests(folder, place), setting.environment, restarts=True) for place in places]
+        few = ["--few=a-file"] if setting.rehearsal else []
+        return [Command(share_of_tests(folder, place, *few), setting.environment, restarts=True) for place in places]
 
     return commands
 
 
 def _sanitize(setting: Setting, tool: str) -> Callable[[Path, float], list[Command] | str]:
     def commands(folder: Path, seconds: float) -> list[Command] | str:
-        if setting.sanitizer is None:
+        watching = setting.watching
+        if watching is None:
             return "compute-sanitizer is not installed, not on PATH and not in CUDA_HOME"
         # Probes of the API that fail without harm are no errors of a kernel.
         options = [f"--tool={tool}", "--report-api-errors=no", f"--error-exitcode={SANITIZER_FAILED}"]
         environment = dict(setting.environment)
         if tool == "memcheck":  # the caching allocator would hide reads and writes past a tensor's end
             environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-        places = [index / min(4, setting.processes) for index in range(min(4, setting.processes))]
-        return [
-            Command([setting.sanitizer, *options, *share_of_tests(folder, place, "--one-each")], environment)
-            for place in places
-        ]
+        few = {"": "a-test", "all": "a-file", "first": "first"}[setting.rehearsal]
+        number = 1 if few == "first" else min(4, setting.processes)
+        places = [index / number for index in range(number)]
+        files = files_with(ROOT / "tests")[: 1 if few == "first" else None]
+        shares = [share_of_tests(folder, place, f"--few={few}", files=files) for place in places]
+        return [Command([*watching, *options, *share], environment) for share in shares]
 
     return commands
 
@@ -203,6 +246,8 @@ def _bench(setting: Setting, names: list[str], compile_seconds: float) -> Callab
             f"--output={folder / 'bench'}",
             f"--compile-seconds={compile_seconds}",
         ]
+        if setting.rehearsal:
+            arguments.append(f"--rehearse={setting.rehearsal}")
         if setting.bytes_per_second:
             arguments.append(f"--copy-rate={setting.bytes_per_second:.0f}")
         return [Command(arguments, {"TRITON_INTERPRET": "0"})]
@@ -217,7 +262,11 @@ def read_bench(folder: Path, outcome: Outcome, ended: Ended | None) -> None:
     outcome.failures = record.get("failures", {})
     outcome.notes = [f"Not run: {name}: {reason}" for name, reason in record.get("skipped", {}).items()]
     targets = [target for group in outcome.groups for target in group["targets"]]
-    outcome.summary = f"{len(outcome.groups)} groups, {sum(t['met'] for t in targets)} of {len(targets)} targets met"
+    outcome.summary = f"{len(outcome.groups)} groups, "
+    if outcome.lacks:  # a rehearsal's
+        outcome.summary += f"{len(targets)} targets, which a rehearsal cannot tell of"
+    else:
+        outcome.summary += f"{sum(target['met'] for target in targets)} of {len(targets)} targets met"
     if outcome.failures:
         outcome.summary += f", {len(outcome.failures)} benchmarks failed"
     _judge(outcome, ended, bool(outcome.groups))
@@ -228,11 +277,13 @@ def read_bench(folder: Path, outcome: Outcome, ended: Ended | None) -> None:
 
 def _training(setting: Setting) -> Callable[[Path, float], list[Command] | str]:
     def commands(folder: Path, seconds: float) -> list[Command] | str:
-        time = max(1.0, seconds - 10)  # it starts and tests as well
+        time = max(1.0, seconds - _AROUND_TRAINING)
+        if setting.rehearsal:
+            time = min(time, _REHEARSED_TRAINING)
         arguments = [sys.executable, "-m", "tools.gpu_check.mnist", str(folder / "training.json")]
         arguments += [f"--seconds={time:.0f}", f"--device={setting.device}"]
-        if setting.interpreted:
-            arguments += ["--images=64", "--image-size=400"]
+        if setting.rehearsal:
+            arguments += ["--images=32", "--image-size=330"]
         return [Command(arguments, {"TRITON_INTERPRET": "0"})]
 
     return commands
@@ -248,6 +299,7 @@ def read_training(folder: Path, outcome: Outcome, ended: Ended | None) -> None:
         )
         if found["test error"] is not None:
             outcome.summary += f", test error {100 * found['test error']:.1f}% of {found['tested on']} images"
+        outcome.summary += "; digits: the bundled ones, no network needed"
         if not found["finite"]:
             outcome.failures = {"training": "the loss is not finite"}
     else:

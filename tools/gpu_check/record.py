@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ats._files import write_json
+from ats._files import remove_parts, write_json
 from bench import render
 
 LOGS = "tests", "sanitizers", "bench", "training"
@@ -34,6 +34,7 @@ class Outcome:
     failures: dict[str, str] = field(default_factory=dict)  # messages, by test
     notes: list[str] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)  # of benchmarks
+    lacks: str = ""  # what a rehearsal of it cannot show
 
     @property
     def failed(self) -> bool:
@@ -52,6 +53,7 @@ class Record:
     parts: list[Outcome]
     finished: bool = False
     stopped: str = ""  # why it ended early
+    rehearsal: bool = False  # without a GPU
 
     def groups(self) -> list[dict[str, Any]]:
         """Those of all benchmarks; of one that ran twice the later."""
@@ -65,6 +67,7 @@ class Record:
             part["failures"] = dict(list(part["failures"].items())[:_MOST_FAILURES])
         return {
             "title": self.title,
+            "rehearsal": self.rehearsal,
             "machine": self.machine,
             "bytes_per_second": self.bytes_per_second,
             "minutes": self.minutes,
@@ -100,6 +103,7 @@ class Files:
         self.now = stem if self.former is None else stem.with_name(f"{stem.name}-unfinished")
         _read(_named(self.now, ".json"), device)
         stem.parent.mkdir(parents=True, exist_ok=True)
+        remove_parts(stem.parent)
         for name in LOGS:
             self.log(name).unlink(missing_ok=True)  # of a check that was not whole, or had no report
 

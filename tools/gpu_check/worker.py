@@ -36,7 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("one process of the GPU check")
     group.addoption("--queue", type=Path, required=True, help="folder that the processes share")
     group.addoption("--place", type=float, default=0.0, help="where in the list to start, in [0, 1)")
-    group.addoption("--one-each", action="store_true", help="of each kernel test only the first case, no graphs")
+    group.addoption(
+        "--few",
+        choices=("all", "a-test", "a-file", "first"),
+        default="all",
+        help="of the kernel tests one case each, one of each file, or but one; none that captures a graph",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,7 +56,7 @@ class Worker:
     def __init__(self, config: pytest.Config) -> None:
         self.folder: Path = config.getoption("--queue")
         self.place: float = config.getoption("--place")
-        self.one_each: bool = config.getoption("--one-each")
+        self.few: str = config.getoption("--few")
         self.claims = self.folder / "taken"
         self.claims.mkdir(parents=True, exist_ok=True)
         self.seconds: dict[str, float] = {}
@@ -65,11 +70,12 @@ class Worker:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         chosen = [item for item in items if any(item.get_closest_marker(mark) for mark in MARKS)]
-        if self.one_each:
+        if self.few != "all":
             first: dict[str, pytest.Item] = {}
             for item in chosen:
                 if item.get_closest_marker("interpreter") and not _captures(item):
-                    first.setdefault(item.nodeid.partition("[")[0], item)
+                    test = item.nodeid.partition("[")[0]
+                    first.setdefault({"a-test": test, "a-file": test.partition("::")[0]}.get(self.few, ""), item)
             chosen = list(first.values())
         start = int(self.place * len(chosen))
         items[:] = chosen[start:] + chosen[:start]
