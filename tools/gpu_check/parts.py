@@ -102,7 +102,7 @@ _LACKS = {
     "memcheck": _SANITIZERS_LACK,
     "benchmark": _BENCH_LACKS,
     "racecheck": _SANITIZERS_LACK,
-    "tables": f"{_BENCH_LACKS} Memory was measured the way of a CPU.",
+    "tables": f"{_BENCH_LACKS} Memory is what the allocators of a CPU gave.",
     "training": "Rehearsed on the CPU with small images: neither the times nor the errors are those of a GPU.",
     "synccheck": _SANITIZERS_LACK,
 }
