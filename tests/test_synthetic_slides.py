@@ -1,6 +1,8 @@
 """`ats synthesise slides`: pyramids that OpenSlide opens, with spots whose kind shows at full resolution only."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,11 @@ import ats
 from ats.datasets.manifest import read_manifest
 from ats.datasets.synthetic import slides as writer
 from ats.datasets.synthetic.folder import integers
-from ats.datasets.synthetic.scenes import draw_tissue
+from ats.datasets.synthetic.scenes import draw_biopsy, draw_tissue
 from ats.datasets.synthetic.slides import write_slides
 from ats.datasets.synthetic.stain import Spot, nuclei, plant
 from ats.experiments.commands.command_line import run
+from ats.sources import slides
 from ats.sources.slides import SlideSource
 from tests.qupath import check_qupath
 
@@ -26,8 +29,7 @@ SIDES = (440, 464)
 def tissue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn tissue on white, much darker in green in the rows that test slides come from."""
     path = tmp_path_factory.mktemp("tissue") / "tissue.png"
-    pixels = np.array(draw_tissue(integers(3, "slide"), 984, positive=False)[0])[:, :560]
-    pixels[:, :80] = 245
+    pixels = np.array(draw_biopsy(integers(2, "slide"), (984, 560)))
     pixels[541:, :, 1] //= 2
     Image.fromarray(pixels).save(path)
     return path
@@ -71,8 +73,8 @@ def test_spots_say_what_the_label_is(written: Path) -> None:
                 assert feature["properties"]["objectType"] == "annotation"
                 assert feature["properties"]["classification"]["name"] == kind
                 kinds[kind] = kinds.get(kind, 0) + 1
-        assert 1 <= sum(kinds.values()) <= 3
-        assert ("stained" in kinds) == (row.label == "positive")
+        assert list(kinds) == ["stained" if row.label == "positive" else "smeared"]
+        assert 1 <= sum(kinds.values()) <= 2
 
 
 def test_training_and_test_slides_share_no_tissue(written: Path) -> None:
@@ -134,12 +136,12 @@ def test_what_no_slides_can_be_cut_from_is_refused(tissue: Path, tmp_path: Path)
 def test_the_command_draws_tissue_and_what_it_writes_trains_from_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(writer, "_DRAWN", (1300, 900))
+    monkeypatch.setattr(writer, "_DRAWN", (984, 560))
     monkeypatch.setattr(writer, "_SIDES", SIDES)
     data, folder = tmp_path / "data", tmp_path / "run"
     assert run(["synthesise", "colon-cancer", str(data), "--slide", "x.svs"]) == 1
     assert "colon-cancer has none of" in capsys.readouterr().err
-    assert run(["synthesise", "slides", str(data), "--images", "4"]) == 0
+    assert run(["synthesise", "slides", str(data), "--images", "4", "--seed", "2"]) == 0
     said = capsys.readouterr().out
     assert "test: negative: 1, positive: 1" in said
     assert f"ats train images --data.manifest {data / 'labels.csv'}" in said.replace("\n", " ").replace("  ", " ")
@@ -163,7 +165,23 @@ def test_the_command_draws_tissue_and_what_it_writes_trains_from_disk(
     (slide, *_) = sorted((data / "slides").iterdir())
     out = tmp_path / "attention.geojson"
     assert run(["attention", str(folder), str(slide), "--format", "geojson", "--output", str(out)]) == 0
+    report = tmp_path / "shortcuts.json"
+    monkeypatch.setattr(sys, "argv", ["slide_shortcuts.py", str(data), str(folder), "--output", str(report)])
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "slide_shortcuts.py"), run_name="__main__")
+    shares = json.loads(report.read_text())
+    assert len(shares) == 6
+    assert all(0 <= share <= 1 for share in shares.values())
+    assert shares["share of tissue in stained spots"] > 0.01
     full = ats.open_image(slide).levels[0]
-    for feature in check_qupath(out.read_bytes(), (full.height, full.width)):
+    features = check_qupath(out.read_bytes(), (full.height, full.width))
+    for feature in features:
         assert feature["properties"]["objectType"] == "detection"
         assert np.ptp(feature["geometry"]["coordinates"][0], 0).max() == 24
+    # QuPath crops a slide to what was scanned.
+    monkeypatch.setattr(slides, "_named_bounds", lambda properties: (30, 20, 300, 300))
+    for name, (right, down) in (("--bounds", (20, 30)), ("--no-bounds", (0, 0))):
+        moved = tmp_path / f"{name}.geojson"
+        assert run(["attention", str(folder), str(slide), "--format", "geojson", "--output", str(moved), name]) == 0
+        for one, other in zip(features, check_qupath(moved.read_bytes()), strict=True):
+            difference = np.subtract(one["geometry"]["coordinates"], other["geometry"]["coordinates"])
+            assert (difference == (right, down)).all()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 OTHERS_SHARE = 8  # one frame more, with other signs only, for so many with a label
 
 _PIXELS_A_NUCLEUS = 1250  # as in the release: some 200 in 500×500
+_DENSER = 4  # nuclei of a biopsy, whose kinds lie over each other
 _NUCLEUS_DISTANCE = 20  # pixels between centres
 _SWEDISH_OTHERS = {
     "triangle": "WARNING, OTHER",
@@ -127,7 +128,7 @@ def draw_biopsy(random: Integers, size: tuple[int, int]) -> "Image":
     """Islands of tissue with nuclei of the kinds that are not epithelial, on a bright background, (height, width)."""
     image, inside = painting.islands(random, size)
     height, width = size
-    for _ in range(height * width // _PIXELS_A_NUCLEUS):
+    for _ in range(height * width * _DENSER // _PIXELS_A_NUCLEUS):
         x = random.between(painting.NUCLEUS_MARGIN, width - painting.NUCLEUS_MARGIN)
         y = random.between(painting.NUCLEUS_MARGIN, height - painting.NUCLEUS_MARGIN)
         kind = NUCLEI[1 + random.below(3)]

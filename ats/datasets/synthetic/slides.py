@@ -25,9 +25,9 @@ _TRAIN = 55  # percent of the rows from which training slides are cut; test slid
 _SIDES = (640, 1152)
 _RADII = (60, 110)
 _LARGEST = 1 << 26  # pixels of a slide that is read whole
-_CONTRAST = 22  # of 255, by which the kinds of a spot must differ
+_CONTRAST = 36  # of 255, by which the kinds of a spot must differ
 _TISSUE = 0.3  # share of a slide that is not background, at least
-_DENSE = 128  # of 255, nucleus in the mean of a spot, at most: else there are no single ones
+_DENSITY = (45, 128)  # of 255, nucleus in the mean of a spot: enough to be seen, and single ones
 _WITHIN = 0.85  # and of a spot
 _COLOURS = {"stained": [200, 30, 30], "smeared": [120, 120, 120]}
 
@@ -43,9 +43,9 @@ def write_slides(
 ) -> None:
     """Slides of unequal sizes with spots of changed stain: labels.csv, slides/NNNN.tif, spots/NNNN-KIND.geojson.
 
-    Each slide shows one to three brown spots in its tissue. In a positive one, nuclei of one or two spots are brown;
-    all other spots are smeared (`ats.datasets.synthetic.stain`). Slides are cut at random from one, turned, mirrored
-    and shaded: training slides from its upper part, test slides from the rest, so that no pixel is in both.
+    Each slide shows one or two brown spots in its tissue. In a positive one the nuclei of the spots are brown, in a
+    negative one the spots are smeared (`ats.datasets.synthetic.stain`). Slides are cut at random from one, turned,
+    mirrored and shaded: training slides from its upper part, test slides from the rest, so that no pixel is in both.
 
     Args:
         folder: where to; new or empty.
@@ -114,8 +114,7 @@ def _slide(
     random: Integers, part: NDArray[np.uint8], positive: bool, sides: tuple[int, int], name: str
 ) -> tuple[NDArray[np.uint8], list[Spot]]:
     """A slide cut from a part of the tissue, with spots planted in it."""
-    n_spots = random.between(1, 3)
-    n_stained = random.between(1, min(2, n_spots)) if positive else 0
+    n_spots = random.between(1, 2)
     for _ in range(100):
         size = [
             min(random.between(sides[0] // MULTIPLE, sides[1] // MULTIPLE), side // MULTIPLE) * MULTIPLE
@@ -127,7 +126,7 @@ def _slide(
         amount, tissue = nuclei(cut), is_tissue(cut)
         if tissue.mean() < _TISSUE:
             continue
-        spots = list(_places(random, amount, tissue, n_spots, n_stained))
+        spots = list(_places(random, amount, tissue, n_spots, smeared=not positive))
         if len(spots) < n_spots:
             continue
         pixels = shade(cut, random)
@@ -141,22 +140,22 @@ def _slide(
 
 
 def _places(
-    random: Integers, amount: NDArray[np.int32], tissue: NDArray[np.bool_], count: int, stained: int
+    random: Integers, amount: NDArray[np.int32], tissue: NDArray[np.bool_], count: int, *, smeared: bool
 ) -> Iterator[Spot]:
-    """Spots apart from each other where there are nuclei, the stained ones first; fewer where there is no room."""
+    """Spots apart from each other where there are nuclei; fewer where there is no room."""
     found: list[Spot] = []
     for _ in range(200):
         if len(found) == count:
             return
         radius = random.between(*_RADII)
         row, column = (random.between(radius, side - radius) for side in amount.shape)
-        spot = Spot(row, column, radius, random.between(218, 294), smeared=len(found) >= stained)
+        spot = Spot(row, column, radius, random.between(218, 294), smeared)
         apart = all(
             (row - other.row) ** 2 + (column - other.column) ** 2 > (radius + other.radius + 60) ** 2 for other in found
         )
-        if not apart or tissue[spot.box()].mean() < _WITHIN or amount[spot.box()].mean() > _DENSE:
+        if not apart or not _DENSITY[0] <= amount[spot.box()].mean() <= _DENSITY[1]:
             continue
-        if contrast(amount, spot) >= _CONTRAST:
+        if tissue[spot.box()].mean() >= _WITHIN and contrast(amount, spot) >= _CONTRAST:
             found.append(spot)
             yield spot
 

@@ -35,6 +35,9 @@ class AttentionOptions(LookOptions):
     """A picture; a table of the patches read; these as detections for QuPath; or a pyramidal OME-TIFF heatmap."""
     output: Path | None = None
     """Where it goes; default: attention.FORMAT here. A file that is there is not overwritten."""
+    bounds: bool = True
+    """geojson: count pixels from the corner of what was scanned, where a slide names it (openslide.bounds-x and -y), as
+    QuPath does where it opens the slide by OpenSlide; else from the slide's own corner."""
     n_patches: int | None = None
     """Patches to draw; default: what the model was trained with. Deep MIL reads them all, and draws none."""
     seed: int = 0
@@ -84,7 +87,9 @@ def draw_image(options: AttentionOptions) -> str:
     elif options.format == "geojson":
         sample = prediction.samples[0]
         assert isinstance(sample, BoxSample)  # no experiment has nested attention
-        export.geojson(output, source, sample, estimator=prediction.estimator)
+        scanned = getattr(source, "bounds", None) if options.bounds else None
+        corner = (0, 0) if scanned is None else (scanned[0], scanned[1])
+        export.geojson(output, source, sample, estimator=prediction.estimator, origin=corner)
     elif options.format == "tiff":
         assert isinstance(trained.model, ATSClassifier)
         sampling = trained.model.sampling
