@@ -60,6 +60,32 @@ def sample_cells(
     check_logits(logits)
     own = check_grid_sizes(own if grid_sizes is None else grid_sizes, logits)
     n = check_count("n", n)
+    return draw_cells(
+        logits,
+        own,
+        n,
+        replace=replace,
+        selection=selection,
+        mask=mask,
+        allow_fewer=allow_fewer,
+        generator=generator,
+        validate=validate,
+    )
+
+
+def draw_cells(
+    logits: Tensor,
+    own: GridSizes,
+    n: int,
+    *,
+    replace: bool,
+    selection: Selection,
+    mask: Maps | None,
+    allow_fewer: bool | None,
+    generator: torch.Generator | None,
+    validate: bool | None,
+) -> CellSample:
+    """`sample_cells` from logits that are checked, with each image's own grid where they differ."""
     check_choice("selection", selection, METHODS)
     check_flag("replace", replace)
     for name, flag in (("allow_fewer", allow_fewer), ("validate", validate)):
@@ -76,7 +102,7 @@ def sample_cells(
     extended = _with_spare_cells(flat, n, looks=looks) if fewer else flat
     drawn = draw(extended, n, replace=replace, method=selection, generator=generator)
     if looks if validate is None else validate:
-        if any_failed(drawn.indices):
+        if any_failed(drawn.indices, looks=looks):
             _raise_for_few(flat.detach(), n, selection, fewest=1 if fewer or replace else n)
             ats_kernels.sample(extended, n, replace=replace, method=selection, validate=True)  # says what else is wrong
         check_no_attention(flat, drawn.logsumexp)

@@ -21,14 +21,13 @@ from ats.batches import (
     pad_logits,
     sizes_of,
 )
-from ats.cells import check_logits, live_cells, mask_logits, mean_entropy, relative_entropy, sample_cells
-from ats.grid import Placement, patch_places
+from ats.cells import check_logits, draw_cells, live_cells, mask_logits, mean_entropy, relative_entropy, sample_cells
+from ats.grid import Placement, cell_map
 from ats.pooling import estimate_pooled, pool
 from ats.reading import read_cells
 from ats.samples import BoxSample, CellSample, PatchSample, Selection
 from ats_kernels import area_downsample, estimator_weights, expectation
 from ats_kernels.checks import Normalisation, Padding, check_count, check_pair, check_tensor
-from ats_kernels.patches.cells import CellMap
 from ats_kernels.patches.op import read_checked
 from ats_kernels.pixels import blames_pixels
 from ats_kernels.plausible import check_strip
@@ -107,14 +106,14 @@ def sample_patches(
     n_patches = check_count("n_patches", n_patches)
     patch = check_pair("patch_size", patch_size)
     view = check_view_size(view_size, receptive_field, sizes_of(image))
-    cells = sample_cells(
+    cells = draw_cells(
         padded,
+        own,
         n_patches,
         replace=replace,
         selection=selection,
         mask=mask,
         allow_fewer=allow_fewer,
-        grid_sizes=own,
         generator=generator,
         validate=validate,
     )
@@ -241,10 +240,9 @@ def _extract(
             dtype=dtype,
         )
     image_size = (image.shape[2], image.shape[3])
-    grid_size = check_pair("grid_size", grid_size)
-    check_strip(grid_size, image_size)
-    rows, columns = patch_places(grid_size, image_size, view_size, receptive_field, patch_size)
-    return read_checked(image, indices, CellMap(grid_size, rows, columns), patch_size, padding, mean, std, dtype)
+    cells = cell_map(grid_size, image_size, view_size, receptive_field, patch_size)
+    check_strip(cells.grid_size, image_size)
+    return read_checked(image, indices, cells, patch_size, padding, mean, std, dtype)
 
 
 def own_grids(

@@ -191,32 +191,35 @@ def make_grid(
     return Grid(cells, image_size, view_size or image_size, (origin, origin))  # without a loss the view cancels out
 
 
-def patch_places(
+def cell_map(
     cells: tuple[int, int],
     image_size: tuple[int, int],
     view_size: tuple[int, int] | None,
     receptive_field: int | Placement,
     patch_size: tuple[int, int],
-) -> tuple[Affine, Affine]:
-    """What turns the rows and the columns of cells into the first pixels of their patches (ph, pw)."""
+) -> CellMap:
+    """What turns (gh, gw) cells into the first pixels of their patches (ph, pw). Kept: it is the same at every step."""
     if torch.compiler.is_compiling():
-        return make_grid(cells, image_size, view_size, receptive_field).affine(patch_size)
+        return _map_cells(cells, image_size, view_size, receptive_field, patch_size)
     cells, image_size = check_pair("grid_size", cells), check_pair("image_size", image_size)
     view_size = None if view_size is None else check_pair("view_size", view_size)
     if not isinstance(receptive_field, Placement):
         receptive_field = check_count("receptive_field", receptive_field, least=0)
-    return _kept_places(cells, image_size, view_size, receptive_field, patch_size)
+    return _kept_map(cells, image_size, view_size, receptive_field, patch_size)
 
 
-@functools.lru_cache
-def _kept_places(
+def _map_cells(
     cells: tuple[int, int],
     image_size: tuple[int, int],
     view_size: tuple[int, int] | None,
     receptive_field: int | Placement,
     patch_size: tuple[int, int],
-) -> tuple[Affine, Affine]:
-    return make_grid(cells, image_size, view_size, receptive_field).affine(patch_size)
+) -> CellMap:
+    grid = make_grid(cells, image_size, view_size, receptive_field)
+    return CellMap(grid.cells, *grid.affine(patch_size))
+
+
+_kept_map = functools.lru_cache(_map_cells)
 
 
 def check_placement(placement: Placement, cells: tuple[int, int], view_size: tuple[int, int]) -> None:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import ats
 from ats_kernels import estimator_weights, expectation, extract_cells, extract_patches, extract_patches_ref
 from ats_kernels.patches import cpu as patches_cpu
+from ats_kernels.patches import few as patches_few
 from ats_kernels.patches.cells import CellMap, cell_offsets_cpu, cell_offsets_ref
 from ats_kernels.pooling import cpu as pooling_cpu
 from tests.helpers import assert_close, randn, seeded
@@ -90,14 +92,21 @@ def test_offsets_of_few_cells():
         (torch.float32, torch.float64),
     ],
 )
-@pytest.mark.parametrize("scratch", [0, 2**18])
-def test_reading_few_patches(scratch, stored, read, channels_last, padding, monkeypatch):
-    """Bytes by way of the result's own memory or of some of their own, and patches that cross every border."""
-    monkeypatch.setattr(patches_cpu, "_SCRATCH", scratch)
+@pytest.mark.parametrize("way", ["index", "index, scratch", "slices", "loops"])
+def test_reading_few_patches(way, stored, read, channels_last, padding, monkeypatch):
+    """One by one, or bytes by way of the result's own memory or of some of their own; they cross every border."""
+    if way == "loops":
+        pytest.importorskip("numba")
+    monkeypatch.setenv("ATS_BACKEND", "numba" if way == "loops" else "cpu")
+    if way.startswith("index"):
+        monkeypatch.setattr(patches_few, "_FEW", {"loops": (0, 0), "slices": (0, 0)})
+        monkeypatch.setattr(patches_cpu, "_SCRATCH", 2**18 if way.endswith("scratch") else 0)
     image = (randn(2, 3, 12, 15) * 40 + 100).clamp(0, 255).to(stored)
     if channels_last:
         image = image.to(memory_format=torch.channels_last)
-    offsets = torch.randint(-6, 17, (2, 9, 2), generator=seeded(3))
+    offsets = torch.randint(-6, 17, (2, 8, 2), generator=seeded(3))
+    offsets[0, :4, 0], offsets[1, :4, 1] = 3, 6  # inside along an axis
+    offsets[1, 5] = torch.tensor([2**62, -(2**62)])
     options = {"padding": padding, "dtype": read}
     got = extract_patches(image, offsets, (5, 4), mean=0.5, std=[0.5, 1.0, 2.0], **options)
     wanted = extract_patches_ref(image, offsets, (5, 4), means=[0.5] * 3, stds=[0.5, 1.0, 2.0], **options)
@@ -110,3 +119,34 @@ def test_reading_few_cells_gives_their_offsets():
     patches, offsets = extract_cells(image, indices, (4, 5), (30, -9, 4), (16, -8, 4), 6)
     assert torch.equal(offsets[0], torch.tensor([[-2, -2], [5, 6], [20, 14], [13, 6]]))
     assert torch.equal(patches, extract_patches(image, offsets, 6))
+
+
+@pytest.mark.parametrize(("stored", "options"), [(torch.uint8, {"mean": 0.4, "std": 0.2}), (torch.float32, {})])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_loops_make_no_difference_to_a_chain(batch, channels_last, stored, options, monkeypatch):
+    """The same cells and pixels, bit for bit, and log a, pooled features and gradients to rounding."""
+    pytest.importorskip("numba")
+    image = (randn(batch, 3, 60, 70) * 40 + 100).clamp(0, 255).to(stored)
+    if channels_last:
+        image = image.to(memory_format=torch.channels_last)
+    maps, features = randn(batch, 12, 14) * 2, randn(batch, 6, 5)
+    found = {}
+    for way in ("cpu", "numba"):
+        monkeypatch.setenv("ATS_BACKEND", way)
+        leaves = maps.clone().requires_grad_(), features.clone().requires_grad_()
+        sample = ats.sample_patches(image, leaves[0], 6, (9, 8), generator=seeded(5), **options)
+        pooled = ats.expectation(leaves[1], sample.log_attention)
+        found[way] = sample, [sample.log_attention, pooled, *torch.autograd.grad(pooled.square().sum(), leaves)]
+    (ours, values), (loops, others) = found.values()
+    for name in ("indices", "offsets", "patches"):
+        assert torch.equal(getattr(ours, name), getattr(loops, name))
+    for one, other in zip(values, others, strict=True):
+        assert_close(one.detach(), other.detach())
+
+
+def test_rounding_of_large_places():
+    """Where float64 has no room for them, places are worked out in whole numbers."""
+    cells = CellMap((4, 5), (2**52 + 1, 1, 3), (7, -(2**55), 2))
+    indices = torch.arange(20)[None]
+    assert torch.equal(cell_offsets_cpu(indices, cells), cell_offsets_ref(indices, cells))

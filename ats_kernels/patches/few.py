@@ -51,7 +51,8 @@ def _loops() -> ModuleType:
 def _in_loops(image: Tensor, offsets: Tensor, rows: Tensor, channels_last: bool) -> int:
     """Read the pixels of `rows` (B, N, C, ph, pw), or (B, N, ph, pw, C) with the channels last; how many cross."""
     shape, strides = image.shape, image.stride()
-    end = sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
+    (batch, channels, height, width), (sb, sc, sh, sw) = shape, strides
+    end = (batch - 1) * sb + (channels - 1) * sc + (height - 1) * sh + (width - 1) * sw
     memory = image.detach().as_strided((end + 1,), (1,)).numpy()  # one kind of array for all layouts
     size = rows.shape[2:4] if channels_last else rows.shape[3:5]
     places, out = offsets.contiguous().numpy(), rows.view(-1).numpy()

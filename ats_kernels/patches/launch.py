@@ -115,10 +115,14 @@ def launch_scatter(grad_patches: Tensor, offsets: Tensor, how: Scattering, backe
 def _backend(image: Tensor, places: Tensor, size: tuple[int, int], named: str) -> str:
     """The implementation that runs; "copy": the patches are cut on the CPU and copied to the places' device."""
     if image.device == places.device:
-        backend = "reference" if is_transformed() else backend_for(image)
+        if is_transformed():
+            return "reference"
+        backend = backend_for(image)
+        if backend != "cpu":
+            return backend
         # The lean path looks at values, which a compiler cannot trace; and it fuses the reference into one loop.
         larger = size[0] > image.shape[2] or size[1] > image.shape[3]
-        return "reference" if backend == "cpu" and (larger or torch.compiler.is_compiling()) else backend
+        return "reference" if larger or torch.compiler.is_compiling() else backend
     if image.device.type != "cpu" or places.device.type == "meta":
         raise ValueError(f"image is on {image.device} but {named} are on {places.device}; move one to the other")
     if torch.compiler.is_compiling():  # it cannot see whether memory is pinned: the operator looks when it runs

@@ -62,10 +62,9 @@ def pool_cpu(
     """Pooled features (B, …) and weights (B, N), as `pools_on_cpu` said."""
     shape = features.shape
     flat, log_a = _flat(features), _numpy(log_attention)
-    weights, out = np.empty_like(log_a), np.empty((shape[0], flat.shape[2]), flat.dtype)
+    weights, out = np.empty(log_a.shape, log_a.dtype), np.empty((shape[0], flat.shape[2]), flat.dtype)
     _functions(by).pool(flat, log_a, *_way(shape[1], features.dtype, replace, estimator), weights, out)
-    pooled = torch.from_numpy(out)
-    return pooled if len(shape) == 3 else pooled.view(shape[:1] + shape[2:]), torch.from_numpy(weights)
+    return _shaped(torch.from_numpy(out), shape[:1] + shape[2:]), torch.from_numpy(weights)
 
 
 def pool_grad_cpu(
@@ -83,16 +82,20 @@ def pool_grad_cpu(
     """The gradients of features and of log_attention; None for one that is not needed."""
     shape = features.shape
     flat, log_a = _flat(features), _numpy(log_attention)
-    flat_grad = _numpy(grad.reshape(shape[0], flat.shape[2]))
+    flat_grad = _numpy(grad if grad.ndim == 2 else grad.reshape(shape[0], flat.shape[2]))
     grad_features = np.empty(flat.shape if needs[0] else (0, 0, 0), flat.dtype)
     grad_log_attention = np.empty(log_a.shape if needs[1] else (0, 0), log_a.dtype)
     way = _way(shape[1], features.dtype, replace, estimator)
     arguments = flat_grad, flat, log_a, weights.numpy(), *way, centred, grad_features, grad_log_attention
     _functions(by).pool_grad(*arguments)
     return (
-        torch.from_numpy(grad_features).view(shape) if needs[0] else None,
+        _shaped(torch.from_numpy(grad_features), shape) if needs[0] else None,
         torch.from_numpy(grad_log_attention) if needs[1] else None,
     )
+
+
+def _shaped(values: Tensor, shape: torch.Size) -> Tensor:
+    return values if values.shape == shape else values.view(shape)
 
 
 def _flat(features: Tensor) -> np.ndarray:

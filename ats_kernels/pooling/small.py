@@ -75,9 +75,9 @@ def _weights(log_a: np.ndarray, way: int, nodes: np.ndarray, scaled: np.ndarray)
 def _masses(log_a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """a, and the mass before each draw: (B, N)."""
     attention = np.exp(log_a)
-    peak = attention > 0.5
     taken, whole = attention, True
-    if peak.any():
+    if np.fmax.reduce(attention, axis=None) > 0.5:
+        peak = attention > 0.5
         taken = np.where(peak, np.expm1(log_a), attention)
         whole = np.add.accumulate(peak, -1, np.int64) <= peak  # no peak before k
     remaining = taken - np.add.accumulate(taken, -1)

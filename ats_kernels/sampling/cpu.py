@@ -10,6 +10,7 @@ All but the sums is small and NumPy's, which starts an operation in half of PyTo
 logits are for `ats_kernels.sampling.small`.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -77,11 +78,11 @@ def _sample_few(logits: Tensor, n: int, seed: Tensor) -> tuple[Draw, Statistics]
     values = (logits if logits.dtype == dtype else logits.to(dtype)).numpy()
     with np.errstate(all="ignore"):
         indices, log_attention, peak, log_total, entropy = small_draw(*values.shape).draw(values, n, int(seed))
-    logsumexp, instead = peak + log_total, np.isnan(log_total)
-    if not instead.any():
+    logsumexp = peak + log_total
+    if not math.isnan(np.add.reduce(log_total)):
         drawn = indices, *(value.astype(values.dtype) for value in (log_attention, logsumexp, entropy))
         return Draw(*map(torch.from_numpy, drawn)), Statistics(*map(torch.from_numpy, (peak, log_total, entropy)))
-    rows = torch.from_numpy(instead)  # that take other means
+    rows = torch.from_numpy(np.isnan(log_total))  # that take other means
     draw = Draw(*map(torch.from_numpy, (indices, log_attention, logsumexp, entropy)))
     statistics = Statistics(torch.from_numpy(peak), torch.from_numpy(log_total), draw.entropy)
     for ours, theirs in zip((draw, statistics), _sample_in_blocks(logits, n, False, seed), strict=True):

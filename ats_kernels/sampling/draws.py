@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, distributed
 
 from ats_kernels import philox
-from ats_kernels.backend import may_look
 from ats_kernels.sums import running_sum
 
 METHODS = ("sample", "topk")
@@ -34,9 +33,9 @@ class Statistics(NamedTuple):
     entropy: Tensor  # (B,)
 
 
-def any_failed(indices: Tensor) -> bool:
-    """Whether a row of indices (B, N) could not be drawn from; the host waits for the answer."""
-    if may_look(indices):  # NumPy's small operations cost less
+def any_failed(indices: Tensor, *, looks: bool) -> bool:
+    """Whether a row of indices (B, N) could not be drawn from; the host waits for it unless it may `look` anyway."""
+    if looks:  # NumPy's small operations cost less
         return bool(np.minimum.reduce(indices.numpy()[:, 0]) < 0)
     return bool((indices[:, 0] < 0).any())
 

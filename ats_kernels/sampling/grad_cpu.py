@@ -65,14 +65,14 @@ def _small_grad(logits: Tensor, indices: Tensor, statistics: Statistics, arrivin
     """The gradient (B, K) of few float32 or float64 logits, by the formula of `grad_cpu`."""
     values = logits.numpy()
     kind = values.dtype
-    peak, log_total, entropy = (value.numpy() for value in statistics)  # (B,) float64
+    peak, log_total = statistics.peak.numpy(), statistics.log_total.numpy()  # (B,) float64
     grad_log_attention, grad_logsumexp, grad_entropy = arriving
     scale = np.exp(-log_total)
-    constant = np.zeros_like(scale) if grad_logsumexp is None else grad_logsumexp.numpy().astype(np.float64)
+    constant = np.zeros(len(scale)) if grad_logsumexp is None else grad_logsumexp.numpy().astype(np.float64)
     if grad_log_attention is not None:
         constant -= np.add.reduce(grad_log_attention.numpy(), -1, np.float64)
     if grad_entropy is not None:
-        constant -= grad_entropy.numpy() * (entropy - log_total)
+        constant -= grad_entropy.numpy() * (statistics.entropy.numpy() - log_total)
     constant *= scale
     below = values - peak.astype(kind)[:, None]
     np.maximum(below, _NO_MASS[kind.itemsize], below)

@@ -21,8 +21,7 @@ def sample_in_loops(logits: Tensor, n: int, replace: bool, seed: Tensor | None) 
     key, by_time = (0, False) if seed is None else (int(seed), True)
     drawn = indices, log_attention, logsumexp, entropy
     _loops().draw(values, block_size(cells), key, by_time, replace, *drawn, statistics)
-    draw = Draw(*(torch.from_numpy(value) for value in drawn))
-    return draw, Statistics(*torch.from_numpy(statistics).unbind())
+    return Draw(*map(torch.from_numpy, drawn)), Statistics(*torch.from_numpy(statistics).unbind())
 
 
 @functools.cache
@@ -35,12 +34,10 @@ def grad_in_loops(
 ) -> Tensor:
     """The gradient (B, K) of float32 or float64 logits; None arriving means 0."""
     values = logits.contiguous().numpy()
-    out, rows = np.empty_like(values), len(values)
-    shapes = indices.shape, (rows,), (rows,)
-    given = (value.contiguous().numpy() for value in (indices, *statistics))
-    grads = (
-        np.zeros(shape, values.dtype) if grad is None else grad.contiguous().numpy()
-        for grad, shape in zip(arriving, shapes, strict=True)
-    )
+    out, rows = np.empty(values.shape, values.dtype), values.shape[0]
+    given = [value.contiguous().numpy() for value in (indices, *statistics)]
+    grads = []
+    for grad, shape in zip(arriving, (indices.shape, rows, rows), strict=True):
+        grads.append(np.zeros(shape, values.dtype) if grad is None else grad.contiguous().numpy())
     _loops().grad(values, *given, *grads, out)
     return torch.from_numpy(out)

@@ -147,10 +147,9 @@ def sample(
     if not replace and n > logits.shape[1]:
         raise ValueError(f"cannot draw n={n} cells without replacement from K={logits.shape[1]}; {_advice(method)}")
     drawn = draw(logits, n, replace=replace, method=method, generator=generator)
-    if validate is None:
-        validate = may_look(logits)
-    if validate:
-        if any_failed(drawn.indices):
+    looks = may_look(logits)
+    if looks if validate is None else validate:
+        if any_failed(drawn.indices, looks=looks):
             _raise_for_bad_rows(logits.detach(), n, replace, method, drawn.indices[:, 0] < 0)
         check_no_attention(logits, drawn.logsumexp)
     return drawn

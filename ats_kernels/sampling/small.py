@@ -41,6 +41,8 @@ class SmallDraw:
         self._mass_tensor = torch.from_numpy(self._mass)
         self._mass_blocks = self._mass.reshape(shape)
         self._block_mass = np.empty(shape[:2])
+        self._mass_row, self._below_column = self._mass[:, None], self.below[:, :, None]
+        self._spread = np.empty((rows, 1, 1))
         self._row = np.arange(rows)
         self._shift = np.empty(shape[:2])
         self._shift_3 = self._shift[..., None]
@@ -71,7 +73,7 @@ class SmallDraw:
         torch.exp(self._below, out=self._mass_tensor)
         block_mass = np.add.reduce(self._mass_blocks, -1, out=self._block_mass)
         total = np.add.reduce(block_mass, -1)  # (B,)
-        entropy = np.einsum("bk,bk->b", mass, below)
+        np.matmul(self._mass_row, self._below_column, self._spread)
         self._counters.negative_exponentials(seed, self._numbers)
         # All negative from here on: the latest is the least.
         times = np.divide(self._cell_numbers, self._mass_blocks, self._times_blocks)
@@ -80,17 +82,17 @@ class SmallDraw:
         np.add(times, self._shift_3, times)
         latest, order = self._times.topk(n)
         log_total = np.log(total)
-        np.divide(entropy, total, entropy)
+        entropy = np.divide(self._spread[:, 0, 0], total)
         np.subtract(log_total, entropy, entropy)
-        peaked = total < _LEAST_TOTAL
-        if peaked.any():
+        if np.fmin.reduce(total) < _LEAST_TOTAL:
+            peaked = total < _LEAST_TOTAL
             mass[self._row, below.argmax(-1)] = 0
             exact = np.log1p(np.add.reduce(mass, -1))
             entropy[peaked] += (exact - log_total)[peaked]
             log_total[peaked] = exact[peaked]
-        in_time = latest.numpy()[:, -1] > -_LATEST
-        if not in_time.all():
-            log_total[~in_time] = np.nan
+        last = latest.numpy()[:, -1]
+        if not np.minimum.reduce(last) > -_LATEST:
+            log_total[~(last > -_LATEST)] = np.nan
         log_attention = self._below.gather(-1, order).numpy()
         np.subtract(log_attention, log_total[:, None], log_attention)
         return order.numpy(), log_attention, top[:, 0], log_total, entropy
