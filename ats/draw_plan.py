@@ -118,7 +118,7 @@ class DrawPlan:
             counts: (B,) those of the first.
         """
         each = parts.flatten(2).mean(-1).double().cpu()  # (L, B)
-        times = torch.tensor([1, *n], dtype=torch.float64).cumprod(0).unsqueeze(1) * counts.double().cpu()
+        times = torch.tensor([1, *n], dtype=torch.float64, device="cpu").cumprod(0).unsqueeze(1) * counts.double().cpu()
         for variances in (each * times).unbind(1):
             self._variances = variances if self._variances is None else self.keep * self._variances + variances
             self.images += 1

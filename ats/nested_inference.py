@@ -97,7 +97,7 @@ def plan_draws(
     features, levels = sampling.draw(
         image, sampling.look(view, image, mask), how=how, generator=generator, timed=plan.timed
     )
-    scores = _centred(class_logits(head, features), torch.empty(0))
+    scores = _centred(class_logits(head, features), torch.empty(0, device="cpu"))
     plan.add(estimate_parts(scores, levels).parts, n[1:], levels[0].counts)
     return plan
 
