@@ -160,6 +160,11 @@ def test_float64_decides_no_draw_on_the_main_path() -> None:
         assert offline.find_cases("sampling")[f"{name}, main path"].fp64_budget == offline.FP64_BUDGET
 
 
+@pytest.mark.parametrize("op", ["patches", "pooling", "views"])
+def test_float64_has_no_budget_of_its_own_in_other_ops(op: str) -> None:
+    assert {case.fp64_budget for case in offline.find_cases(op).values()} == {offline.FP64_BUDGET}
+
+
 @compiles
 @pytest.mark.parametrize("signature", [{"x_ptr": "*fp32"}, {**scale_case().signature, "y_ptr": "*fp32"}])
 def test_refuses_a_signature_that_is_not_the_kernels(signature: dict[str, str]) -> None:

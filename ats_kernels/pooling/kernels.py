@@ -1,28 +1,38 @@
 """Triton kernels of `expectation`: the weighted sum, its gradients, and what weighs the draws.
 
 The ordered weights of a row cost nothing beside its N·D features, so every program of the forward computes those it
-needs by itself, in float64, and one of them stores them for the backward. The unordered estimator's weights and the
-control variate have kernels of their own, a program a row, in float64: the formulas are those of `unordered.py` and
-`weights.py`. There a thread holds nodes of the quadrature and goes through the draws one by one, so that any number of
-draws fits.
+needs by itself, and one of them stores them for the backward. The ordered estimator's control variate has a kernel of
+its own, a program a row, and so has what the unordered one needs, in `kernels_unordered`. The formulas are those of
+`weights.py`.
+
+In them the mass left, 1 − Σ a, cancels. Where the results are float32, it is summed as pairs of float32 and whole
+numbers (`pairs.py`): float64 costs consumer GPUs 64 times as much. Float64 results are computed in float64.
 """
 
 import triton
 import triton.language as tl
 
+from ats_kernels.pooling.pairs import (
+    add,
+    exp_pair,
+    fixed_unit,
+    from_fixed,
+    one_minus_exp_pair,
+    sums_before,
+    to_fixed,
+)
+
 # Sizes and small strides that nothing is gained from knowing more closely.
 _NUMBERS = ("n_draws", "stride_log_attention_b")
-_ROW_NUMBERS = (*_NUMBERS, "n_nodes")
 
 
 @triton.jit
-def _one_minus_exp(x):
-    """1 − exp(x) in float64 to full precision for x ≤ 0 (Kahan's expm1; Triton has none of its own)."""
-    grown = tl.exp(x)
-    difference = 1.0 - grown
-    # log(grown) makes up for what grown lost in rounding; where nothing is left of x, 1 − exp(x) is −x.
-    corrected = difference * x / tl.log(tl.where((grown == 1.0) | (grown == 0.0), 0.5, grown))
-    return tl.where(grown == 1.0, -x, tl.where(grown == 0.0, 1.0, corrected))
+def _masses(attention, position, remainder, remainder_low, draw, before, before_low):
+    """The mass left at each draw, 1 − Σ_{j<k} a_{q_j}, from what came before it without the largest: what that leaves
+    of 1 enters as −expm1(log a), as 1 − a it would lose a small remainder."""
+    later = draw > position
+    left, left_low = add(tl.where(later, remainder, 1.0), tl.where(later, remainder_low, 0.0), -before, -before_low)
+    return tl.maximum(left + left_low, attention)  # it holds at least the cell drawn next
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -57,15 +67,18 @@ def expectation_fwd_kernel(
     if not GIVEN:
         index = tl.arange(0, BLOCK_ROW)
         log_row = tl.load(log_attention_ptr + index * stride_log_attention_n, mask=index < n_draws, other=-float("inf"))
-        log_row = log_row.to(tl.float64)
+        log_row = log_row.to(COMPUTE)
         # Any NaN makes the whole row NaN; maxima would lose it.
-        poison = tl.where(tl.sum((log_row != log_row).to(tl.int32), axis=0) > 0, float("nan"), 0.0).to(tl.float64)
-        # 1 − Σ_{j<k} a_{q_j}, the largest a_{q_p} taken off as −expm1(log a): as 1 − a it would lose a small remainder.
+        poison = tl.where(tl.sum((log_row != log_row).to(tl.int32), axis=0) > 0, float("nan"), 0.0).to(COMPUTE)
+        log_row = tl.where(log_row == log_row, log_row, -float("inf"))
         largest = tl.max(log_row, axis=0)
         position = tl.min(tl.where(log_row == largest, index, BLOCK_ROW), axis=0)
-        remainder = _one_minus_exp(largest)
+        remainder, remainder_low = one_minus_exp_pair(largest)
+        others = tl.where(index == position, -float("inf"), log_row)
+        unit = fixed_unit(tl.exp(tl.max(others, axis=0)).to(tl.float32))
+        # Σ of the others: exact, in whole numbers, where float32 would lose what is left of 1.
+        others_before = to_fixed(remainder * 0.0, remainder * 0.0, unit)
 
-    others_before = tl.zeros((), tl.float64)
     pooled = tl.zeros((BLOCK_D,), COMPUTE)
     for start in range(0, n_draws, BLOCK_N):
         draw = start + tl.arange(0, BLOCK_N)
@@ -74,15 +87,18 @@ def expectation_fwd_kernel(
             weight = tl.load(weights_ptr + row * n_draws + draw, mask=valid, other=0.0)
         else:
             if REPLACE:
-                weight = tl.where(valid, tl.full((), 1.0, tl.float64) / n_draws, 0.0)
+                weight = tl.where(valid, tl.full((), 1.0, COMPUTE) / n_draws, 0.0)
             else:
                 log_a = tl.load(log_attention_ptr + draw * stride_log_attention_n, mask=valid, other=-float("inf"))
-                attention = tl.exp(log_a.to(tl.float64))
-                others = tl.where(draw == position, 0.0, attention)
-                before = others_before + (tl.cumsum(others, axis=0) - others)
-                others_before += tl.sum(others, axis=0)
-                mass_left = tl.where(draw > position, remainder, 1.0) - before
-                mass_left = tl.maximum(mass_left, attention)  # it holds at least the cell drawn next
+                log_a = log_a.to(COMPUTE)
+                log_a = tl.where(log_a == log_a, log_a, -float("inf"))
+                attention, attention_low = exp_pair(log_a)
+                other = tl.where(draw == position, 0.0, attention)
+                other_low = tl.where(draw == position, 0.0, attention_low)
+                fixed = to_fixed(other, other_low, unit)
+                before, before_low = from_fixed(others_before + (tl.cumsum(fixed, axis=0) - fixed), unit)
+                others_before += tl.sum(fixed, axis=0)
+                mass_left = _masses(attention, position, remainder, remainder_low, draw, before, before_low)
                 weight = tl.where(valid, (mass_left + (n_draws - 1 - draw) * attention) / n_draws, 0.0)
             weight = (weight + poison).to(COMPUTE)
             if tile == 0:
@@ -148,103 +164,7 @@ def expectation_bwd_kernel(
         tl.store(grad_log_attention_ptr + row * n_draws + draw, grad_log_attention, mask=draw < n_draws)
 
 
-@triton.jit
-def _log_attention(log_attention_row, draw, stride):
-    """log a of a draw, float64. A cell below e^−600 is weighted as if it were there, and nothing underflows."""
-    log_a = tl.load(log_attention_row + draw * stride).to(tl.float64)
-    return tl.where(log_a < -600.0, -600.0, log_a)  # NaN stays
-
-
-@triton.jit
-def _quadrature(log_attention_row, n_draws, stride, step, n_nodes, ACCURACY: tl.constexpr, NODES: tl.constexpr):
-    """The nodes u (NODES,) of a row's quadrature and their density π, which sums to 1; 0 past the last node."""
-    # The mass left, a cell of more than half of it taken off as expm1(log a), which loses nothing.
-    left = tl.full((), 1.0, tl.float64)
-    for draw in range(n_draws):
-        log_a = _log_attention(log_attention_row, draw, stride)
-        if log_a > tl.log(0.5):
-            left += _one_minus_exp(log_a) - 1.0
-        else:
-            left -= tl.exp(log_a)
-    left = tl.where(left < 1e-250, 1e-250, left)
-    index = tl.arange(0, NODES)
-    node = index.to(tl.float64) * step - ACCURACY  # log(cu)
-    scaled = tl.exp(node)
-    u = scaled / left
-    log_density = node - scaled
-    for draw in range(n_draws):
-        log_density += tl.log(_one_minus_exp(-tl.exp(_log_attention(log_attention_row, draw, stride)) * u))
-    log_density = tl.where(index < n_nodes, log_density, -float("inf"))
-    density = tl.exp(log_density - tl.max(log_density, 0))
-    return u, density / tl.sum(density, 0)
-
-
-@triton.jit(do_not_specialize=_ROW_NUMBERS)
-def unordered_weights_kernel(
-    log_attention_ptr,  # (B, N)
-    weights_ptr,  # (B, N), written
-    n_draws,
-    n_nodes,
-    step,
-    stride_log_attention_b,
-    stride_log_attention_n,
-    ACCURACY: tl.constexpr,
-    NODES: tl.constexpr,
-):
-    """One program: the weights of one row, E_π[a / (1 − e^{−a u})], scaled to sum to 1."""
-    row = tl.program_id(0).to(tl.int64)
-    log_attention_row = log_attention_ptr + row * stride_log_attention_b
-    stride = stride_log_attention_n
-    u, density = _quadrature(log_attention_row, n_draws, stride, step, n_nodes, ACCURACY, NODES)
-    total = tl.full((), 0.0, tl.float64)
-    for draw in range(n_draws):
-        attention = tl.exp(_log_attention(log_attention_row, draw, stride))
-        weight = attention * tl.sum(density / _one_minus_exp(-attention * u), 0)
-        tl.store(weights_ptr + row * n_draws + draw, weight.to(weights_ptr.dtype.element_ty))
-        total += weight
-    tl.debug_barrier()  # the stores above come first
-    for draw in range(n_draws):  # 1 but for rounding
-        weight = tl.load(weights_ptr + row * n_draws + draw).to(tl.float64) / total
-        tl.store(weights_ptr + row * n_draws + draw, weight.to(weights_ptr.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=_ROW_NUMBERS)
-def unordered_coefficients_kernel(
-    inner_ptr,  # (B, N): x = ⟨g, f⟩
-    weights_ptr,  # (B, N)
-    log_attention_ptr,  # (B, N)
-    coefficients_ptr,  # (B, N), written
-    n_draws,
-    n_nodes,
-    step,
-    stride_log_attention_b,
-    stride_log_attention_n,
-    ACCURACY: tl.constexpr,
-    NODES: tl.constexpr,
-):
-    """One program: w_s (x_s − what the other draws estimate) of one row; see leave_one_out in unordered.py."""
-    row = tl.program_id(0).to(tl.int64)
-    log_attention_row = log_attention_ptr + row * stride_log_attention_b
-    stride = stride_log_attention_n
-    u, density = _quadrature(log_attention_row, n_draws, stride, step, n_nodes, ACCURACY, NODES)
-    shares = tl.zeros((NODES,), tl.float64)  # Σ_s a_s x_s / (1 − e^{−a_s u})
-    for draw in range(n_draws):
-        attention = tl.exp(_log_attention(log_attention_row, draw, stride))
-        own = attention * tl.load(inner_ptr + row * n_draws + draw).to(tl.float64)
-        shares += own / _one_minus_exp(-attention * u)
-    for draw in range(n_draws):
-        attention = tl.exp(_log_attention(log_attention_row, draw, stride))
-        at = row * n_draws + draw
-        x = tl.load(inner_ptr + at).to(tl.float64)
-        inverse = 1.0 / _one_minus_exp(-attention * u)
-        without = inverse * density  # up to a factor: the density without this draw
-        others = tl.sum((shares - attention * x * inverse) * without, 0) / tl.sum(without, 0)
-        baseline = tl.where(n_draws == 1, attention * 0.0, attention * x + others)  # one draw has no others
-        coefficient = tl.load(weights_ptr + at).to(tl.float64) * (x - baseline)
-        tl.store(coefficients_ptr + at, coefficient.to(coefficients_ptr.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=_ROW_NUMBERS)
+@triton.jit(do_not_specialize=_NUMBERS)
 def ordered_coefficients_kernel(
     inner_ptr,  # (B, N): x = ⟨g, f⟩
     log_attention_ptr,  # (B, N)
@@ -253,6 +173,7 @@ def ordered_coefficients_kernel(
     stride_log_attention_b,
     stride_log_attention_n,
     REPLACE: tl.constexpr,
+    COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program: the gradient to log a of one row with features less a baseline; see centred_coefficients."""
@@ -260,25 +181,31 @@ def ordered_coefficients_kernel(
     draw = tl.arange(0, BLOCK_N)
     valid = draw < n_draws
     log_attention_ptrs = log_attention_ptr + row * stride_log_attention_b + draw * stride_log_attention_n
-    log_a = tl.load(log_attention_ptrs, mask=valid, other=-float("inf")).to(tl.float64)
-    x = tl.load(inner_ptr + row * n_draws + draw, mask=valid, other=0.0).to(tl.float64)
-    attention = tl.exp(log_a)
-    poison = tl.sum(attention, 0) * 0.0
+    log_a = tl.load(log_attention_ptrs, mask=valid, other=-float("inf")).to(COMPUTE)
+    x = tl.load(inner_ptr + row * n_draws + draw, mask=valid, other=0.0).to(COMPUTE)
+    poison = tl.where(tl.sum(((log_a != log_a) | (x - x != 0.0)).to(tl.int32), 0) > 0, float("nan"), 0.0)
     if REPLACE:
         others = (x - tl.sum(x, 0) / n_draws) / tl.maximum(n_draws - 1, 1)
         coefficients = tl.where(n_draws == 1, x, others)
     else:
+        log_a = tl.where(log_a == log_a, log_a, -float("inf"))
+        x = tl.where(x - x == 0.0, x, 0.0)
+        attention, attention_low = exp_pair(log_a)
         largest = tl.max(log_a, 0)
         position = tl.min(tl.where(log_a == largest, draw, BLOCK_N), 0)
-        rest = tl.where(draw == position, 0.0, attention)
-        mass = tl.where(draw > position, _one_minus_exp(largest), 1.0) - (tl.cumsum(rest, 0) - rest)
-        mass = tl.maximum(mass, attention)  # it holds at least the cell drawn next
-        seen = attention * x
-        estimates = tl.where(valid, tl.cumsum(seen, 0) - seen + mass * x, 0.0)  # E_k
-        before = tl.cumsum(estimates, 0) - estimates
+        remainder, remainder_low = one_minus_exp_pair(largest)
+        before, before_low = sums_before(
+            tl.where(draw == position, 0.0, attention), tl.where(draw == position, 0.0, attention_low)
+        )
+        mass = _masses(attention, position, remainder, remainder_low, draw, before, before_low)
+        zero = x * 0.0
+        seen, _ = sums_before(attention * x, zero)
+        estimates = tl.where(valid, seen + mass * x, 0.0)  # E_k
+        before, _ = sums_before(estimates, zero)
         baseline = tl.where(valid & (draw > 0), before / tl.maximum(draw, 1), 0.0)
-        after = tl.sum(baseline, 0) - tl.cumsum(baseline, 0)  # Σ_{j>k} of the baselines
-        later = (n_draws - 1 - draw).to(tl.float64)
+        before, _ = sums_before(baseline, zero)
+        after = tl.sum(baseline, 0) - before - baseline  # Σ_{j>k} of the baselines
+        later = (n_draws - 1 - draw).to(COMPUTE)
         coefficients = (mass * (x - baseline) + attention * (later * x - after)) / n_draws
     coefficients += poison
     coefficients_ptrs = coefficients_ptr + row * n_draws + draw

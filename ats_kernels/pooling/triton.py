@@ -17,9 +17,8 @@ from ats_kernels.pooling.kernels import (
     expectation_bwd_kernel,
     expectation_fwd_kernel,
     ordered_coefficients_kernel,
-    unordered_coefficients_kernel,
-    unordered_weights_kernel,
 )
+from ats_kernels.pooling.kernels_unordered import unordered_coefficients_kernel, unordered_weights_kernel
 from ats_kernels.pooling.unordered import ACCURACY, node_steps
 
 
@@ -146,6 +145,7 @@ def coefficients_triton(
                 n_draws,
                 *log_attention.stride(),
                 REPLACE=replace,
+                COMPUTE=_triton_dtype(weights.dtype),
                 BLOCK_N=triton.next_power_of_2(n_draws),
                 num_warps=warps_of_row(n_draws),
             )
@@ -161,7 +161,12 @@ def _nodes(log_attention: Tensor, dtype: torch.dtype) -> tuple[float, ...]:
 
 def _options(n_draws: int, dtype: torch.dtype) -> dict[str, Any]:
     nodes = triton.next_power_of_2(node_steps(n_draws, dtype)[1])
-    return {"ACCURACY": ACCURACY[dtype], "NODES": nodes, "num_warps": warps_of_row(nodes)}
+    return {
+        "ACCURACY": ACCURACY[dtype],
+        "NODES": nodes,
+        "COMPUTE": _triton_dtype(dtype),
+        "num_warps": warps_of_row(nodes),
+    }
 
 
 def warps_of_row(lanes: int) -> int:

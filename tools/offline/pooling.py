@@ -8,15 +8,10 @@ from ats_kernels.pooling.kernels import (
     expectation_bwd_kernel,
     expectation_fwd_kernel,
     ordered_coefficients_kernel,
-    unordered_coefficients_kernel,
-    unordered_weights_kernel,
 )
+from ats_kernels.pooling.kernels_unordered import unordered_coefficients_kernel, unordered_weights_kernel
 from ats_kernels.pooling.triton import bwd_blocks, fwd_blocks, warps_of_row
-from tools.offline.compile import FP64_BUDGET, OfflineCase
-
-# Of the kernels that weigh draws, in whose sums of N numbers what is left of 1 cancels: once a row, so that on consumer
-# GPUs they are what costs, not the features. docs/kernels.md says how much.
-FP64_OF_WEIGHTS = 0.7
+from tools.offline.compile import OfflineCase
 
 _SHAPES = (256, 512), (10, 64)  # N, D
 _POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
@@ -30,9 +25,9 @@ def offline_cases() -> list[OfflineCase]:
     for name in _POINTERS:
         for shape in _SHAPES:
             cases += [_forward(name, *shape), _forward(name, *shape, given=True), _backward(name, *shape)]
-    for kernel, budget in ((unordered_weights_kernel, 1900), (unordered_coefficients_kernel, 2400)):
-        cases.append(_row(kernel, budget, 128, {"ACCURACY": 18.0, "NODES": 128}))
-    cases.append(_row(ordered_coefficients_kernel, 1900, 16, {"REPLACE": False, "BLOCK_N": 16}))
+    for kernel, budget in ((unordered_weights_kernel, 1150), (unordered_coefficients_kernel, 1150)):
+        cases.append(_row(kernel, budget, 128, {"ACCURACY": 18.0, "NODES": 128, "COMPUTE": tl.float32}))
+    cases.append(_row(ordered_coefficients_kernel, 1900, 16, {"REPLACE": False, "COMPUTE": tl.float32, "BLOCK_N": 16}))
     return cases
 
 
@@ -51,7 +46,7 @@ def _row(kernel: triton.JITFunction, budget: float, lanes: int, constants: dict[
         elements=lanes,
         bytes_per_element=8 * 10 / lanes,
         budget=budget,
-        fp64_budget=FP64_OF_WEIGHTS,
+        amd_budget=2200 if lanes > 16 else 5000,  # wavefronts are twice as wide as a row of 16 needs
         workload=("128 rows", 128 * lanes),
     )
 
@@ -87,7 +82,7 @@ def _forward(name: str, n_draws: int, n_features: int, *, given: bool = False) -
         elements=block_n * block_d,
         bytes_per_element=4 if name == "fp32" else 2,
         budget=budget[n_draws < 256],
-        fp64_budget=FP64_BUDGET if given else FP64_OF_WEIGHTS,
+        amd_budget=None if given else (75, 270)[n_draws < 256],
         needs=(r"ld\.global\S*\.v4",),
         workload=_workload(n_draws, n_features),
     )
