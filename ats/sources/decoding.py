@@ -106,7 +106,7 @@ def decode(path: Path, background: Colour | None = WHITE) -> np.ndarray[Any, np.
         pixels = _to_array(_upright(image), header)
     if pixels.shape[-1] > header.channels:
         pixels = composite(pixels, background_colour(background, header.channels, str(path)))
-    return pixels
+    return np.ascontiguousarray(pixels)
 
 
 def chosen_background(background: Colour | str | None, own: Colour = WHITE) -> Colour | None:
@@ -145,10 +145,13 @@ def background_colour(background: Colour | None, channels: int, name: str) -> np
 def composite(
     pixels: np.ndarray[Any, np.dtype[Any]], background: np.ndarray[Any, np.dtype[Any]]
 ) -> np.ndarray[Any, np.dtype[Any]]:
-    """Lay pixels (H, W, C + 1) uint8 with alpha last on a background (C,): (H, W, C) uint8, rounded to the nearest."""
+    """Lay pixels (H, W, C + 1) uint8 with alpha last on a background (C,): (H, W, C) uint8, rounded to the nearest.
+
+    Of opaque pixels it is a window into them.
+    """
     colours, alpha = pixels[..., :-1], pixels[..., -1:]
     if (alpha == 255).all():
-        return np.ascontiguousarray(colours)
+        return colours
     # In integers: colours come back to the very byte where alpha is full, the background where it is none.
     weighted = colours.astype(np.uint32) * alpha + np.round(background).astype(np.uint32) * (
         255 - alpha.astype(np.uint32)

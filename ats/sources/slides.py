@@ -15,6 +15,8 @@ from ats.sources.file_source import FileSource
 from ats.sources.image_source import Level, check_mpp, file_fingerprint
 from ats.sources.tiff_header import read_tiff_header
 
+Pixels = np.ndarray[Any, np.dtype[Any]]
+
 _AT_ONCE = 4096
 """Pixels a side that OpenSlide reads in one piece; larger reads it places piece by piece, at whole level-0 pixels."""
 
@@ -47,21 +49,23 @@ class SlideSource(FileSource):
 
     def _read(self, opened: Any, level: int, top: int, left: int, height: int, width: int) -> Tensor:
         step, number = self.steps[level], self.numbers[level]
+        box = np.empty((self.channels, height, width), np.uint8)
         if step is None:  # OpenSlide takes level-0 pixels, which would be resampled at fractions of this level's
-            image = opened.read_region((0, 0), number, (left + width, top + height))
-            return self._tensor(np.asarray(image)[top:, left:])
-        box = torch.empty(self.channels, height, width, dtype=torch.uint8, device="cpu")
+            box[:] = self._pixels(opened, (0, 0), number, (left + width, top + height))[:, top:, left:]
+            return torch.from_numpy(box)
         rows = max(1, _PIXELS_AT_ONCE // width)  # what Pillow and NumPy make of a part is gone before the next
         for first in range(0, height, rows):
             last = min(first + rows, height)
-            image = opened.read_region((left * step, (top + first) * step), number, (width, last - first))
-            box[:, first:last] = self._tensor(np.asarray(image))
-        return box
+            place = left * step, (top + first) * step
+            box[:, first:last] = self._pixels(opened, place, number, (width, last - first))
+        return torch.from_numpy(box)
 
-    def _tensor(self, pixels: np.ndarray[Any, np.dtype[Any]]) -> Tensor:
+    def _pixels(self, opened: Any, place: tuple[int, int], number: int, size: tuple[int, int]) -> Pixels:
+        """(C, h, w) at (x, y) of level 0, for a size (w, h)."""
+        pixels = np.asarray(opened.read_region(place, number, size))
         if self.background is not None:
             pixels = composite(pixels, background_colour(self.background, 3, self.name))
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return pixels.transpose(2, 0, 1)
 
 
 def open_slide(path: Path, *, mpp: tuple[float, float] | None, background: Colour | str | None) -> SlideSource:

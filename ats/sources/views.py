@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from ats.sources.image_source import ImageSource, check_mpp
+from ats.sources.reading import Box, read_boxes
 from ats.sources.view_cache import cached_view
 from ats_kernels import area_downsample
 from ats_kernels.checks import check_number, check_pair
 
 STRIP_BYTES = 32 << 20
 """The most that is read at once, and that the means of a strip's rows take."""
+
+_THREADS = 4  # that read parts of a strip
 
 _TILE_ROWS = 1024
 """Rows of a strip of a wide image, which is read in blocks: some tiles high, so that few are decoded twice."""
@@ -109,21 +112,24 @@ def _average(source: ImageSource, level: int, height: int, width: int) -> Tensor
     view = torch.empty(source.channels, height, width, dtype=dtype, device="cpu")
     for first, last in _strips(source, size.height, size.width, height):
         begin, end = _bin(first, size.height, height)[0], _bin(last - 1, size.height, height)[1]
-        columns = max(1, STRIP_BYTES // (source.channels * source.dtype.itemsize * (end - begin)))
+        columns = max(1, STRIP_BYTES // (_THREADS * source.channels * source.dtype.itemsize * (end - begin)))
+        lefts = range(0, size.width, columns)
+        boxes = [Box(source, level, begin, left, end - begin, min(columns, size.width - left)) for left in lefts]
         aligned = first * size.height % height == last * size.height % height == 0
-        if columns >= size.width and aligned:  # the strip's bins are those of an image of its own
-            strip = _floating(source.read(level, begin, 0, end - begin, size.width))
+        if len(boxes) <= _THREADS and aligned:  # the strip's bins are those of an image of its own
+            strip = _floating(torch.cat(read_boxes(boxes, threads=_THREADS), 2))
             view[:, first:last] = area_downsample(strip[None], (last - first, width), dtype=dtype)[0]
             continue
         means = torch.empty(source.channels, last - first, size.width, dtype=dtype, device="cpu")
-        for left in range(0, size.width, columns):
-            right = min(left + columns, size.width)
-            block = _floating(source.read(level, begin, left, end - begin, right - left))
-            for row in range(first, last):
-                top, bottom = _bin(row, size.height, height)
-                weight = (bottom - top) * (255 if block.dtype == torch.uint8 else 1)
-                part = block[:, top - begin : bottom - begin]
-                means[:, row - first, left:right] = part.sum(1, dtype=dtype).div_(weight)
+        for some in range(0, len(boxes), _THREADS):
+            now = boxes[some : some + _THREADS]
+            for box, pixels in zip(now, read_boxes(now, threads=_THREADS), strict=True):
+                block = _floating(pixels)
+                for row in range(first, last):
+                    top, bottom = _bin(row, size.height, height)
+                    weight = (bottom - top) * (255 if block.dtype == torch.uint8 else 1)
+                    part = block[:, top - begin : bottom - begin]
+                    means[:, row - first, box.left : box.left + box.width] = part.sum(1, dtype=dtype).div_(weight)
         view[:, first:last] = area_downsample(means[None], (last - first, width), dtype=dtype)[0]
     return view
 
