@@ -78,6 +78,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="as on a GPU, but on the CPU and with small sizes, all or the first of each module: tries the benchmarks "
         "themselves; its times say nothing",
     )
+    group.addoption(
+        "--files",
+        type=Path,
+        metavar="FOLDER",
+        help="where large images that are written for a run are kept, 200 MB; by default a folder for temporary files",
+    )
     group.addoption("--copy-rate", type=float, metavar="B/S", help="of a large copy on this device, if it is known")
 
 

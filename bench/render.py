@@ -18,6 +18,7 @@ SECTIONS = {
     "mnist": "Megapixel MNIST: a training step by each method",
     "scaling": "The size of the image",
     "nested": "Nested attention, by the size of the image",
+    "files": "Images on disk",
     "sampling-space": "The number of cells, and the size of the view",
     "patches": "The number of patches, and their size",
     "parts": "Where a training step's time goes",

@@ -84,7 +84,7 @@ def test_views_of_real_files(name):
 def test_the_examples_of_the_docs_run(tmp_path, monkeypatch):
     """A user copies them: they must run as printed, on any slide and array."""
     text = (Path(__file__).parent.parent / "docs" / "images.md").read_text()
-    opening = text[: text.index("## Batches of different sizes")]  # what follows needs models, and has tests of its own
+    opening = text[: text.index("## OME-Zarr")]  # what follows needs models or zarr, and has tests of its own
     examples = re.findall(r"```python\n(.*?)```", opening, flags=re.DOTALL)
     assert len(examples) == 2
     monkeypatch.chdir(tmp_path)

@@ -19,6 +19,7 @@ from ats.functional import area_downsample
 from ats.grid import make_grid
 from ats.overlap import overlap_message
 from ats.sources import ImageSource, Level, open_image, read_view
+from ats.sources.view_cache import CacheError
 
 IN_MEMORY = 4 << 30
 """Bytes of a split's images up to which they are kept in memory, where it is not said."""
@@ -137,6 +138,8 @@ class ImageStore:
                 keeps = self.data.cache is None and not self.data.workers
                 self._views.append(view if keeps else None)
                 self.images.append(source)
+        except CacheError:  # no image is to be left out for it
+            raise
         except (ValueError, OSError) as error:
             self._unread.append((row.line, f"{self.manifest.where(row)}: {error}"))
             return

@@ -21,6 +21,13 @@ _LEFT_OVER = 86_400  # seconds after which nobody writes an unfinished file any 
 _FORMAT = 1  # of what is written; another one is another name
 
 
+class CacheError(OSError):
+    """The folder of views, not the image, is at fault: its disk is full, or it may not be read or written."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 def cached_view(
     folder: str | os.PathLike[str],
     source: ImageSource,
@@ -32,7 +39,7 @@ def cached_view(
 
     Raises:
         ValueError: the source has no fingerprint, and its view could be that of other pixels.
-        OSError: the disk is full, or may not be written; nothing half-written is left.
+        CacheError: the disk is full, or may not be read or written; nothing half-written is left.
     """
     fingerprint = getattr(source, "fingerprint", None)
     if not fingerprint:
@@ -67,8 +74,10 @@ def _load(path: Path, key: str, shape: tuple[int, ...]) -> Tensor | None:
             view, found = torch.from_numpy(file["view"]), str(file["key"])
     except FileNotFoundError:
         return None
-    except PermissionError:
-        raise
+    except PermissionError as error:
+        raise CacheError(
+            error.errno, f"{path}, which keeps a view, may not be read: let this user read it, or name another folder"
+        ) from error
     except Exception:  # NumPy and zipfile raise a dozen types for damaged bytes; all mean: make it anew
         return None
     return view if found == key and view.shape == shape and view.is_floating_point() else None
@@ -95,7 +104,7 @@ def _save(path: Path, key: str, view: Tensor, name: str) -> None:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         mend = "free some space there, name another folder, or leave cache out"
-        raise OSError(
+        raise CacheError(
             error.errno,
             f"the view of {name} cannot be kept in {path.parent}: "
             f"{'its disk is full' if full else error.strerror or error}; {mend}",
