@@ -50,7 +50,7 @@ def read_view(
     Raises:
         ValueError: none or several of scale, mpp and size, a view finer than the image, an image without mpp, a
             damaged file, or a cache for a source without fingerprint.
-        OSError: the cache's disk is full, or may not be written.
+        OSError: the cache's disk is full, or it may not be read or written.
     """
     height, width = view_size(source, scale=scale, mpp=mpp, size=size)
     level = coarsest_level(source, height, width)
