@@ -104,6 +104,15 @@ def test_prediction_names_the_file_and_writes_no_table(
         assert not output.exists()
 
 
+def test_a_mask_of_another_shape(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    manifest = write_images(tmp_path, TWO, SPLITS | {"mask": ["", "mask.png", *[""] * 10]})
+    Image.fromarray(np.full((48, 20), 255, np.uint8)).save(tmp_path / "mask.png")
+    assert run(command(tmp_path)) == 1
+    error = said(capfd)
+    assert f"{manifest}, line 3: {tmp_path / 'mask.png'} is 48×20, whose shape is not that of the image" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_disk_that_is_full_while_views_are_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

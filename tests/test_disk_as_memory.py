@@ -147,6 +147,19 @@ def test_written_files(images):
     check(images)
 
 
+def test_a_written_slide_is_a_pyramid_of_means(images):
+    """Of tiles that differ, in colours and in places, and of no more of them than are seen."""
+    for path, levels in images:
+        if path.name in ("scan.tif", "deflated.tif"):
+            full, small = levels
+            whole = torch.from_numpy(np.ascontiguousarray(full[:, : 4 * small.shape[1], : 4 * small.shape[2]]))
+            mean = ats.area_downsample(whole[None], small.shape[1:])[0] * 255
+            difference = (mean - torch.from_numpy(np.ascontiguousarray(small))).abs()
+            assert difference.mean() < (5 if path.name == "scan.tif" else 0.5), "JPEG's, and rounding"
+            tiles = whole[:, :1024, :1024].float().unfold(1, 256, 256).unfold(2, 256, 256).mean((3, 4))
+            assert tiles.flatten(1).std(1).min() > 5
+
+
 @needs_files
 def test_real_files(real_images):
     check(real_images)
