@@ -117,8 +117,6 @@ def heatmap_tiff(
         ModuleNotFoundError: tifffile is not installed.
         ValueError: another ending, logits of several images.
     """
-    target = _target(path, (".tif", ".tiff"), overwrite=overwrite)
-    tifffile = _tifffile()
     maps = logits[None] if logits.ndim == 2 else logits
     if maps.shape[0] != 1:
         raise ValueError(f"logits must be of one image, (gh, gw) or (1, gh, gw), got {tuple(logits.shape)}")
@@ -127,6 +125,20 @@ def heatmap_tiff(
         height, width = (min(_PIXELS_A_CELL * cells, side) for cells, side in zip(maps.shape[-2:], full, strict=True))
         size = height, width
     mass = heatmap(maps, full, size=size, mask=mask, view_size=view_size, receptive_field=receptive_field)[0]
+    mass_tiff(path, source, mass, overwrite=overwrite)
+
+
+def mass_tiff(
+    path: str | os.PathLike[str], source: ImageSource | Tensor, mass: Tensor, *, overwrite: bool = False
+) -> None:
+    """Write a picture of the whole image as `heatmap_tiff` does, e.g. one of `ats.nested_maps.zoomed_heatmap`.
+
+    Args:
+        path, source, overwrite: as there.
+        mass: (h, w), what of the attention, or of the weight, lies on each pixel.
+    """
+    target = _target(path, (".tif", ".tiff"), overwrite=overwrite)
+    tifffile, full, size = _tifffile(), _size(source), tuple(mass.shape)
     levels = [(mass * mass.numel()).float().cpu()]
     while max(levels[-1].shape) > _TILE:
         levels.append(F.avg_pool2d(levels[-1][None, None], 2, ceil_mode=True, count_include_pad=False)[0, 0])

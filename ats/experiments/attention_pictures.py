@@ -17,7 +17,7 @@ from ats.experiments.callbacks import evaluating
 from ats.experiments.experiment import ExperimentData
 from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.localisation import attention_map
-from ats.models import ATSClassifier, MILClassifier
+from ats.models import ATSClassifier, MILClassifier, NestedClassifier
 from ats.nn import AttentionSampling
 
 MOST = 20
@@ -71,7 +71,9 @@ def has_attention(task: ClassificationTask) -> bool:
     model = task.model
     if isinstance(model, ATSClassifier):
         return isinstance(model.sampling, AttentionSampling) and task.config.model.method == "ats"
-    return isinstance(model, MILClassifier)
+    return isinstance(model, MILClassifier) or (
+        isinstance(model, NestedClassifier) and task.config.model.method == "ats"
+    )
 
 
 @torch.no_grad()

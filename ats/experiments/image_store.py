@@ -13,6 +13,7 @@ from ats.experiments.changed_source import ChangedSource, InColours, changed_vie
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.console import say
 from ats.experiments.images_config import ImagesConfig
+from ats.experiments.levels import plain_view, whole_cells
 from ats.experiments.live_cells import live_cells, placement_of
 from ats.experiments.view_loading import ViewReader
 from ats.functional import area_downsample
@@ -71,7 +72,7 @@ class ImageStore:
         """Which cells may be drawn, (B, gh, gw) bool or a list, of images as an epoch turns them; None: all."""
         if self.masks is None:
             return None
-        return stacked([self._turned(self.masks[index], index, epoch) for index in indices])
+        return stacked([self._whole(self._turned(self.masks[index], index, epoch)) for index in indices])
 
     def _turned(self, cells: Tensor, index: int, epoch: int | None) -> Tensor:
         """A mask as its image is mirrored and turned. Where cells lie a part of one aside, so does it."""
@@ -87,11 +88,16 @@ class ImageStore:
         if isinstance(image, Tensor):
             oblong = self.config.model.method in ("ats", "uniform")  # which take images of different sizes
             image = image if change is None else apply_change(image, change, oblong=oblong)
-            return image, normalise(self.config, self._shrunk(image))
+            return image, self._whole(normalise(self.config, self._shrunk(image)))
         view = self._stored_view(index)
         if change is not None:
             image, view = ChangedSource(image, change), changed_view(view, change)
-        return image, normalise(self.config, view)
+        return image, self._whole(normalise(self.config, view))
+
+    def _whole(self, view: Tensor) -> Tensor:
+        """A view or a mask, in whole cells of the first level if there are levels."""
+        levels = self.config.model.nested
+        return whole_cells(view, levels[0], networks_of(self.config)) if levels else view
 
     def _stored_view(self, index: int) -> Tensor:
         image = self.images[index]
@@ -103,13 +109,18 @@ class ImageStore:
         """What reads views of images on disk elsewhere."""
         sources = [image for image in self.images if not isinstance(image, Tensor)]
         names = [self.manifest.where(row) for row in self.rows]
-        return ViewReader(sources, [self._view_size(source) for source in sources], names, self.data.cache)
+        level = self.config.model.nested[0] if self.config.model.nested else None
+        return ViewReader(sources, [self._view_size(source) for source in sources], names, self.data.cache, level)
 
     def _shrunk(self, image: Tensor) -> Tensor:
+        if self.config.model.nested:
+            return plain_view(image, self.config.model.nested[0])
         size = view_size(self.config, (image.shape[-2], image.shape[-1]))
         return image if size is None else area_downsample(image[None], size)[0]
 
     def _read_view(self, source: ImageSource) -> Tensor:
+        if self.config.model.nested:
+            return plain_view(source, self.config.model.nested[0], cache=self.data.cache)
         return read_view(source, size=self._view_size(source), cache=self.data.cache)
 
     def _view_size(self, source: ImageSource) -> tuple[int, int]:
@@ -182,7 +193,7 @@ class ImageStore:
     def _warn_of_overlap(self, images: Sequence[tuple[Row, Level]]) -> None:
         """Say of the first image whose patches overlap too much, before hours are spent on them."""
         model, networks = self.config.model, networks_of(self.config)
-        if model.method != "ats":
+        if model.method != "ats" or model.nested:
             return
         for row, full in images:
             view = view_size(self.config, (full.height, full.width))

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ats.experiments.backbones import networks_of
+from ats.experiments.levels import whole_cells
 from ats.experiments.live_cells import live_cells
 from ats.experiments.trained import TrainedModel, load
 from ats.models import ATSClassifier
@@ -44,6 +46,8 @@ def load_for(checkpoint: Path, options: LookOptions) -> TrainedModel:
     model = trained.config.model
     if model.method not in ("ats", "uniform"):
         raise ValueError(f"--view-scale is for attention sampling, not {model.method}")
+    if model.nested:
+        raise ValueError("--view-scale is for attention on one view; this model's levels have their own scales")
     if not 0 < options.view_scale <= 1:
         raise ValueError(f"--view-scale must be in (0, 1], got {options.view_scale}")
     config = replace(trained.config, model=replace(model, view_scale=options.view_scale))
@@ -71,6 +75,8 @@ def mask_for(trained: TrainedModel, source: ImageSource, mask: Path | None, opti
     model = trained.model
     placement = model.sampling.sampler.receptive_field if isinstance(model, ATSClassifier) else 0
     cells = live_cells(trained.config, placement, source, mask=mask, tissue=asked)
+    if trained.config.model.nested:
+        cells = whole_cells(cells, trained.config.model.nested[0], networks_of(trained.config))
     return cells[None].to(trained.device)
 
 

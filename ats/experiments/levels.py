@@ -6,17 +6,20 @@ lie on whole pixels of the first level's scale, and are padded to whole cells.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats.batches import Images
+from ats.batches import Images, size_of
 from ats.experiments.config import ModelConfig
 from ats.experiments.level_options import LevelOptions
 from ats.models.classifier import UniformAttention
 from ats.models.networks import Networks
 from ats.nn import NestedAttentionSampling, Zoom
 from ats.regions import Reading, read_views
+from ats.sources import ImageSource
+from ats.sources.view_cache import cached_view
 
 
 def level_stride(level: LevelOptions, networks: Networks) -> int:
@@ -72,9 +75,49 @@ def nested_view(images: Images, level: LevelOptions, networks: Networks) -> Tens
 
     Views have whole cells: what is missing to one is zeros, and cells that lie beyond the image are not drawn.
     """
-    views = read_views(images, level.scale, Reading(mean=networks.mean, std=networks.std))
-    stride = level_stride(level, networks)
-    return _whole(views, stride) if isinstance(views, Tensor) else [_whole(view, stride) for view in views]
+    if not isinstance(images, Tensor):
+        return [whole_cells(normalised(plain_view(each, level), networks), level, networks) for each in images]
+    views = read_views(images, level.scale, Reading())
+    assert isinstance(views, Tensor)
+    return whole_cells(normalised(_brightened(views, size_of(images[0]), level.scale), networks), level, networks)
+
+
+def plain_view(image: Tensor | ImageSource, level: LevelOptions, *, cache: Path | None = None) -> Tensor:
+    """What the first level sees of an image, as read: (C, h, w), each pixel the mean of what the image has of it.
+
+    Args:
+        image: (C, H, W), or a source.
+        level: the first.
+        cache: folder that keeps the views of sources.
+    """
+
+    def read() -> Tensor:
+        (view,) = read_views([image], level.scale, Reading())
+        return _brightened(view, (height, width), level.scale)
+
+    height, width = size_of(image)
+    if cache is None or isinstance(image, Tensor):
+        return read()
+    # Of a name of its own: other views begin with the coarsest level that suits, counted from the finest.
+    return cached_view(cache, image, -1, (-(-height // level.scale), -(-width // level.scale)), read)
+
+
+def normalised(view: Tensor, networks: Networks) -> Tensor:
+    """A view (…, C, h, w) as the networks of levels see it."""
+    if networks.mean is None or networks.std is None:
+        return view
+    mean, std = (view.new_tensor(values).view(-1, 1, 1) for values in (networks.mean, networks.std))
+    return (view - mean) / std
+
+
+def _brightened(view: Tensor, size: tuple[int, int], scale: int) -> Tensor:
+    """A view whose last pixels reach out of the image, into zeros, with the mean of what is in it."""
+    rows, columns = size[0] % scale, size[1] % scale
+    if rows:
+        view[..., -1, :] *= scale / rows
+    if columns:
+        view[..., -1] *= scale / columns
+    return view
 
 
 def nested_view_size(image_size: tuple[int, int], level: LevelOptions, networks: Networks) -> tuple[int, int]:
@@ -84,6 +127,7 @@ def nested_view_size(image_size: tuple[int, int], level: LevelOptions, networks:
     return height, width
 
 
-def _whole(view: Tensor, stride: int) -> Tensor:
-    """A view (…, h, w) with zeros below and to the right up to whole cells."""
+def whole_cells(view: Tensor, level: LevelOptions, networks: Networks) -> Tensor:
+    """A view or a mask (…, h, w) with zeros below and to the right up to whole cells."""
+    stride = level_stride(level, networks)
     return F.pad(view, (0, -view.shape[-1] % stride, 0, -view.shape[-2] % stride))

@@ -9,6 +9,7 @@ from ats.batches import size_of
 from ats.experiments.backbones import networks_of
 from ats.experiments.build import view_size
 from ats.experiments.config import ExperimentConfig
+from ats.experiments.levels import plain_view
 from ats.functional import area_downsample
 from ats.grid import Placement
 from ats.probe import measure_placement
@@ -18,7 +19,7 @@ from ats.sources import ImageSource, mask_cells, read_view, tissue_mask
 def placement_of(config: ExperimentConfig) -> int | Placement:
     """Where the cells of a run's attention lie, without its weights. No random number is used up."""
     networks = networks_of(config)
-    if config.model.method != "ats":
+    if config.model.method != "ats" or config.model.nested:
         return networks.lost
     with torch.random.fork_rng(devices=[]):
         return measure_placement(networks.attention())
@@ -35,6 +36,8 @@ def live_cells(
 ) -> Tensor:
     """Which cells (gh, gw) of an image may be drawn, bool: those that mask and tissue both touch; all, without any.
 
+    With levels, pixels (h, w) of the first one's view, as `levels.plain_view` has them, in place of cells.
+
     Args:
         config: of the run.
         placement: of its cells.
@@ -49,12 +52,19 @@ def live_cells(
     """
     if config.model.method not in ("ats", "uniform"):
         raise ValueError(f"masks are for attention sampling, not {config.model.method}")
-    size, networks = size_of(image), networks_of(config)
-    shown = view_size(config, size)
-    assert shown is not None  # of attention sampling
-    grid = ((shown[0] - networks.lost) // networks.stride, (shown[1] - networks.lost) // networks.stride)
+    size, networks, levels = size_of(image), networks_of(config), config.model.nested
+    if levels:
+        grid = -(-size[0] // levels[0].scale), -(-size[1] // levels[0].scale)
+        shown, where = grid, {}
+        if tissue and view is None:
+            view = plain_view(image, levels[0])
+    else:
+        found_size = view_size(config, size)
+        assert found_size is not None  # of attention sampling
+        shown = found_size
+        grid = ((shown[0] - networks.lost) // networks.stride, (shown[1] - networks.lost) // networks.stride)
+        where = {"view_size": shown, "receptive_field": placement}
     cells = torch.ones(grid, dtype=torch.bool, device="cpu")
-    where = {"view_size": shown, "receptive_field": placement}
     if mask is not None:
         cells &= mask_cells(mask, grid, size, **where)  # type: ignore[arg-type]
     if tissue:

@@ -20,7 +20,7 @@ from ats.experiments.build import Classifier
 from ats.experiments.experiment import ExperimentData
 from ats.experiments.trained import TrainedModel
 from ats.grid import cell_offsets
-from ats.models import ATSClassifier, MILClassifier
+from ats.models import ATSClassifier, MILClassifier, NestedClassifier
 from ats.sources import ImageSource
 
 
@@ -71,6 +71,11 @@ def attention_map(
         assert isinstance(image, Tensor)  # whose views are the images themselves
         _, log_attention, offsets = model.pool(image)
         return log_attention.exp(), offsets, (model.patch_size, model.patch_size)
+    if isinstance(model, NestedClassifier):
+        look = model.sampling.look(view, image, mask)
+        every = torch.arange(look.logits.flatten(1).shape[1], device=view.device).expand(len(view), -1)
+        boxes, side = model.sampling.boxes(0, look, every)
+        return look.logits.flatten(1).softmax(-1), boxes[0], side
     if not isinstance(model, ATSClassifier):
         raise ValueError(f"{type(model).__name__} has no attention")
     logits = functional.mask_logits(model.sampling.attention(view), mask)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ats.experiments.level_options import LevelOptions
+from ats.experiments.levels import plain_view
 from ats.sources import ImageSource, read_view
 
 Read = tuple[int, Tensor | str]
@@ -59,12 +61,14 @@ class ViewReader(Dataset[Read]):
         sizes: pixels (h, w) of each view.
         names: what messages call each image.
         cache: folder that keeps the views, if any.
+        level: the first of nested attention, whose scale views have in place of a size.
     """
 
     sources: Sequence[ImageSource]
     sizes: Sequence[tuple[int, int]]
     names: Sequence[str]
     cache: Path | None = None
+    level: LevelOptions | None = None
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -76,6 +80,8 @@ class ViewReader(Dataset[Read]):
         """
         image = index if index >= 0 else ~index
         try:
+            if self.level is not None:
+                return index, plain_view(self.sources[image], self.level, cache=self.cache)
             return index, read_view(self.sources[image], size=self.sizes[image], cache=self.cache)
         except (ValueError, OSError) as error:
             return index, f"{self.names[image]}: {error}"

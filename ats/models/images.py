@@ -17,11 +17,16 @@ _FEATURES = 128
 
 def attention_network(channels: int) -> nn.Sequential:
     """View (B, channels, h, w) -> logits (B, 1, h // 2, w // 2)."""
+    return level_network(channels, 1, 2)
+
+
+def level_network(channels: int, scale: int, stride: int) -> nn.Sequential:
+    """A level of nested attention: views (M, channels, h, w) -> logits (M, 1, h // stride, w // stride)."""
     return nn.Sequential(
         ChannelsLast(),
         *conv_norm(channels, 16, kernel=3),
         *conv_norm(16, 16, kernel=3),
-        nn.MaxPool2d(2),
+        nn.MaxPool2d(stride),
         *conv_norm(16, 16, kernel=3),
         nn.Conv2d(16, 1, 3, padding=1),
         SoftBound(5.0),
@@ -54,4 +59,5 @@ def image_networks(channels: int, mean: Sequence[float], std: Sequence[float]) -
         mean=mean,
         std=std,
         image=partial(image_network, RESNET_8, channels),
+        level=partial(level_network, channels),
     )

@@ -14,8 +14,12 @@ from ats.experiments.inputs import LookOptions, answer, load_for, mask_for, open
 from ats.experiments.localisation import attention_map
 from ats.experiments.options import parse
 from ats.experiments.plotting.overlay import Attention, draw_overlay
-from ats.models import ATSClassifier
-from ats.samples import BoxSample
+from ats.experiments.plotting.zoom import draw_zoom
+from ats.models import ATSClassifier, NestedClassifier
+from ats.nested_maps import zoomed_heatmap
+from ats.nested_sample import NestedSample
+from ats.prediction import Prediction
+from ats.samples import PatchTable
 from ats.sources import ImageSource, read_view
 
 _SHOWN = 3000  # pixels of the longer side of a picture's image, at most
@@ -31,10 +35,11 @@ class AttentionOptions(LookOptions):
     """An image file, or a slide."""
     mask: Path | None = None
     """Where to look: an image file or GeoJSON polygons."""
-    format: Literal["png", "csv", "geojson", "tiff"] = "png"
-    """A picture; a table of the patches read; these as detections for QuPath; or a pyramidal OME-TIFF heatmap."""
+    format: Literal["png", "zoom", "csv", "geojson", "tiff"] = "png"
+    """A picture; with --model.levels, one of the way to the patches; a table of the patches read; these as detections
+    for QuPath; or a pyramidal OME-TIFF heatmap."""
     output: Path | None = None
-    """Where it goes; default: attention.FORMAT here. A file that is there is not overwritten."""
+    """Where it goes; default: attention.FORMAT here, or zoom.png. A file that is there is not overwritten."""
     bounds: bool = True
     """geojson: count pixels from the corner of what was scanned, where a slide names it (openslide.bounds-x and -y), as
     QuPath does where it opens the slide by OpenSlide; else from the slide's own corner."""
@@ -52,7 +57,7 @@ def draw_image(options: AttentionOptions) -> str:
         ValueError: a model without attention, an image that is too small for it.
         FileExistsError: there is a file where it would go.
     """
-    output = options.output or Path(f"attention.{options.format}")
+    output = options.output or Path("zoom.png" if options.format == "zoom" else f"attention.{options.format}")
     if output.exists():
         raise FileExistsError(f"{output} is there already; name another file with --output")
     trained = load_for(options.checkpoint, options)
@@ -75,8 +80,13 @@ def draw_image(options: AttentionOptions) -> str:
                 f"the attention on {options.image}, {full.height}×{full.width} pixels, has {live} "
                 f"cells to draw, too few for {count} patches; choose fewer with --n-patches, or a larger image"
             )
+    elif isinstance(trained.model, NestedClassifier):
+        if options.n_patches is not None:
+            raise ValueError("--n-patches is for attention on one view; this model draws as its levels say")
     elif options.format != "png":
         raise ValueError(f"{trained.config.model.method} draws no patches: --format {options.format} is for ats")
+    if options.format == "zoom" and not isinstance(trained.model, NestedClassifier):
+        raise ValueError("--format zoom is for models with --model.levels; this one looks once: choose png")
     generator = torch.Generator(trained.device).manual_seed(options.seed)
     prediction = trained.predict(image, mask=mask, n_patches=count, generator=generator)
     found = _in_words(
@@ -85,11 +95,18 @@ def draw_image(options: AttentionOptions) -> str:
     if options.format == "csv":
         prediction.table().to_csv(output)
     elif options.format == "geojson":
-        sample = prediction.samples[0]
-        assert isinstance(sample, BoxSample)  # no experiment has nested attention
         scanned = getattr(source, "bounds", None) if options.bounds else None
         corner = (0, 0) if scanned is None else (scanned[0], scanned[1])
-        export.geojson(output, source, sample, estimator=prediction.estimator, origin=corner)
+        export.geojson(output, source, prediction.samples[0], estimator=prediction.estimator, origin=corner)
+    elif isinstance(trained.model, NestedClassifier) and options.format in ("tiff", "zoom"):
+        sample = prediction.samples[0]
+        assert isinstance(sample, NestedSample)
+        picture = zoomed_heatmap(trained.model.sampling, view, image, sample, mask=mask)[0]
+        if options.format == "tiff":
+            export.mass_tiff(output, source, picture)
+        else:
+            title = f"{options.image.name}: {found}"
+            draw_zoom(source, sample, output, title=title, attention=picture, estimator=prediction.estimator)
     elif options.format == "tiff":
         assert isinstance(trained.model, ATSClassifier)
         sampling = trained.model.sampling
@@ -102,7 +119,7 @@ def draw_image(options: AttentionOptions) -> str:
             receptive_field=sampling.sampler.receptive_field,
         )
     else:
-        drawn = [(int(patch["top"]), int(patch["left"])) for patch in prediction.table()]
+        drawn = [(int(box["top"]), int(box["left"])) for box in _framed(prediction)]
         title = f"{options.image.name}, {full.height}×{full.width}: {found}"
         shown, scale = _shown(source, image)
         small = (max(1, round(patch_size[0] * scale)), max(1, round(patch_size[1] * scale)))
@@ -110,6 +127,12 @@ def draw_image(options: AttentionOptions) -> str:
         corners = [(round(top * scale), round(left * scale)) for top, left in drawn]
         draw_overlay(shown, Attention(weights[0], places, small), output, title=title, drawn=corners)
     return f"{found}; where it looked: {output}"
+
+
+def _framed(prediction: Prediction) -> PatchTable:
+    """What is framed in the picture: the patches drawn, or with levels the regions."""
+    sample = prediction.samples[0] if prediction.samples else None
+    return sample.levels[0].table() if isinstance(sample, NestedSample) else prediction.table()
 
 
 def _in_words(data: object, label: str, likely: "object") -> str:
