@@ -1,7 +1,7 @@
 """Triton kernels of what the unordered estimator weighs draws by, and of its control variate: a program a row.
 
 The formulas are those of `unordered.py`. A thread holds nodes of the quadrature and goes through the draws one by one,
-so that any number of draws fits.
+so that any number of draws fits; the mass left is summed LANES draws at a time.
 
 Where the results are float32, float32 will do: nothing cancels but the mass left, which is a pair of float32
 (`pairs.py`), and the logarithm of the density, which is made of small numbers. With x = a u, a draw's factor 1 − e^{−x}
@@ -14,8 +14,19 @@ which the density is narrow, as 1 / √N: 10⁻⁵ at N = 300, if all erred alik
 import triton
 import triton.language as tl
 
-from ats_kernels.pooling.pairs import add, exp_near, exp_pair, one_minus_exp, one_minus_exp_pair, two_sum
+from ats_kernels.pooling.pairs import (
+    add,
+    exp_near,
+    exp_pair,
+    fixed_unit,
+    from_fixed,
+    one_minus_exp,
+    one_minus_exp_pair,
+    to_fixed,
+    two_sum,
+)
 
+LANES = tl.constexpr(64)  # draws whose masses are summed at a time
 _NUMBERS = ("n_draws", "n_nodes", "stride_log_attention_b")
 
 
@@ -38,22 +49,33 @@ def _quadrature(
     ACCURACY: tl.constexpr, NODES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The nodes u (NODES,) of a row's quadrature and their density π, which sums to 1; 0 past the last node."""
-    # The mass left, a cell of more than half of it taken off as expm1(log a), which loses nothing.
-    zero = tl.zeros((), COMPUTE)
-    left = zero + 1.0
-    left_low = zero
-    taken = zero
-    taken_low = zero
-    poison = zero
-    for draw in range(n_draws):
-        log_a = _log_attention(log_attention_row, draw, stride, COMPUTE)
-        poison += log_a * 0.0
-        if log_a > -0.6931471805599453:
-            left, left_low = one_minus_exp_pair(log_a)
-        else:
-            attention, low = exp_pair(log_a)
-            taken, taken_low = add(taken, taken_low, attention, low)
-    left, left_low = add(left, left_low, -taken, -taken_low)
+    # The mass left, the largest cell taken off as −expm1(log a), which loses nothing.
+    lane = tl.arange(0, LANES)
+    largest = tl.zeros((), COMPUTE) - float("inf")
+    second = largest
+    place = 0
+    poison = tl.zeros((), COMPUTE)
+    for start in range(0, n_draws, LANES):
+        draw = start + lane
+        log_a = tl.load(log_attention_row + draw * stride, mask=draw < n_draws, other=-float("inf")).to(COMPUTE)
+        poison += tl.where(tl.sum((log_a != log_a).to(tl.int32), 0) > 0, float("nan"), 0.0)
+        first = tl.max(log_a, 0)
+        at = tl.min(tl.where(log_a == first, draw, n_draws), 0)
+        rest = tl.max(tl.where(draw == at, -float("inf"), log_a), 0)
+        second = tl.maximum(tl.maximum(second, rest), tl.minimum(first, largest))
+        place = tl.where(first > largest, at, place)
+        largest = tl.maximum(largest, first)
+    unit = fixed_unit(tl.exp(second).to(tl.float32))
+    taken = to_fixed(unit.to(COMPUTE) * 0.0, unit.to(COMPUTE) * 0.0, unit)
+    for start in range(0, n_draws, LANES):
+        draw = start + lane
+        other = (draw < n_draws) & (draw != place)
+        log_a = tl.load(log_attention_row + draw * stride, mask=other, other=-float("inf")).to(COMPUTE)
+        attention, low = exp_pair(tl.where(log_a == log_a, log_a, -float("inf")))
+        taken += tl.sum(to_fixed(attention, low, unit), 0)
+    before, before_low = from_fixed(taken, unit)
+    left, left_low = one_minus_exp_pair(largest)
+    left, left_low = add(left, left_low, -before, -before_low)
     left += left_low
     least = 1e-250 if left.dtype == tl.float64 else 1e-34
     left = tl.where(left < least, least, left)
@@ -63,7 +85,7 @@ def _quadrature(
     u = scaled / left
     log_density = tl.zeros((NODES,), COMPUTE)
     lost = tl.zeros((NODES,), COMPUTE)
-    count = zero + 1.0  # du = u dv, and the draws whose logarithm of x is left out
+    count = tl.zeros((), COMPUTE) + 1.0  # du = u dv, and the draws whose logarithm of x is left out
     for draw in range(n_draws):
         attention = _attention(log_attention_row, draw, stride, COMPUTE)
         x = attention * u
