@@ -1,7 +1,7 @@
 """`ats train images` on a published experiment's data is that experiment, to the last bit of every weight.
 
-With the same images in the same order, the same networks, options and seed. On the real data this was seen, too
-(docs/results.md); here the images are synthetic.
+With the same images in the same order, the same networks, options and seed. On the real images of colon cancer this was
+seen, too (docs/results.md); here they are synthetic.
 """
 
 import csv
