@@ -228,7 +228,7 @@ def test_what_is_compared_draws_as_much_and_may_be_shortened(tmp_path):
         model, data = config.model, config.data
         assert isinstance(data, GigapixelMNISTConfig)
         assert math.prod(level.n for level in model.nested) == 20 or (not model.nested and model.n_patches == 20)
-        assert (data.clear_epochs, data.rising_epochs, config.optim.epochs, data.test_images) == (2, 3, 10, 7)
+        assert (data.clear_epochs, data.rising_epochs, config.optim.epochs, data.test_images) == (2, 2, 10, 7)
         assert data.oracle == (name == "oracle")
     options.compare, options.seeds = True, 1
     flat = [config for name, config in runs(options) if name == "flat at 1/8"]

@@ -183,7 +183,7 @@ def _mask_cells(config: ExperimentConfig) -> tuple[int, int]:
 _LEVELS = "128:10:4", "8:2:4"
 _MODEL = ModelConfig(levels=_LEVELS, n_patches=20, patch_size=50, view_scale=1 / 128, **LESS_NOISE)
 _OPTIM = OptimConfig(
-    epochs=40,
+    epochs=50,
     batch_size=16,
     learning_rate=5e-3,
     weight_decay=0.05,
@@ -196,8 +196,8 @@ _DEMO = GigapixelMNISTConfig(
     digits="bundled",
     **DEMO,
     train_images=1000,
-    clear_epochs=8,
-    rising_epochs=12,
+    clear_epochs=12,
+    rising_epochs=10,
 )
 PRESETS = {
     "modern": ExperimentConfig(

@@ -83,7 +83,7 @@ def fine_attention(stride: int) -> nn.Sequential:
         nn.MaxPool2d(stride // 2),
         *conv_norm(16, 32, kernel=1),
     ]
-    start = _FromBrightness(*layers, channels=32, pool=F.max_pool2d, stride=stride, gain=16.0, offset=0.4)
+    start = _FromBrightness(*layers, channels=32, pool=F.max_pool2d, stride=stride, gain=20.0, offset=0.3)
     return nn.Sequential(start, SoftBound(8.0))
 
 
