@@ -41,7 +41,7 @@ def alone(**more: str) -> dict[str, str]:
     """The environment of a process that pytest-xdist and coverage shall know nothing of.
 
     pytest-benchmark does nothing in one of several workers, nor in their children; and coverage, which sees every line
-    of every library, makes Triton's interpreter three times as slow.
+    of every library, makes Triton's interpreter twice as slow.
     """
     told = "PYTEST_XDIST", "COVERAGE_PROCESS"
     return {name: value for name, value in os.environ.items() if not name.startswith(told)} | more
