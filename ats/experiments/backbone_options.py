@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from ats.experiments.shown_options import PATCHES, SAMPLING
 from ats.models.timm_networks import check_name
 
 
@@ -18,20 +19,20 @@ def check_least(values: Any, section: str, least: int, *names: str) -> None:
 class BackboneOptions:
     """Networks of timm's, and what they begin with (docs/images.md)."""
 
-    feature: str = ""
-    """ats, uniform, mil, gated-mil: features of patches by a network of timm's, timm:NAME; default: the
+    feature: Annotated[str, PATCHES] = ""
+    """Features of patches by a network of timm's, timm:NAME; default: the
     experiment's own."""
-    attention: str = ""
-    """ats, uniform: attention by the first stages of a network of timm's, timm:NAME; default: the experiment's own."""
-    attention_stride: int = 8
+    attention: Annotated[str, SAMPLING] = ""
+    """Attention by the first stages of a network of timm's, timm:NAME; default: the experiment's own."""
+    attention_stride: Annotated[int, SAMPLING] = 8
     """View pixels a cell, with model.attention: a stride that one of the network's stages has."""
-    pretrained: bool = False
+    pretrained: Annotated[bool, PATCHES] = False
     """Networks of timm's begin with its pretrained weights, which it may download."""
-    feature_weights: Path | None = None
+    feature_weights: Annotated[Path | None, PATCHES] = None
     """Begin with the weights in this file, a state dict, in place of timm's own."""
-    attention_weights: Path | None = None
+    attention_weights: Annotated[Path | None, SAMPLING] = None
     """As feature-weights."""
-    freeze: bool = False
+    freeze: Annotated[bool, PATCHES] = False
     """Leave model.feature as it begins: in evaluation mode, without gradients."""
 
     def check_backbones(self, method: str) -> None:

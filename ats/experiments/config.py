@@ -10,12 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from ats.datasets.image_files import default_folder
 from ats.experiments.backbone_options import BackboneOptions, check_least
 from ats.experiments.level_options import LevelOptions, read_levels
 from ats.experiments.objectives import Classes, Objective
+from ats.experiments.shown_options import ATTENTION, BAGS, CNN, PATCHES, SAMPLING
 from ats.models.networks import Networks
 from ats.paths import user_path
 
@@ -25,37 +26,38 @@ class ModelConfig(BackboneOptions):
     """The networks, and how they meet an image."""
 
     method: Literal["ats", "uniform", "mil", "gated-mil", "cnn"] = "ats"
-    """Attention sampling; uniform sampling; Deep MIL over all patches of a regular grid, plain or gated; a CNN."""
+    """Attention sampling; uniform sampling; Deep MIL over all patches of a regular grid, plain or gated; a CNN. With
+    --help: the options of that method."""
     networks: Literal["paper", "modern"] = "modern"
     """As published, or our recipe (docs/experiments.md)."""
-    levels: tuple[str, ...] = ()
-    """ats, uniform: attention within attention, a level each, the outermost first: SCALE:DRAWS[:STRIDE[:CONTEXT]], in
+    levels: Annotated[tuple[str, ...], SAMPLING] = ()
+    """Attention within attention, a level each, the outermost first: SCALE:DRAWS[:STRIDE[:CONTEXT]], in
     place of view_scale and n_patches (docs/nested.md); e.g. 128:10 4:2 draws 10 regions from a view of 1/128 and 2
     patches in each from its view of 1/4. None: attention on a view of the whole image."""
-    n_patches: int = 10
-    """ats, uniform: patches drawn from an image."""
-    patch_size: int = 50
-    """ats, uniform, mil, gated-mil: pixels a side."""
-    view_scale: float = 0.12
-    """ats, uniform: size of the low-resolution view relative to the image."""
-    replace: bool = False
-    """ats, uniform: draw with replacement."""
-    estimator: Literal["ordered", "unordered"] = "ordered"
-    """ats, uniform: the paper's, or its mean over all orders of the draw, which has less noise (docs/estimators.md)."""
-    control_variate: bool = False
-    """ats: take a baseline off the features in the attention's gradient (docs/estimators.md)."""
-    positions: bool = False
-    """ats, uniform: tell the feature network where in the image a patch lies."""
-    feature_scale: float = 8.0
-    """ats, uniform: factor on the pooled unit-length features; 1 is the paper's."""
-    grid_step: int = 50
-    """mil, gated-mil: pixels from one patch of the grid to the next."""
-    grid_chunk: int = 0
-    """mil, gated-mil: patches of an image at a time, which saves memory and costs a second forward pass; 0: all."""
-    cnn_scale: float = 1.0
-    """cnn: size of what it sees relative to the image."""
-    cnn_channels: int = 32
-    """cnn: channels that it starts with; 32 is the paper's, 16 the fewest (with 8, torch 2.13 on a CPU crashes)."""
+    n_patches: Annotated[int, SAMPLING] = 10
+    """Patches drawn from an image."""
+    patch_size: Annotated[int, PATCHES] = 50
+    """Pixels of a patch, a side."""
+    view_scale: Annotated[float, SAMPLING] = 0.12
+    """Size of the low-resolution view relative to the image."""
+    replace: Annotated[bool, SAMPLING] = False
+    """Draw with replacement."""
+    estimator: Annotated[Literal["ordered", "unordered"], SAMPLING] = "ordered"
+    """The paper's, or its mean over all orders of the draw, which has less noise (docs/estimators.md)."""
+    control_variate: Annotated[bool, ATTENTION] = False
+    """Take a baseline off the features in the attention's gradient (docs/estimators.md)."""
+    positions: Annotated[bool, SAMPLING] = False
+    """Tell the feature network where in the image a patch lies."""
+    feature_scale: Annotated[float, SAMPLING] = 8.0
+    """Factor on the pooled unit-length features; 1 is the paper's."""
+    grid_step: Annotated[int, BAGS] = 50
+    """Pixels from one patch of the grid to the next."""
+    grid_chunk: Annotated[int, BAGS] = 0
+    """Patches of an image at a time, which saves memory and costs a second forward pass; 0: all."""
+    cnn_scale: Annotated[float, CNN] = 1.0
+    """Size of what it sees relative to the image."""
+    cnn_channels: Annotated[int, CNN] = 32
+    """Channels that it starts with; 32 is the paper's, 16 the fewest (with 8, torch 2.13 on a CPU crashes)."""
 
     def __post_init__(self) -> None:
         """Refuse values that no model can have."""
@@ -101,8 +103,8 @@ class OptimConfig:
     """Steps of the optimiser, in place of epochs; 0: as many as the epochs have."""
     batch_size: int = 128
     """Images a step, on each device."""
-    draws: int = 1
-    """ats, uniform: times that patches are drawn from each image in a step, whose loss is the mean over them: loading
+    draws: Annotated[int, SAMPLING] = 1
+    """Times that patches are drawn from each image in a step, whose loss is the mean over them: loading
     an image and its attention are paid for once."""
     learning_rate: float = 1e-3
     """Adam's, at its highest."""

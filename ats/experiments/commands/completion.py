@@ -3,18 +3,22 @@
 import contextlib
 import io
 import re
+import typing
 from dataclasses import dataclass
 from typing import Literal
 
 import tyro
 
 from ats.experiments.commands.command_line import COMMANDS
+from ats.experiments.config import ModelConfig
 from ats.experiments.options import parse
 from ats.experiments.registry import EXPERIMENTS
 from ats.experiments.study.commands import STUDIES
 
 _SECOND = {"train": tuple(EXPERIMENTS), "study": tuple(STUDIES)}
 """Words that must follow a command, and have options of their own."""
+_METHODS = typing.get_args(typing.get_type_hints(ModelConfig)["method"])
+"""The help of `ats train` shows the options of one."""
 
 _SCRIPT = """\
 # Completes the commands of ats, their options and the options' choices.
@@ -59,7 +63,9 @@ def script() -> str:
     choices, options = [], []
     calls = [(name, second) for name in COMMANDS for second in _SECOND.get(name, ("",))]
     for name, second in calls:
-        found = options_of([name, *([second] if second else [])])
+        found: dict[str, tuple[str, ...]] = {}
+        for words in ([second, "--model.method", method] for method in _METHODS) if name == "train" else ([second],):
+            found |= options_of([name, *filter(None, words)])
         pattern = f'"{name} {second} ' if second else f'"{name} "*" '
         choices += [f'    {pattern}{option}") words="{" ".join(words)}" ;;' for option, words in found.items() if words]
         place = f'*" {name} {second}"' if second else f'*" {name} "*'

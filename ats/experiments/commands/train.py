@@ -9,6 +9,7 @@ from ats.experiments.config import ExperimentConfig
 from ats.experiments.console import say
 from ats.experiments.options import parse
 from ats.experiments.registry import EXPERIMENTS
+from ats.experiments.shown_options import shown_for
 from ats.experiments.training import train
 
 
@@ -23,15 +24,20 @@ def run_train(arguments: list[str]) -> None:
     # The preset decides what the other options default to, so it is looked for first.
     first = argparse.ArgumentParser(prog=f"ats train {experiment}", add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=ExperimentConfig.preset)
-    preset = first.parse_known_args(arguments[1:])[0].preset
+    first.add_argument("--model.method", dest="method", default="")
+    found, _ = first.parse_known_args(arguments[1:])
+    preset = found.preset
     presets = EXPERIMENTS[experiment].presets
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r} of {experiment}, expected one of {', '.join(presets)}")
+    default = presets[preset]
+    if {"-h", "--help"} & set(arguments):
+        default = shown_for(found.method or default.model.method, default)
     config = parse(
-        ExperimentConfig,
+        type(default),
         f"ats train {experiment}",
         arguments[1:],
-        default=presets[preset],
+        default=default,
         config=(tyro.conf.AvoidSubcommands,),  # the preset has the experiment's own kind of data
     )
     checkpoint = train(config)
