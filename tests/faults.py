@@ -131,7 +131,7 @@ def kill_in(event: str, file: str, nth: int = 1) -> None:
     path = [""]
 
     def opened(self: Path, mode: str = "r", **more: Any) -> Any:
-        part = mode == "wb" and ats._files.is_part(self) and self.name.startswith(f".{file}.")
+        part = mode in ("wb", "w+b") and ats._files.is_part(self) and self.name.startswith(f".{file}.")
         counted[0] += part
         path[0] = str(self) if part and counted[0] == nth else ""
         if not path[0]:
