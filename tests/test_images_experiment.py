@@ -263,3 +263,31 @@ def test_sixteen_bits_are_trained_on_in_their_own_unit(tmp_path: Path) -> None:
 def test_no_manifest_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "images"]) == 1
     assert "needs --data.manifest FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["mil", "cnn"])
+def test_what_reads_all_takes_images_of_different_sizes(method: str, tmp_path: Path) -> None:
+    """From the command line to a table, in which what draws nothing has used no number of patches."""
+    write_images(tmp_path, TWO)
+    for index in range(0, 12, 2):
+        with Image.open(tmp_path / f"{index}.png") as image:
+            image.resize((SIDE + 8, SIDE - 4)).save(tmp_path / f"{index}.png")
+    options = ["--preset", "quick", "--data.manifest", str(tmp_path / "labels.csv"), "--data.folds", "3"]
+    options += ["--model.method", method, "--model.patch-size", "16", "--optim.epochs", "1"]
+    options += ["--output", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
+    assert run(["train", "images", *options]) == 0
+    assert run(["evaluate", str(tmp_path / "run")]) == 0
+    table = tmp_path / "table.csv"
+    assert (
+        run(["predict", str(tmp_path / "run"), *(str(tmp_path / f"{n}.png") for n in (0, 1)), "--output", str(table)])
+        == 0
+    )
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["patches_used"] for row in rows] == ["", ""]
+
+
+def test_anytime_says_what_it_stops_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["evaluate", "run"], ["predict", "run", "a.png"]):
+        assert run([*command, "--method", "anytime"]) == 1
+        assert "--method anytime needs --lead or --tolerance to stop at" in capsys.readouterr().err

@@ -209,3 +209,10 @@ def test_masked_cells_are_never_drawn():
     cells = mask_cells(np.eye(6), (6, 6), (60, 60))
     sample = ats.sample_patches(torch.rand(1, 3, 60, 60), logits.masked_fill(~cells, -torch.inf), 6, 8)
     assert sorted(sample.indices[0].tolist()) == [0, 7, 14, 21, 28, 35]
+
+
+@pytest.mark.parametrize("name", ["mask.png", "mask.geojson"])
+def test_a_mask_that_is_not_there(name, tmp_path):
+    image = from_arrays([torch.zeros(3, 40, 50, dtype=torch.uint8)])
+    with pytest.raises(FileNotFoundError, match=rf"there is no mask .*{name}; name an image file, or GeoJSON"):
+        mask_cells(tmp_path / name, (4, 5), image)

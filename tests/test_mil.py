@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ats.models.classifier import CNNClassifier
 from ats.models.colon_cancer import feature_network
 from ats.models.mil import MILAttention, MILClassifier, grid_offsets
 from tests.helpers import cut, seeded
@@ -93,3 +94,13 @@ def test_features_are_shared_with_attention_sampling_but_for_their_length() -> N
     patches = torch.rand(3, 3, 27, 27)
     features = plain(patches)
     torch.testing.assert_close(normalised(patches), features / features.norm(dim=1, keepdim=True))
+
+
+def test_images_of_different_sizes_are_as_each_alone() -> None:
+    images = [torch.rand(3, *size, generator=seeded()) for size in ((40, 52), (61, 33))]
+    feature = nn.Sequential(nn.Conv2d(3, 4, 5), nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    mil = MILClassifier(feature, 4, 2, patch_size=9, grid_step=9)
+    cnn = CNNClassifier(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d(1), nn.Flatten()), 4, 2)
+    for model in (mil, cnn):
+        alone = torch.cat([model(image[None], image[None])[0] for image in images])
+        torch.testing.assert_close(model(images, images)[0], alone)

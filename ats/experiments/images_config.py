@@ -96,7 +96,10 @@ class ImagesConfig(ImageConfig):
             raise ValueError("ats train images needs --data.manifest FILE, a CSV file with the columns path and label")
         place = self.manifest if self.folder is None else self.folder / self.manifest.name
         if not place.exists():
-            raise FileNotFoundError(f"there is no manifest {place}; name a CSV file with --data.manifest")
+            raise FileNotFoundError(
+                f"there is no manifest {place}; name a CSV file with --data.manifest or, of a run that was trained "
+                "before, the folder where the file is now with --data-folder"
+            )
         return read_manifest(place)
 
     def resolved(self, seed: int) -> "ImagesConfig":

@@ -23,6 +23,15 @@ def parse(kind: type[Options], program: str, arguments: Sequence[str], **how: An
     return options
 
 
+def check_stop(options: Any) -> None:
+    """Raise ValueError where `--method anytime` is not told when an image has been read enough."""
+    if options.method == "anytime" and options.tolerance is None and options.lead is None:
+        raise ValueError(
+            "--method anytime needs --lead or --tolerance to stop at; --method sample reads the same number of every "
+            "image"
+        )
+
+
 def expanded(value: Any) -> Any:
     """A dataclass, or a tuple, with ~ in its paths replaced.
 

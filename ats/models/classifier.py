@@ -1,5 +1,8 @@
 """A linear classifier on attention-sampled features, and the parts that networks for it share."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -197,6 +200,14 @@ class CNNClassifier(nn.Module):
         self.layers = layers
         self.head = nn.Linear(n_features, n_classes)
 
-    def forward(self, view: Tensor, image: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, None]:
-        """View (B, C, h, w) -> class logits (B, n_classes), and no sample: nothing is drawn."""
-        return self.head(self.layers(view)), None
+    def forward(
+        self, view: Tensor | Sequence[Tensor], image: Tensor | Sequence[Tensor], *, generator: Any = None
+    ) -> tuple[Tensor, None]:
+        """View (B, C, h, w) -> class logits (B, n_classes), and no sample: nothing is drawn.
+
+        Views of different sizes (C, h, w) go through one by one.
+        """
+        features = (
+            self.layers(view) if isinstance(view, Tensor) else torch.cat([self.layers(one[None]) for one in view])
+        )
+        return self.head(features), None

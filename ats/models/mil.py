@@ -1,6 +1,7 @@
 """Deep MIL (Ilse et al. 2018, Attention-based Deep Multiple Instance Learning): every patch of a grid is read."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,19 +71,41 @@ class MILClassifier(nn.Module):
         self.mean = mean
         self.std = std
 
-    def forward(self, view: Tensor, image: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, None]:
-        """Image (B, C, H, W) -> class logits (B, n_classes), and no sample: nothing is drawn, no view is looked at."""
-        return self.pool(image)[0], None
+    def forward(
+        self, view: Tensor | Sequence[Tensor], image: Tensor | Sequence[Tensor], *, generator: Any = None
+    ) -> tuple[Tensor, None]:
+        """Image (B, C, H, W) -> class logits (B, n_classes), and no sample: nothing is drawn, no view is looked at.
+
+        Images may differ in size (C, H, W): each is a bag of its own grid.
+        """
+        if isinstance(image, Tensor):
+            return self.pool(image)[0], None
+        offsets = [self._offsets(one[None]) for one in image]
+        if self.chunk_size:
+            bags = [self._bag(one[None], places)[0] for one, places in zip(image, offsets, strict=True)]
+        else:  # all at once, as images of one size: a norm sees them together
+            read = [self._patches(one[None], places)[0] for one, places in zip(image, offsets, strict=True)]
+            bags = list(self.feature(torch.cat(read)).split([len(places) for places in offsets]))
+        return self.head(torch.stack([self._pool(bag[None])[0][0] for bag in bags])), None
 
     def pool(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Image (B, C, H, W) -> class logits (B, n_classes), log attention (B, n), offsets (n, 2) of the patches."""
-        offsets = grid_offsets((image.shape[2], image.shape[3]), self.patch_size, self.grid_step)
-        offsets = offsets.to(self.head.weight.device)  # where the patches come out; the image may be in main memory
-        chunks = offsets.split(self.chunk_size or len(offsets))
-        features = torch.cat([self._features(image, chunk) for chunk in chunks], dim=1)  # (B, n, D)
-        log_attention = self.attention(features)
-        pooled = torch.einsum("bn,bnd->bd", log_attention.exp(), features)
+        offsets = self._offsets(image)
+        pooled, log_attention = self._pool(self._bag(image, offsets))
         return self.head(pooled), log_attention, offsets
+
+    def _offsets(self, image: Tensor) -> Tensor:
+        offsets = grid_offsets((image.shape[2], image.shape[3]), self.patch_size, self.grid_step)
+        return offsets.to(self.head.weight.device)  # where the patches come out; the image may be in main memory
+
+    def _bag(self, image: Tensor, offsets: Tensor) -> Tensor:
+        """Features (B, n, D) of all patches."""
+        chunks = offsets.split(self.chunk_size or len(offsets))
+        return torch.cat([self._features(image, chunk) for chunk in chunks], dim=1)
+
+    def _pool(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        log_attention = self.attention(features)
+        return torch.einsum("bn,bnd->bd", log_attention.exp(), features), log_attention
 
     def _features(self, image: Tensor, offsets: Tensor) -> Tensor:
         if self.chunk_size and torch.is_grad_enabled():
@@ -92,10 +115,12 @@ class MILClassifier(nn.Module):
         return self._read(image, offsets)
 
     def _read(self, image: Tensor, offsets: Tensor) -> Tensor:
-        batch = len(image)
-        offsets = offsets.expand(batch, -1, -1)
-        patches = extract_patches(image, offsets, self.patch_size, mean=self.mean, std=self.std)  # (B, m, C, ph, pw)
-        return self.feature(patches.flatten(0, 1)).unflatten(0, (batch, -1))
+        patches = self._patches(image, offsets)
+        return self.feature(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
+
+    def _patches(self, image: Tensor, offsets: Tensor) -> Tensor:
+        offsets = offsets.expand(len(image), -1, -1)
+        return extract_patches(image, offsets, self.patch_size, mean=self.mean, std=self.std)  # (B, m, C, ph, pw)
 
 
 def grid_offsets(image_size: tuple[int, int], patch_size: int, step: int) -> Tensor:

@@ -114,7 +114,7 @@ def mask_cells(
     name = str(mask) if isinstance(mask, (str, os.PathLike)) else "the mask"
     if isinstance(mask, (str, os.PathLike)) and str(mask).lower().endswith(_GEOJSON):
         points = [_points(axis) for axis in edges]
-        inside = _inside(_polygons(user_path(mask)), points[0], points[1])
+        inside = _inside(_polygons(_found(mask)), points[0], points[1])
         covered = (
             torch.from_numpy(inside).float().unflatten(1, (cells[1], -1)).unflatten(0, (cells[0], -1)).mean((1, 3))
         )
@@ -135,9 +135,16 @@ def _edges(grid: Grid, axis: int) -> list[Fraction]:
     return [(origin + i * step) * Fraction(grid.image[axis], view) for i in range(cells + 1)]
 
 
+def _found(mask: str | os.PathLike[str]) -> Path:
+    path = user_path(mask)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no mask {path}; name an image file, or GeoJSON polygons, that is there")
+    return path
+
+
 def _read_mask(mask: Mask) -> np.ndarray[Any, np.dtype[Any]]:
     if isinstance(mask, (str, os.PathLike)):
-        path = user_path(mask)
+        path = _found(mask)
         return np.asarray((decode(path) > 0).any(-1))
     array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
     array = array[0] if array.ndim == 3 and array.shape[0] == 1 else array

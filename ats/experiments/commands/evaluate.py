@@ -11,7 +11,7 @@ from ats._files import write_json
 from ats.experiments.console import printable, say
 from ats.experiments.evaluation import Evaluation, evaluate
 from ats.experiments.inputs import on_device
-from ats.experiments.options import parse
+from ats.experiments.options import check_stop, parse
 from ats.experiments.trained import load
 
 
@@ -54,6 +54,7 @@ class EvaluateOptions:
 def run_evaluate(arguments: list[str]) -> None:
     """`ats evaluate`: error and loss of runs, as tables and as JSON."""
     options = parse(EvaluateOptions, "ats evaluate", arguments)
+    check_stop(options)
     if options.output is not None and options.output.is_dir():
         raise ValueError(f"--output {options.output} is a folder; name a file")
     if options.output is not None and options.output.exists():

@@ -15,7 +15,7 @@ from ats._files import write_whole
 from ats.datasets.manifest import read_manifest
 from ats.experiments.console import say
 from ats.experiments.inputs import LookOptions, answer, load_for, mask_for, open_for, probabilities
-from ats.experiments.options import parse
+from ats.experiments.options import check_stop, parse
 from ats.experiments.trained import TrainedModel
 from ats.models import SamplingClassifier
 from ats.sources import open_image
@@ -99,6 +99,7 @@ def predict_files(options: PredictOptions) -> str:
         FileExistsError: there is a file where the table would go.
         ValueError: a file that cannot be read, unless they are to be left out; options that the model has no use for.
     """
+    check_stop(options)
     if options.output.exists():
         raise FileExistsError(f"{options.output} is there already; name another file with --output")
     trained, wanted = load_for(options.checkpoint, options), wanted_images(options)
@@ -124,7 +125,8 @@ def predict_files(options: PredictOptions) -> str:
             row[f"probability_{name}"] = f"{value:.6g}"
         for number, name in enumerate(trained.classes):
             row[f"standard_error_{name}"] = "" if spread is None else f"{float(spread[0, number]):.6g}"
-        row["patches_used"] = int(prediction.patches_used[0])
+        draws = isinstance(trained.model, SamplingClassifier)  # Deep MIL and a CNN read all of an image
+        row["patches_used"] = int(prediction.patches_used[0]) if draws else ""
         rows.append(row)
     if not rows:
         raise ValueError("none of the images could be read: no table was written")
