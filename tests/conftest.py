@@ -23,7 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "test_interpreter.py" not in item.nodeid)  # the longest first, beside all others
+    # The longest first, beside all others.
+    items.sort(key=lambda item: not any(name in item.nodeid for name in ("_rehearsed_whole_", "test_interpreter.py")))
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason=NO_GPU))

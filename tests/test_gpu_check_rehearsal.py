@@ -31,17 +31,17 @@ def rehearse(what: str, folder: Path, **more: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rehearsed_in(place: Path) -> Path:
     """A folder with a rehearsal in which every part has run."""
-    folder = tmp_path_factory.mktemp("rehearsed")
-    site = without_other_packages(tmp_path_factory.mktemp("site"))
+    folder, blocked = place / "rehearsed", place / "site"
+    folder.mkdir()
+    blocked.mkdir()
+    site = without_other_packages(blocked)
     rehearse("whole", folder, PYTHONPATH=f"{site}{os.pathsep}{ROOT}")
     return folder
 
 
-@pytest.fixture(scope="module")
-def killed(rehearsed: Path) -> dict[str, int]:
+def kill(rehearsed: Path) -> dict[str, int]:
     """Exit statuses by the moment at which a rehearsal was killed."""
     return {line["moment"]: line["status"] for line in map(json.loads, rehearse("killed", rehearsed).splitlines())}
 
@@ -58,7 +58,17 @@ def read(stem: Path) -> tuple[dict[str, Any], str]:
     return record, text
 
 
-def test_every_part_runs_without_a_gpu_and_says_what_it_cannot_show(rehearsed: Path) -> None:
+def test_the_check_rehearsed_whole_and_killed_at_any_moment(tmp_path: Path) -> None:
+    """One test, for one process runs it: the rehearsal takes a minute or two."""
+    rehearsed = rehearsed_in(tmp_path)
+    every_part_has_run_and_says_what_it_cannot_show(rehearsed)
+    killed = kill(rehearsed)
+    for moment in (*PLACES, *WRITES, *MOVES):
+        what_is_left_is_a_whole_report(killed, moment, rehearsed)
+    a_rehearsal_is_whole_where_nothing_kills_it(killed, rehearsed)
+
+
+def every_part_has_run_and_says_what_it_cannot_show(rehearsed: Path) -> None:
     record, text = read(rehearsed / "whole")
     assert [part["status"] for part in record["parts"]] == ["passed"] * 8, text
     assert all(part["lacks"].startswith("Rehearsed ") for part in record["parts"])
@@ -80,10 +90,9 @@ def test_every_part_runs_without_a_gpu_and_says_what_it_cannot_show(rehearsed: P
     assert "bench/bench_tables.py ." in logs["bench"]
 
 
-@pytest.mark.parametrize("moment", [*PLACES, *WRITES, *MOVES])
-def test_killed_at_any_moment_it_leaves_a_whole_report(killed: dict[str, int], moment: str, rehearsed: Path) -> None:
+def what_is_left_is_a_whole_report(killed: dict[str, int], moment: str, rehearsed: Path) -> None:
     folder = rehearsed / moment.replace(" ", "-")
-    assert killed[moment] == -9
+    assert killed[moment] == -9, moment
     assert len([path for path in folder.iterdir() if path.is_file()]) <= (8 if moment not in MOVES else 14)
     if moment == PLACES[0]:  # before there is anything to say
         assert not list(folder.glob("killed*"))
@@ -110,7 +119,7 @@ def test_killed_at_any_moment_it_leaves_a_whole_report(killed: dict[str, int], m
         assert "running" in statuses
 
 
-def test_a_rehearsal_is_whole_where_nothing_kills_it(killed: dict[str, int], rehearsed: Path) -> None:
+def a_rehearsal_is_whole_where_nothing_kills_it(killed: dict[str, int], rehearsed: Path) -> None:
     assert killed["never at 1e9"] == 0
     record, _ = read(rehearsed / "never-at-1e9" / "killed")
     assert record["finished"]
