@@ -70,7 +70,7 @@ def test_attention_looks_where_it_may(trained: Path, tmp_path: Path, capsys: pyt
     assert run([*words, "--n-patches", "40", "--mask", str(folder / "quarter.geojson")]) == 1
     assert "has 36 cells to draw, too few for 40 patches" in capsys.readouterr().err
     for options, message in (
-        (("--mask", str(folder / "none.geojson")), "none.geojson is missing"),
+        (("--mask", str(folder / "none.geojson")), "none.geojson; name an image file, or GeoJSON polygons"),
         (("--view-scale", "2"), "--view-scale must be in (0, 1], got 2"),
         (("--device", "nowhere"), "--device nowhere cannot be used here"),
     ):

@@ -4,8 +4,6 @@ import dataclasses
 import typing
 from typing import Annotated, Any
 
-import tyro
-
 
 class ForMethods(tuple[str, ...]):
     """In an option's type: the values of `ModelConfig.method` that it means something with."""
@@ -25,6 +23,8 @@ def shown_for(method: str, values: Any) -> Any:
 
     For a parser that shows its help and ends: what it would parse is of that type, too.
     """
+    import tyro  # only now: what reads a configuration needs no parser
+
     kind = type(values)
     annotations: dict[str, Any] = {}
     parts: dict[str, Any] = {}

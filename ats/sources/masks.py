@@ -188,8 +188,6 @@ Rings = list[np.ndarray[Any, np.dtype[Any]]]
 
 def _polygons(path: Path) -> list[Rings]:
     """The polygons of a GeoJSON file, each an outer ring and its holes, (n, 2) of x, y."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; it holds the polygons of a mask")
     try:
         data = path.read_bytes()
         content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
