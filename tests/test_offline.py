@@ -162,7 +162,9 @@ def test_float64_decides_no_draw_on_the_main_path() -> None:
 
 @pytest.mark.parametrize("op", ["patches", "pooling", "views"])
 def test_float64_has_no_budget_of_its_own_in_other_ops(op: str) -> None:
-    assert {case.fp64_budget for case in offline.find_cases(op).values()} == {offline.FP64_BUDGET}
+    """But where the images are float64 themselves."""
+    cases = {name: case for name, case in offline.find_cases(op).items() if not name.startswith("fwd fp64")}
+    assert {case.fp64_budget for case in cases.values()} == {offline.FP64_BUDGET}
 
 
 @compiles

@@ -225,7 +225,7 @@ def test_costs_are_of_the_published_networks_and_sizes() -> None:
     assert cost.published("speed-limits", slim.model(row, "quick")).model.cnn_channels == 32
     assert {name: experiment.image_size for name, experiment in EXPERIMENTS.items()} == {
         "megapixel-mnist": (1500, 1500), "colon-cancer": (500, 500), "speed-limits": (960, 1280),
-        "images": (1000, 1000),
+        "images": (1000, 1000), "gigapixel-mnist": (32_768, 32_768),
     }  # fmt: skip
 
 

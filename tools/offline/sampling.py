@@ -28,7 +28,7 @@ _WIDE_LOAD, _WIDE_STORE = r"ld\.global\S*\.v4", r"st\.global\S*\.v4"
 RARE_FP64 = 0.35  # of draw_kernel's code with the branch that one row in hundreds takes
 LARGE_FP64 = 0.5  # of what only large maps and many draws take: float64 for their totals, and for a few of their cells
 
-_SIZES = set(SIZES)
+_SIZES = {*SIZES, "n_tiles"}
 _SMALL = dict.fromkeys(("chunk_stats_ptr", "group_keys_ptr", "counters_ptr", "seed_ptr"))  # not wanted of small maps
 _TYPES = {
     "indices_ptr": "*i64",
