@@ -241,7 +241,7 @@ def test_the_package_runs_as_a_module() -> None:
 
 def test_help_lists_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
-    assert "evaluate CHECKPOINT" in capsys.readouterr().out
+    assert "evaluate RUN" in capsys.readouterr().out
     assert run(["train", "--help"]) == 0
     assert "megapixel-mnist" in capsys.readouterr().out
     assert run(["train", "megapixel-mnist", "--help"]) == 0
