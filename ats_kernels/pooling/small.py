@@ -76,7 +76,7 @@ def _masses(log_a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """a, and the mass before each draw: (B, N)."""
     attention = np.exp(log_a)
     taken, whole = attention, True
-    if np.fmax.reduce(attention, axis=None) > 0.5:
+    if np.fmax.reduce(attention, axis=None, initial=0.0) > 0.5:
         peak = attention > 0.5
         taken = np.where(peak, np.expm1(log_a), attention)
         whole = np.add.accumulate(peak, -1, np.int64) <= peak  # no peak before k
