@@ -137,7 +137,16 @@ def _is_for_a_gpu(item: pytest.Item) -> bool:
     return not on_gpu and item.path.is_relative_to(HERE) and item.get_closest_marker("gpu") is not None
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode) -> None:
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
+) -> None:
+    """End with the headlines, below pytest-benchmark's wide tables."""
+    report = config.stash.get(REPORT, None)
+    if report is not None and (lines := render.headlines(report.as_dict())):
+        terminalreporter.section("headlines")
+        for line in lines:
+            terminalreporter.write_line(line)
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         known = ", ".join(render.SECTIONS)
         terminalreporter.write_line(f"No such benchmark. -k takes a group ({known}) or a part of a benchmark's name.")
@@ -168,6 +177,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Report]:
     report = Report(device, bytes_per_second=request.config.getoption("--copy-rate"))
     report.compile_seconds = request.config.getoption("--compile-seconds")
     report.skipped = dict(LEFT_OUT)
+    request.config.stash[REPORT] = report
     yield report
     report.seconds = time.perf_counter() - start
     report.part = part_of(request.session)
@@ -200,6 +210,7 @@ def report(run: Report, benchmark: BenchmarkFixture, request: pytest.FixtureRequ
         run.write(path)
 
 
+REPORT = pytest.StashKey[Report]()
 REPORTS = pytest.StashKey[dict[str, pytest.TestReport]]()
 LEFT_OUT: dict[str, str] = {}  # modules that cannot be imported here, and why
 

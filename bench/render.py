@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,26 @@ def markdown(record: Record, plots: dict[str, str] | None = None) -> str:
             if group["section"] == section:
                 lines += _group(group, record.get("bytes_per_second"))
     return "\n".join(lines)
+
+
+def headlines(record: Record, width: int = 80) -> list[str]:
+    """What a terminal shows at the end: the headlines, and how many targets were met, in lines of `width` columns."""
+    lines: list[str] = []
+    targets = [target for group in record["groups"] for target in group["targets"]]
+    for group in record["groups"]:
+        shown = [target for target in group["targets"] if target["headline"]]
+        lines += textwrap.wrap(group["name"], width) if shown else []
+        for target in shown:
+            unit = f" {target['unit']}"
+            wanted = f"{'≥' if target['at_least'] else '≤'} {target['limit']:g}{unit}"
+            figures = (
+                f"{target['measured']:.3g}{unit}".rjust(9) + f"{wanted:>10}  {'met' if target['met'] else 'MISSED'}"
+            )
+            *before, last = textwrap.wrap(target["what"], width - 30, initial_indent="  ", subsequent_indent="    ")
+            lines += [*before, f"{last:<{width - 28}}{figures}"]
+    if targets and not record.get("rehearsal"):
+        lines.append(f"{sum(target['met'] for target in targets)} of {len(targets)} targets met.")
+    return lines
 
 
 def _group(group: Record, bytes_per_second: float | None) -> list[str]:

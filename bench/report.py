@@ -245,8 +245,9 @@ def default_path(device: torch.device) -> Path:
 
 
 def slug(name: str) -> str:
-    """A machine's name as a file's."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    """A machine's name as a file's, without what says nothing: "Intel(R) Xeon(R) Processor" is intel-xeon."""
+    said = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", said).strip("-")
 
 
 def machine_name(device: torch.device) -> str:

@@ -224,6 +224,25 @@ def test_a_whole_run_is_one_of_all_benchmarks_but_the_sizes_of_a_gpu(arguments: 
     assert part_of(session).startswith("2 of 3 benchmarks")
 
 
+def test_a_run_ends_with_its_headlines_in_80_columns(tmp_path: Path) -> None:
+    path = ROOT / "bench" / "results" / "intel-xeon-2-threads.json"
+    shown = render.headlines(json.loads(path.read_text()))
+    assert max(map(len, shown)) <= 80 and "met" in shown[-1] and len(shown) > 10
+    (tmp_path / "bench_last.py").write_text(
+        "SECTION = 'ops'\ndef bench_it(report):\n"
+        "    group = report.compare('a group', {'ours': lambda i: None}, seconds=0.01)\n"
+        "    group.at_most(1.5, 1.25, 'of time', headline=True)\n    group.at_least(3.0, 2.0, 'of speed', headline=True)\n"
+    )
+    lines = run_benches(tmp_path, str(tmp_path / "bench_last.py")).stdout.splitlines()
+    begin = next(index for index, line in enumerate(lines) if "= headlines =" in line)
+    assert [" ".join(line.split()) for line in lines[begin + 1 : begin + 5]] == [
+        "a group",
+        "of time 1.25 × ≤ 1.5 × met",
+        "of speed 2 × ≥ 3 × MISSED",
+        "1 of 2 targets met.",
+    ]
+
+
 def test_bad_options_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     nowhere = run_benches(tmp_path, str(tmp_path / "bench_it.py"), f"--output={tmp_path / 'file' / 'x'}")
