@@ -227,11 +227,14 @@ def test_a_whole_run_is_one_of_all_benchmarks_but_the_sizes_of_a_gpu(arguments: 
 def test_a_run_ends_with_its_headlines_in_80_columns(tmp_path: Path) -> None:
     path = ROOT / "bench" / "results" / "intel-xeon-2-threads.json"
     shown = render.headlines(json.loads(path.read_text()))
-    assert max(map(len, shown)) <= 80 and "met" in shown[-1] and len(shown) > 10
+    assert max(map(len, shown)) <= 80
+    assert "met" in shown[-1]
+    assert len(shown) > 10
     (tmp_path / "bench_last.py").write_text(
         "SECTION = 'ops'\ndef bench_it(report):\n"
         "    group = report.compare('a group', {'ours': lambda i: None}, seconds=0.01)\n"
-        "    group.at_most(1.5, 1.25, 'of time', headline=True)\n    group.at_least(3.0, 2.0, 'of speed', headline=True)\n"
+        "    group.at_most(1.5, 1.25, 'of time', headline=True)\n"
+        "    group.at_least(3.0, 2.0, 'of speed', headline=True)\n"
     )
     lines = run_benches(tmp_path, str(tmp_path / "bench_last.py")).stdout.splitlines()
     begin = next(index for index, line in enumerate(lines) if "= headlines =" in line)
