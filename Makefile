@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format clean help docs kernels kernels-oldest bench bench-compare gpu-check release-check
+.PHONY: demo test coverage lint format clean help docs kernels kernels-oldest bench bench-compare gpu-check release-check
 
 help:
 	@echo "make demo    train on Megapixel MNIST with attention sampling and uniform sampling, draw what was looked at"
-	@echo "make test    run the tests, with line coverage"
+	@echo "make test    run the tests"
+	@echo "make coverage  run the tests and count the lines that they run, which takes half as long again"
 	@echo "make kernels compile all GPU kernels, without a GPU, and print what came out (kernels-oldest: by Triton 3.6)"
 	@echo "make bench   time a training step and the ops beside their alternatives, on the GPU where there is one"
 	@echo "make bench-compare A.json B.json  what changed between two runs, beyond the noise"
@@ -33,7 +34,10 @@ demo: $(READY)
 # A process a core, each of one thread: processes of many threads would wait for each other.
 test: $(READY)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal \
-		--cov --cov-report=term $(PYTEST_ARGS)
+		$(COVERAGE) $(PYTEST_ARGS)
+
+coverage: COVERAGE := --cov --cov-report=term
+coverage: test
 
 lint: $(READY)
 	$(BIN)/ruff check .
