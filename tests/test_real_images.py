@@ -1,4 +1,4 @@
-"""`ats.sources` on real slides and rasters, and the examples of docs/images.md."""
+"""`ats.sources` on real slides and rasters, and the examples of docs/files.md."""
 
 import os
 import re
@@ -83,7 +83,7 @@ def test_views_of_real_files(name):
 @needs_files
 def test_the_examples_of_the_docs_run(tmp_path, monkeypatch):
     """A user copies them: they must run as printed, on any slide and array."""
-    text = (Path(__file__).parent.parent / "docs" / "images.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "files.md").read_text()
     opening = text[: text.index("## OME-Zarr")]  # what follows needs models or zarr, and has tests of its own
     examples = re.findall(r"```python\n(.*?)```", opening, flags=re.DOTALL)
     assert len(examples) == 2

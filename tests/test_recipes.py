@@ -1,4 +1,4 @@
-"""The recipes of docs/images.md for OME-Zarr and for TIFF through tifffile, as printed there."""
+"""The recipes of docs/files.md for OME-Zarr and for TIFF through tifffile, as printed there."""
 
 import multiprocessing
 import pickle
@@ -15,7 +15,7 @@ from tests.written_images import assert_exact, boxes_of, pyramid, write_tiff
 
 zarr = pytest.importorskip("zarr", reason="zarr is not installed, which has no release for this Python")
 
-PAGE = (Path(__file__).parent.parent / "docs" / "images.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "files.md").read_text()
 SECTION = PAGE.partition("## OME-Zarr")[2].partition("\n## ")[0]
 OME_ZARR, TIFF = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
 

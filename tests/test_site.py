@@ -29,9 +29,10 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == shown | {"CONTRIBUTING.md", "CHANGELOG.md"}
 
 
-@pytest.mark.parametrize("page", ["quickstart.md", "own-loop.md"])
-def test_the_python_of_a_page_runs(page: str) -> None:
+@pytest.mark.parametrize("page", ["quickstart.md", "own-loop.md", "lightning.md", "exporting.md"])
+def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a page's blocks, one after the other, as a reader would."""
+    monkeypatch.chdir(tmp_path)
     found = blocks(page)
     assert found
     names: dict[str, object] = {"__name__": "page"}
