@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from ats.experiments.plotting.overlay import save
 from ats.experiments.plotting.plots import look
@@ -33,7 +34,7 @@ def draw(groups: Groups, stem: Path) -> dict[str, Path]:
 def _draw_lines(groups: Groups, path: Path) -> None:
     """Time, and memory where it was measured, against a size: a line for each name in `points`."""
     panels = [(group, "median") for group in groups] + [(group, "memory") for group in groups if group["memory"]]
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.9), layout="constrained", squeeze=False)
     for place, (group, what) in zip(axes[0], panels, strict=True):
         lines: dict[str, dict[float, float]] = {}
         for method, (line, value) in group["points"].items():
@@ -51,12 +52,45 @@ def _draw_lines(groups: Groups, path: Path) -> None:
             xlabel=group["axis"], ylabel="MB beyond the image" if what == "memory" else unit, xscale="log", yscale="log"
         )
         for axis in (place.xaxis, place.yaxis):  # the own ones are markup, which pictures here have none of
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
             axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
             axis.set_minor_formatter(lambda value, _: "")
-        place.set_title(group["name"], fontsize=10, wrap=True)
+        mark_misfits(place, group, names)
+        if len(groups) > 1:
+            place.set_title(group["name"], fontsize=10, wrap=True)
         place.grid(alpha=0.3)
-        place.legend(fontsize=9)
+    if len(groups) > 1:
+        for place in axes[0]:
+            place.legend(fontsize=9)
+    else:
+        figure.suptitle(groups[0]["name"], fontsize=11)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
     save(figure, path)
+
+
+def mark_misfits(place: Any, group: Mapping[str, Any], names: Sequence[str]) -> None:
+    """A cross at the top, in a line's colour, at the first size that does not fit into memory.
+
+    Args:
+        place: axes.
+        group: as a report's JSON has it; `not_run` says what does not fit.
+        names: of the lines, in the order of their looks.
+    """
+    cross: dict[str, Any] = {"linestyle": "", "marker": "x", "markersize": 8, "markeredgewidth": 2}
+    marked = False
+    for number, line in enumerate(names):
+        sizes = [
+            size
+            for method, (name, size) in group["points"].items()
+            if name == line and group["not_run"].get(method, "").startswith("does not fit")
+        ]
+        if sizes:
+            place.plot([min(sizes)], [0.95], transform=place.get_xaxis_transform(), **look(number) | cross)
+            marked = True
+    if marked:
+        place.plot([], [], color="black", label="does not fit", **cross)
 
 
 def _draw_foretold(

@@ -8,9 +8,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
+from ats.experiments.plotting.plots import COLOURS
 from bench import bench_tables, changes, render
 from bench.conftest import part_of
+from bench.plots import mark_misfits
 from bench.report import Group, Report
 from tests.helpers import alone
 
@@ -52,6 +55,19 @@ def test_a_report_says_which_targets_are_met(tmp_path: Path) -> None:
     assert [file.name for file in written] == ["machine.md", "machine-table1.png", "machine-scaling.png"]
     assert all(file.stat().st_size > 1000 for file in written)
     assert all(f"]({file.name})" in text for file in written[1:])
+
+
+def test_a_plot_marks_the_first_size_that_does_not_fit() -> None:
+    """Not a size that would fit, but take too long; in the line's own colour."""
+    group = {
+        "points": {"a": ("ATS", 500), "b": ("CNN", 500), "c": ("CNN", 1000), "d": ("CNN", 2000), "e": ("CNN", 4000)},
+        "not_run": {"c": "a step would take about 9 s", "e": "does not fit: 9 GB", "d": "does not fit: 3 GB"},
+    }
+    figure, axes = plt.subplots()
+    mark_misfits(axes, group, ["ATS", "CNN"])
+    crosses = [(list(line.get_xdata()), line.get_color()) for line in axes.lines]
+    plt.close(figure)
+    assert crosses == [([2000], COLOURS[1]), ([], "black")]
 
 
 def test_a_table_has_the_ratio_to_each_alternative_beside_the_published_one() -> None:
