@@ -51,10 +51,10 @@ def _draw_lines(groups: Groups, path: Path) -> None:
         place.set(
             xlabel=group["axis"], ylabel="MB beyond the image" if what == "memory" else unit, xscale="log", yscale="log"
         )
-        for axis in (place.xaxis, place.yaxis):  # the own ones are markup, which pictures here have none of
+        for axis, more in ((place.xaxis, (3,)), (place.yaxis, (2, 5))):
             low, high = axis.get_view_interval()
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-            axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+            axis.set_major_locator(LogLocator(subs=(1, *more) if high < 1000 * low else (1,)))
+            axis.set_major_formatter(lambda value, _: _number(value))  # its own are markup, of which pictures have none
             axis.set_minor_formatter(lambda value, _: "")
         mark_misfits(place, group, names)
         if len(groups) > 1:
@@ -66,12 +66,19 @@ def _draw_lines(groups: Groups, path: Path) -> None:
     else:
         figure.suptitle(groups[0]["name"], fontsize=11)
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+        columns = len(labels) if sum(map(len, labels)) < 75 else 2
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
     save(figure, path)
 
 
+def _number(value: float) -> str:
+    if value >= 1e6:
+        return f"{value / 1e6:g}M"
+    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
+
+
 def mark_misfits(place: Any, group: Mapping[str, Any], names: Sequence[str]) -> None:
-    """A cross at the top, in a line's colour, at the first size that does not fit into memory.
+    """A cross at the top, in a line's colour, at the first size that does not fit into memory, but if it was foretold.
 
     Args:
         place: axes.
@@ -79,16 +86,17 @@ def mark_misfits(place: Any, group: Mapping[str, Any], names: Sequence[str]) -> 
         names: of the lines, in the order of their looks.
     """
     cross: dict[str, Any] = {"linestyle": "", "marker": "x", "markersize": 8, "markeredgewidth": 2}
-    marked = False
+    marked: list[str] = []
     for number, line in enumerate(names):
         sizes = [
             size
             for method, (name, size) in group["points"].items()
             if name == line and group["not_run"].get(method, "").startswith("does not fit")
         ]
-        if sizes:
-            place.plot([min(sizes)], [0.95], transform=place.get_xaxis_transform(), **look(number) | cross)
-            marked = True
+        if sizes and not any(group["points"][method][0] == line for method in group.get("foretold", {})):
+            height = 0.95 - 0.07 * len(marked)  # two lines may end at one size
+            place.plot([min(sizes)], [height], transform=place.get_xaxis_transform(), **look(number) | cross)
+            marked.append(line)
     if marked:
         place.plot([], [], color="black", label="does not fit", **cross)
 
