@@ -1,10 +1,10 @@
-"""Options that put networks of timm's in the place of an experiment's own."""
+"""Options that put networks of timm's in the place of an experiment's own, or an evidence head on these."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from ats.experiments.shown_options import PATCHES, SAMPLING
+from ats.experiments.shown_options import ATTENTION, PATCHES, SAMPLING
 from ats.models.timm_networks import check_name
 
 
@@ -17,8 +17,11 @@ def check_least(values: Any, section: str, least: int, *names: str) -> None:
 
 @dataclass(frozen=True)
 class BackboneOptions:
-    """Networks of timm's, and what they begin with (docs/images.md)."""
+    """Networks of timm's, and what they begin with (docs/images.md); an evidence head."""
 
+    evidence: Annotated[Literal["none", "cells", "peaks"], ATTENTION] = "none"
+    """Teach attention also by what each drawn patch alone says of the image's class: cells with evidence for it rise,
+    with peaks those alone that have more than their neighbours (docs/megapixel-mnist.md)."""
     feature: Annotated[str, PATCHES] = ""
     """Features of patches by a network of timm's, timm:NAME; default: the
     experiment's own."""
@@ -34,6 +37,18 @@ class BackboneOptions:
     """As feature-weights."""
     freeze: Annotated[bool, PATCHES] = False
     """Leave model.feature as it begins: in evaluation mode, without gradients."""
+
+    def check_evidence(self, method: str, *, nested: bool) -> None:
+        """Raise ValueError where there is nothing that an evidence head could be on."""
+        if self.evidence == "none":
+            return
+        without = "leave it out, or set model.evidence=none"
+        if method != "ats":
+            raise ValueError(f"model.evidence teaches attention, and model.method={method} learns none; {without}")
+        if nested:
+            raise ValueError(f"model.evidence is for attention on one view, not for model.levels; {without}")
+        if self.attention:
+            raise ValueError(f"model.evidence needs the experiment's own attention network, not timm's; {without}")
 
     def check_backbones(self, method: str) -> None:
         """Raise ValueError where these do not go together, or with a method."""

@@ -26,11 +26,18 @@ def networks_of(config: ExperimentConfig) -> Networks:
     Networks of timm's see images by their own mean and std, unless the data's options say what theirs are.
 
     Raises:
-        ValueError: the experiment has no networks of that name, or timm none of its.
+        ValueError: the experiment has no networks of that name, timm none of its, or there is no evidence head.
         ModuleNotFoundError: timm is not installed, and asked for.
     """
     model, data = config.model, config.data
     networks = data.networks_for(model)
+    if model.evidence != "none":
+        if networks.evidence is None:
+            raise ValueError(
+                f"the networks {model.networks!r} of {config.experiment} have no evidence head: choose "
+                "model.networks=modern, or leave model.evidence out"
+            )
+        networks = replace(networks, attention=partial(networks.evidence, peaks=model.evidence == "peaks"))
     own_unit = bool(getattr(data, "mean", ()))
     if model.attention:
         name = model.attention.removeprefix(PREFIX)

@@ -10,10 +10,12 @@ from ats.batches import Images
 from ats.experiments.backbones import networks_of
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.levels import build_sampling, nested_view, nested_view_size
+from ats.experiments.objectives import Classes
 from ats.functional import area_downsample
 from ats.models import (
     ATSClassifier,
     CNNClassifier,
+    EvidenceClassifier,
     MILClassifier,
     NestedClassifier,
     UniformAttention,
@@ -30,8 +32,13 @@ def build_model(config: ExperimentConfig) -> Classifier:
     """The networks that a configuration names, with fresh weights from torch's random numbers.
 
     Raises:
-        ValueError: the experiment has no such networks.
+        ValueError: the experiment has no such networks, or no classes for an evidence head.
     """
+    if config.model.evidence != "none" and not isinstance(config.data.objective, Classes):
+        raise ValueError(
+            "model.evidence asks which class a patch speaks for, and the task is no class: leave it out, or set "
+            "model.evidence=none"
+        )
     model = _build(config)
     model.head = config.data.objective.head(model.head)
     return model
@@ -90,7 +97,8 @@ def _build(config: ExperimentConfig) -> Classifier:
         mean=networks.mean,
         std=networks.std,
     )
-    return ATSClassifier(sampling, n_features, n_classes, model.feature_scale)
+    kind = ATSClassifier if model.evidence == "none" else EvidenceClassifier
+    return kind(sampling, n_features, n_classes, model.feature_scale)
 
 
 def patch_features(model: Classifier) -> nn.Module | None:

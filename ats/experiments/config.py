@@ -28,8 +28,9 @@ class ModelConfig(BackboneOptions):
     method: Literal["ats", "uniform", "mil", "gated-mil", "cnn"] = "ats"
     """Attention sampling; uniform sampling; Deep MIL over all patches of a regular grid, plain or gated; a CNN. With
     --help: the options of that method."""
-    networks: Literal["paper", "modern"] = "modern"
-    """As published, or our recipe (docs/experiments.md)."""
+    networks: Literal["paper", "modern", "wide"] = "modern"
+    """As published, our recipe (docs/experiments.md), or, of Megapixel MNIST alone, it with a wider attention
+    network."""
     levels: Annotated[tuple[str, ...], SAMPLING] = ()
     """Attention within attention, a level each, the outermost first: SCALE:DRAWS[:STRIDE[:CONTEXT]], in
     place of view_scale and n_patches (docs/nested.md); e.g. 128:10 4:2 draws 10 regions from a view of 1/128 and 2
@@ -69,11 +70,17 @@ class ModelConfig(BackboneOptions):
                 raise ValueError(f"model.{name} must be in (0, 1], got {getattr(self, name)}")
         self.check_backbones(self.method)
         read_levels(self.levels)
+        self.check_evidence(self.method, nested=bool(self.levels))
         if self.replace and self.estimator == "unordered":
             raise ValueError(
                 "model.estimator=unordered needs model.replace=False: it averages over the orders of a set; to draw "
                 "with replacement, choose model.estimator=ordered"
             )
+
+    def with_method(self, method: str, **options: Any) -> "ModelConfig":
+        """The same with another method, without an evidence head where it learns no attention, and other options."""
+        own: dict[str, Any] = {"method": method} | ({} if method == "ats" else {"evidence": "none"})
+        return dataclasses.replace(self, **own | options)
 
     @property
     def nested(self) -> tuple[LevelOptions, ...]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ats.experiments.build import build_model, make_view, view_size
 from ats.experiments.config import ExperimentConfig, ModelConfig
 from ats.experiments.registry import EXPERIMENTS
+from ats.models import EvidenceClassifier
 
 _BLOCK = 2**24  # random bytes, repeated in images of more
 _SLOW = 1.0  # seconds
@@ -108,8 +109,13 @@ def training_step(
 
     def step() -> None:
         image, view = next(turns)
-        logits, sample = model(view_on(device, config, image) if view is None else view, image)
-        loss = F.cross_entropy(logits, label)
+        seen = view_on(device, config, image) if view is None else view
+        if isinstance(model, EvidenceClassifier):
+            logits, sample, loss = model.teach(seen, image, label)
+            loss = loss + F.cross_entropy(logits, label)
+        else:
+            logits, sample = model(seen, image)
+            loss = F.cross_entropy(logits, label)
         if sample is not None:
             loss = loss - config.optim.entropy_weight * sample.entropy.mean()
         model.zero_grad(set_to_none=True)

@@ -16,13 +16,16 @@ from ats.experiments.experiment import Batch
 from ats.experiments.registry import from_dict
 from ats.experiments.schedule import entropy_weight, learning_rate_factor
 from ats.functional import PatchSample, mean_entropy
-from ats.models import ATSClassifier, NestedClassifier
+from ats.models import ATSClassifier, EvidenceClassifier, NestedClassifier
 from ats.nested_sample import NestedSample
 from ats.overlap import told_of_overlap
 
 
 class ClassificationTask(L.LightningModule):
-    """The objective's loss, e.g. cross-entropy, less λ times the attention's entropy (paper, eq. 21), with Adam."""
+    """The objective's loss, e.g. cross-entropy, less λ times the attention's entropy (paper, eq. 21), with Adam.
+
+    The loss of an evidence head, where the model has one, is added.
+    """
 
     def __init__(self, config: ExperimentConfig | dict[str, Any]) -> None:
         super().__init__()
@@ -87,7 +90,7 @@ class ClassificationTask(L.LightningModule):
         generator = self.draw_generator(0, self.global_step)
         if self.has_dropout:  # it draws from the global stream only
             torch.manual_seed(self.draw_generator(2, self.global_step).initial_seed())
-        logits, sample = self._several_draws(view, image, mask, generator)
+        logits, sample, evidence = self._several_draws(view, image, label, mask, generator)
         label = label.repeat(len(logits) // len(label), *[1] * (label.ndim - 1))
         loss = self.loss(logits, label)
         self.train_loss.update(loss.detach())
@@ -100,14 +103,22 @@ class ClassificationTask(L.LightningModule):
         entropy = sample.entropy.mean() if isinstance(sample, NestedSample) else mean_entropy(sample)
         self.log("train/entropy", entropy.detach(), batch_size=len(batch.label), **mean, sync_dist=True)
         bonus = entropy_weight(self.global_step, self.total_steps(), self.config.optim) * entropy
-        return {"loss": loss - bonus, "task_loss": loss.detach()}
+        taught = loss - bonus
+        if evidence is not None:
+            self.log("train/evidence", evidence.detach(), batch_size=len(batch.label), **mean, sync_dist=True)
+            taught = taught + evidence
+        return {"loss": taught, "task_loss": loss.detach()}
 
     def _several_draws(
-        self, view: Views, image: Images, mask: Maps | None, generator: torch.Generator
-    ) -> tuple[Tensor, PatchSample | NestedSample | None]:
+        self, view: Views, image: Images, label: Tensor, mask: Maps | None, generator: torch.Generator
+    ) -> tuple[Tensor, PatchSample | NestedSample | None, Tensor | None]:
+        """Logits, the sample, and the loss of an evidence head, where the model has one."""
         if not isinstance(self.model, ATSClassifier | NestedClassifier):
-            return self.model(view, image, generator=generator)
-        return self.model(view, image, mask=mask, generator=generator, draws=self.config.optim.draws)
+            return *self.model(view, image, generator=generator), None
+        how: dict[str, Any] = {"mask": mask, "generator": generator, "draws": self.config.optim.draws}
+        if isinstance(self.model, EvidenceClassifier):
+            return self.model.teach(view, image, label, **how)
+        return *self.model(view, image, **how), None
 
     def loss(self, logits: Tensor, label: Tensor) -> Tensor:
         """The mean loss, weighted by class if so configured: the mean weight is 1 over the training images."""

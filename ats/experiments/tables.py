@@ -95,7 +95,8 @@ class Table:
 
     def model(self, row: Row, preset: str) -> ModelConfig:
         """A row's model, by a preset."""
-        return dataclasses.replace(self.presets[preset].model, **row.model, **_own(row, preset, "model"))
+        model = self.presets[preset].model
+        return model.with_method(**{"method": model.method} | row.model | _own(row, preset, "model"))
 
     def config(self, row: Row, preset: str, seed: int, output: Path, data: Path | None) -> ExperimentConfig:
         """The run of a row with a seed.

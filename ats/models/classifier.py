@@ -90,6 +90,35 @@ class SoftBound(nn.Module):
         return self.limit * torch.tanh(logits / self.limit)
 
 
+class SharingLayers(nn.Sequential):
+    """Layers in order, of which the first ones, its trunk, are shared with whatever else looks at the same view.
+
+    Args:
+        layers: from a view (B, C, h, w) to logits (B, 1, gh, gw).
+        depth: how many of them are the trunk.
+    """
+
+    def __init__(self, *layers: nn.Module, depth: int) -> None:
+        super().__init__(*layers)
+        self.depth = depth
+
+    def trunk(self, view: Tensor) -> Tensor:
+        """View (B, C, h, w) -> maps (B, D, gh, gw)."""
+        for layer in list(self)[: self.depth]:
+            view = layer(view)
+        return view
+
+    def rest(self, view: Tensor, maps: Tensor) -> Tensor:
+        """The view and its trunk's maps -> logits (B, 1, gh, gw)."""
+        for layer in list(self)[self.depth :]:
+            maps = layer(maps)
+        return maps
+
+    def forward(self, view: Tensor) -> Tensor:
+        """View (B, C, h, w) -> logits (B, 1, gh, gw)."""
+        return self.rest(view, self.trunk(view))
+
+
 class UniformAttention(nn.Module):
     """Attention that is the same everywhere: drawing from it is uniform sampling, the paper's U-N.
 
@@ -180,10 +209,23 @@ class ATSClassifier(SamplingClassifier):
         With several draws each image comes once for each, all images of the first draw first. `mask` is as in
         `ats.sample_cells`. Views and images may be sequences, as `ats.nn.AttentionSampling` takes them.
         """
+        pooled, samples = self.draw(view, image, mask=mask, generator=generator, draws=draws)
+        return self.classify(pooled), samples[0]
+
+    def draw(
+        self,
+        view: Views,
+        image: Images,
+        *,
+        mask: Maps | None = None,
+        generator: torch.Generator | None = None,
+        draws: int = 1,
+    ) -> tuple[Tensor, list[PatchSample]]:
+        """Arguments of `forward` -> pooled features (draws·B, D), PatchSample of each draw."""
         pooled, logits, sample = self.sampling(view, image, mask=mask, generator=generator)
         again = {"mask": mask, "generator": generator, "grid_sizes": sample.grid_sizes}
-        more = [self.sampling.draw(image, logits, sizes_of(view), **again)[0] for _ in range(draws - 1)]
-        return self.classify(torch.cat([pooled, *more])), sample
+        more = [self.sampling.draw(image, logits, sizes_of(view), **again) for _ in range(draws - 1)]
+        return torch.cat([pooled, *(each for each, _ in more)]), [sample, *(each for _, each in more)]
 
 
 class CNNClassifier(nn.Module):

@@ -12,12 +12,17 @@ from ats.models.classifier import (
     ChannelsLast,
     GlobalMaxPool,
     L2Normalise,
+    SharingLayers,
     SoftBound,
     conv_norm,
     three_convolutions,
 )
+from ats.models.evidence import EvidenceAttention
 from ats.models.networks import Networks, check_networks
 from ats.models.resnet import RESNET_8, image_network
+
+_BOUND = 5.0  # of the logits
+_TRUNK = 8  # layers up to the pooling
 
 
 def attention_network(networks: str) -> nn.Sequential:
@@ -25,15 +30,23 @@ def attention_network(networks: str) -> nn.Sequential:
     check_networks(networks)
     if networks == "paper":
         return three_convolutions(3, nn.ReLU)
-    return nn.Sequential(
+    return nn.Sequential(*_layers(), SoftBound(_BOUND))
+
+
+def evidence_network(*, peaks: bool) -> EvidenceAttention:
+    """Our recipe's with an evidence head, beside its last two convolutions."""
+    return EvidenceAttention(SharingLayers(*_layers(), depth=_TRUNK), 16, bound=_BOUND, peaks=peaks)
+
+
+def _layers() -> list[nn.Module]:
+    return [
         ChannelsLast(),
         *conv_norm(3, 16, kernel=3),
         *conv_norm(16, 16, kernel=3),
         nn.MaxPool2d(2),
         *conv_norm(16, 16, kernel=3),
         nn.Conv2d(16, 1, 3, padding=1),
-        SoftBound(5.0),
-    )
+    ]
 
 
 def feature_network(networks: str, *, normalised: bool = True) -> nn.Sequential:
@@ -79,5 +92,6 @@ NETWORKS = {
         mean=[0.76, 0.6, 0.75],
         std=[0.15, 0.2, 0.15],
         image=_IMAGE,
+        evidence=evidence_network,
     ),
 }

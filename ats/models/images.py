@@ -8,11 +8,14 @@ from functools import partial
 
 from torch import nn
 
-from ats.models.classifier import ChannelsLast, GlobalMaxPool, L2Normalise, SoftBound, conv_norm
+from ats.models.classifier import ChannelsLast, GlobalMaxPool, L2Normalise, SharingLayers, SoftBound, conv_norm
+from ats.models.evidence import EvidenceAttention
 from ats.models.networks import Networks
 from ats.models.resnet import RESNET_8, image_network
 
 _FEATURES = 128
+_BOUND = 5.0  # of the logits
+_TRUNK = 8  # layers up to the pooling
 
 
 def attention_network(channels: int) -> nn.Sequential:
@@ -22,15 +25,23 @@ def attention_network(channels: int) -> nn.Sequential:
 
 def level_network(channels: int, scale: int, stride: int) -> nn.Sequential:
     """A level of nested attention: views (M, channels, h, w) -> logits (M, 1, h // stride, w // stride)."""
-    return nn.Sequential(
+    return nn.Sequential(*_layers(channels, stride), SoftBound(_BOUND))
+
+
+def evidence_network(channels: int, *, peaks: bool) -> EvidenceAttention:
+    """`attention_network` with an evidence head, beside its last two convolutions."""
+    return EvidenceAttention(SharingLayers(*_layers(channels, 2), depth=_TRUNK), 16, bound=_BOUND, peaks=peaks)
+
+
+def _layers(channels: int, stride: int) -> list[nn.Module]:
+    return [
         ChannelsLast(),
         *conv_norm(channels, 16, kernel=3),
         *conv_norm(16, 16, kernel=3),
         nn.MaxPool2d(stride),
         *conv_norm(16, 16, kernel=3),
         nn.Conv2d(16, 1, 3, padding=1),
-        SoftBound(5.0),
-    )
+    ]
 
 
 def feature_network(channels: int, *, normalised: bool = True) -> nn.Sequential:
@@ -60,4 +71,5 @@ def image_networks(channels: int, mean: Sequence[float], std: Sequence[float]) -
         std=std,
         image=partial(image_network, RESNET_8, channels),
         level=partial(level_network, channels),
+        evidence=partial(evidence_network, channels),
     )

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ats.models.evidence import EvidenceAttention
+
 NETWORK_NAMES = ("paper", "modern")
+"""Networks that most experiments have; some have others as well."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Networks:
             scale×scale of the image's, to logits (B, 1, h // stride, w // stride). None: there is no nested attention.
         mean, std: of the images, by channel, where values of 1 are white: networks see (x − mean) / std. None: as is.
         view: mean and std by which the attention network sees, where they are others.
+        evidence: (peaks=…) -> `attention` with an evidence head. None: there is none.
     """
 
     attention: Callable[[], nn.Module]
@@ -38,6 +42,7 @@ class Networks:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     view: tuple[Sequence[float] | None, Sequence[float] | None] | None = None
+    evidence: Callable[..., EvidenceAttention] | None = None
 
     @property
     def for_view(self) -> tuple[Sequence[float] | None, Sequence[float] | None]:
@@ -58,7 +63,7 @@ class Networks:
         return height, width
 
 
-def check_networks(networks: str) -> None:
+def check_networks(networks: str, names: Sequence[str] = NETWORK_NAMES) -> None:
     """Raise ValueError where networks go by no such name."""
-    if networks not in NETWORK_NAMES:
-        raise ValueError(f"unknown networks {networks!r}, expected one of {', '.join(map(repr, NETWORK_NAMES))}")
+    if networks not in names:
+        raise ValueError(f"unknown networks {networks!r}, expected one of {', '.join(map(repr, names))}")

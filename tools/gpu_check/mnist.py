@@ -24,6 +24,7 @@ from ats.experiments.config import ExperimentConfig
 from ats.experiments.experiment import ExperimentData
 from ats.experiments.megapixel_mnist import PRESETS, MegapixelMNISTConfig, MegapixelMNISTData
 from ats.experiments.schedule import entropy_weight, learning_rate_factor
+from ats.models import EvidenceClassifier
 from bench.measure import synchronise
 
 IMAGES, TEST_IMAGES = 2000, 512
@@ -94,11 +95,15 @@ def train(
                 group["lr"] = optim.learning_rate * learning_rate_factor(at, _PER_MILLE, optim)
             indices = torch.randint(count, (batch,), generator=generator).to(device)
             view, image, label = data.load("train", indices, kind)
-            logits, sample = model(view, image)
+            evidence: torch.Tensor | float = 0.0
+            if isinstance(model, EvidenceClassifier):
+                logits, sample, evidence = model.teach(view, image, label)
+            else:
+                logits, sample = model(view, image)
             wrong += (logits.argmax(-1) != label).sum()
             loss = F.cross_entropy(logits, label) - entropy_weight(at, _PER_MILLE, optim) * sample.entropy.mean()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss + evidence).backward()
             nn.utils.clip_grad_norm_(model.parameters(), optim.gradient_clip)
             optimizer.step()
         synchronise(device)

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from dataclasses import replace
 
 import tyro
 
@@ -31,6 +32,8 @@ def run_train(arguments: list[str]) -> None:
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r} of {experiment}, expected one of {', '.join(presets)}")
     default = presets[preset]
+    if found.method not in ("", default.model.method) and default.model.evidence != "none":
+        default = replace(default, model=replace(default.model, evidence="none"))  # what only that method can use
     if {"-h", "--help"} & set(arguments):
         default = shown_for(found.method or default.model.method, default)
     config = parse(
