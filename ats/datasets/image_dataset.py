@@ -40,6 +40,19 @@ class Region:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """Something in an image that can be found, and what whoever reads a patch of it perfectly would say.
+
+    Args:
+        region: where it is; a `target`, or what may be taken for one.
+        says: the class that it speaks for; None: nothing, e.g. noise.
+    """
+
+    region: Region
+    says: int | None
+
+
+@dataclass(frozen=True)
 class Example:
     """One image.
 

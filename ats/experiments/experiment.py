@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from ats.datasets.image_dataset import Region
+from ats.datasets.image_dataset import Finding, Region
 from ats.experiments.build import make_view
 from ats.experiments.config import DataConfig, ExperimentConfig
 from ats.experiments.samplers import EachOnce, Indices, read_and_counted
@@ -64,6 +64,8 @@ class ExperimentData(DataModule, Generic[Options]):
     """It says of its images what `ats.nn.OverlapWarning` says, before a training begins."""
     knows_targets: ClassVar[bool] = False
     """It is known of test images where the evidence for their label is."""
+    class_of_nothing: ClassVar[int | None] = 0
+    """The class of an image in which nothing is to be found; None: there is no such class, and one can only guess."""
 
     def __init__(self, config: ExperimentConfig) -> None:
         super().__init__()
@@ -96,6 +98,13 @@ class ExperimentData(DataModule, Generic[Options]):
 
     def targets(self, index: int) -> tuple[Region, ...]:
         """Where the evidence for the label of a test image is, if that is known."""
+        return ()
+
+    def findings(self, index: int) -> tuple[Finding, ...]:
+        """Everything in a test image that attention is to tell apart, if that is known: targets and what is none.
+
+        `ats study attention` ranks the ones against the others, and reads them perfectly.
+        """
         return ()
 
     def shown_image(self) -> int:

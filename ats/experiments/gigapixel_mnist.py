@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ats.datasets.gigapixel_mnist import DEMO, GigapixelMNIST
+from ats.datasets.image_dataset import Finding, Region
+from ats.datasets.megapixel_mnist import GLYPH
 from ats.datasets.mnist import Digits
 from ats.experiments.build import make_view
 from ats.experiments.config import LESS_NOISE, ExperimentConfig, ModelConfig, OptimConfig, TrainerConfig, check_least
@@ -100,6 +102,8 @@ class GigapixelMNISTConfig(MNISTConfig):
 class GigapixelMNISTData(ExperimentData[GigapixelMNISTConfig]):
     """Gigapixel MNIST, rendered box by box as it is read, in bytes as on disk. Each epoch has images of its own."""
 
+    class_of_nothing: ClassVar[int | None] = None
+
     def __init__(self, config: ExperimentConfig) -> None:
         super().__init__(config)
         self._digits: dict[str, Digits] = {}
@@ -163,6 +167,19 @@ class GigapixelMNISTData(ExperimentData[GigapixelMNISTConfig]):
         if of not in self._digits:
             self._digits[of] = self.options.load(of)
         return self.options.images(self._digits[of], count, name, self.config.seed, first, share)  # type: ignore[arg-type]
+
+    def findings(self, index: int) -> tuple[Finding, ...]:
+        """The digits, each of which speaks for its class, and the places that have none."""
+        images = self.split("test")
+        scene, labels = images.scene(index), self._digits["test"].labels
+        found = []
+        for glyph, (top, left) in zip(scene.glyph_ids, scene.corners[: images.n_inhabited].tolist(), strict=False):
+            says = int(labels[int(glyph)])
+            found.append(Finding(Region(top, left, top + GLYPH, left + GLYPH, f"digit {says}"), says))
+        for top, left in scene.places[images.n_inhabited :].tolist():
+            box = Region(top, left, top + images.place_size, left + images.place_size, "empty place", target=False)
+            found.append(Finding(box, None))
+        return tuple(found)
 
     def shown_image(self) -> int:
         """Any: all show digits."""

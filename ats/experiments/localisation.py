@@ -100,12 +100,19 @@ def on_target(offsets: Tensor, patch_size: tuple[int, int], targets: Sequence[Re
         patch_size: pixels (ph, pw).
         targets: of one image.
     """
-    if not targets:
-        return torch.zeros(len(offsets), dtype=torch.bool, device=offsets.device)
-    centres = torch.tensor([region.centre for region in targets], dtype=torch.float64, device=offsets.device)  # (T, 2)
-    size = torch.tensor(patch_size, dtype=torch.float64, device=offsets.device)
-    within = centres - offsets.unsqueeze(1)  # (K, T, 2), from the patch's corner
-    return ((within >= 0) & (within < size)).all(-1).any(-1)
+    return shows(offsets, patch_size, targets).any(-1)
+
+
+def shows(offsets: Tensor, patch_size: tuple[int, int], regions: Sequence[Region]) -> Tensor:
+    """Which patches show the centre of which region, (K, T) bool; arguments as of `on_target`."""
+    if not regions:
+        return torch.zeros(len(offsets), 0, dtype=torch.bool, device=offsets.device)
+    centres = torch.tensor([region.centre for region in regions], dtype=torch.float64, device=offsets.device)  # (T, 2)
+    inside = torch.ones(len(offsets), len(regions), dtype=torch.bool, device=offsets.device)
+    for axis in (0, 1):
+        within = centres[:, axis] - offsets[:, axis, None]  # (K, T), from the patch's corner
+        inside &= (within >= 0) & (within < patch_size[axis])
+    return inside
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ats.datasets.image_dataset import Finding, Region
 from ats.datasets.megapixel_mnist import GLYPH, MegapixelMNIST
 from ats.datasets.mnist import Digits
 from ats.experiments.config import LESS_NOISE, ExperimentConfig, ModelConfig, OptimConfig, check_least
@@ -58,6 +59,8 @@ class MegapixelMNISTConfig(MNISTConfig):
 
 class MegapixelMNISTData(ExperimentData[MegapixelMNISTConfig]):
     """Megapixel MNIST, rendered on the device. Images of full size are the same in each epoch."""
+
+    class_of_nothing: ClassVar[int | None] = None
 
     def __init__(self, config: ExperimentConfig) -> None:
         super().__init__(config)
@@ -118,6 +121,17 @@ class MegapixelMNISTData(ExperimentData[MegapixelMNISTConfig]):
             split=split,
             first=first,
         )
+
+    def findings(self, index: int) -> tuple[Finding, ...]:
+        """The digits, each of which speaks for its class, and the noise."""
+        images, found = self.split("test"), []
+        for number, (glyph, place) in enumerate(zip(images.glyph_ids[index], images.places[index], strict=True)):
+            digit = number < images.n_digits
+            says = int(self._digits["test"].labels[glyph]) if digit else None
+            top, left = map(int, place)
+            kind = f"digit {says}" if digit else "noise"
+            found.append(Finding(Region(top, left, top + GLYPH, left + GLYPH, kind, target=digit), says))
+        return tuple(found)
 
     def shown_image(self) -> int:
         """Any: all show digits."""

@@ -6,7 +6,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ats.datasets.image_dataset import ImageDataset, Region
+from ats.datasets.image_dataset import Finding, ImageDataset, Region
 from ats.experiments.augmentation import ImageConfig, apply_change, draw_change
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.experiment import ExperimentData
@@ -42,6 +42,14 @@ class ImageData(ExperimentData[ImageOptions]):
 
     def targets(self, index: int) -> tuple[Region, ...]:
         return self.split("test").examples[index].targets
+
+    def findings(self, index: int) -> tuple[Finding, ...]:
+        example = self.split("test").examples[index]
+        return tuple(Finding(region, self.says(region, example.label)) for region in example.regions)
+
+    def says(self, region: Region, label: int) -> int | None:
+        """The class that a region of an image speaks for; by default a target for its image's label."""
+        return label if region.target else None
 
     def split(self, name: str) -> ImageDataset:
         """The images of a split."""

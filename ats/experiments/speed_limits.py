@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ats.datasets.image_dataset import ImageDataset
+from ats.datasets.image_dataset import ImageDataset, Region
 from ats.datasets.painted_signs import MOST, SIDES, put_limit, within
 from ats.datasets.speed_limits import load_speed_limits
 from ats.experiments.augmentation import PHOTOGRAPHS_OPTIM, Change, ImageConfig, apply_change, draw_change
@@ -90,6 +90,12 @@ class SpeedLimitsData(ImageData[SpeedLimitsConfig]):
             )
             for name in ("train", "test")
         }
+
+    def says(self, region: Region, label: int) -> int | None:
+        """Any limit that is a class speaks for that class, be it the image's or not."""
+        limit = region.kind.removeprefix("speed-limit-")
+        classes = self.split("test").classes
+        return classes.index(limit) if limit in classes[1:] else None
 
     def class_counts(self) -> Tensor:
         counts = super().class_counts()

@@ -72,7 +72,7 @@ COMMANDS = {
     ),
     "study": Command(
         "STUDY",
-        "variance: of the estimators; training: by their gradients; inference: with trained models",
+        "of the estimators' variance, of training by their gradients, of trained inference and attention",
         "ats.experiments.study.commands",
         "run_study",
     ),

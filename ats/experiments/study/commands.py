@@ -1,4 +1,4 @@
-"""`ats study variance`, `ats study training` and `ats study inference`: their options."""
+"""`ats study` variance, training, inference and attention: their options."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -8,6 +8,8 @@ from typing import Annotated
 import tyro
 
 from ats.experiments.options import parse
+from ats.experiments.study.attention import AttentionOptions
+from ats.experiments.study.attention_report import study_attention
 from ats.experiments.study.inference import InferenceOptions
 from ats.experiments.study.inference_report import study_inference
 from ats.experiments.study.training import TrainingOptions
@@ -15,11 +17,12 @@ from ats.experiments.study.training_report import study_training
 from ats.experiments.study.variance import QUICK, VarianceOptions
 from ats.experiments.study.variance_report import study_variance
 
-_HELP = """usage: ats study {variance,training,inference} [OPTIONS]
+_HELP = """usage: ats study {variance,training,inference,attention} [OPTIONS]
 
   variance   variance and bias of every estimator, of one draw
   training   small Megapixel MNIST trained with each formula of the gradient
   inference  what each way to predict with trained models is worth, and what its stated errors cover
+  attention  how well trained attention ranks what is to be found, and how much of its gradient is signal
 
 `ats study STUDY --help` lists a study's options.
 """
@@ -59,6 +62,21 @@ class InferenceCommand:
     """Folder for results/inference.json and results/inference.md. By default the tables are only shown."""
 
 
+@dataclass(frozen=True)
+class AttentionCommand:
+    """How well trained attention ranks what is to be found, and how much of its gradient is signal."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Runs' folders, or their checkpoints/last.ckpt, as `ats train` wrote them."""
+    options: Annotated[AttentionOptions, tyro.conf.arg(name="")] = field(default_factory=AttentionOptions)
+    data_folder: Path | None = None
+    """Folder of the data set, where it is not the one that the runs were trained with."""
+    device: str = "cpu"
+    """cpu, cuda, …"""
+    output: Path | None = None
+    """A new file, FILE.json or FILE.md. By default the table is only shown."""
+
+
 def _variance(arguments: list[str]) -> None:
     variance = parse(VarianceCommand, "ats study variance", arguments)
     if variance.seed < 0:
@@ -77,7 +95,12 @@ def _inference(arguments: list[str]) -> None:
     study_inference(inference.checkpoints, inference.options, inference.data_folder, inference.output)
 
 
-STUDIES = {"variance": _variance, "training": _training, "inference": _inference}
+def _attention(arguments: list[str]) -> None:
+    attention = parse(AttentionCommand, "ats study attention", arguments)
+    study_attention(attention.runs, attention.options, attention.data_folder, attention.output, attention.device)
+
+
+STUDIES = {"variance": _variance, "training": _training, "inference": _inference, "attention": _attention}
 """By name."""
 
 
