@@ -29,7 +29,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == shown | {"CONTRIBUTING.md", "CHANGELOG.md"}
 
 
-@pytest.mark.parametrize("page", ["quickstart.md", "own-loop.md", "lightning.md", "exporting.md"])
+@pytest.mark.parametrize("page", ["quickstart.md", "own-loop.md", "lightning.md", "exporting.md", "gigapixel-mnist.md"])
 def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a page's blocks, one after the other, as a reader would."""
     monkeypatch.chdir(tmp_path)
