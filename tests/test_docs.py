@@ -1,8 +1,6 @@
-"""What the README and the examples print works as printed."""
+"""What the README prints works as printed, and pages lead where they say."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -19,19 +17,6 @@ def test_the_readmes_example_runs() -> None:
         gradients = [p.grad for p in names[network].parameters()]  # type: ignore[attr-defined]
         assert gradients
         assert all(g is not None and g.abs().sum() > 0 for g in gradients)
-
-
-def test_the_plain_pytorch_example_trains() -> None:
-    path = ROOT / "examples" / "plain_pytorch.py"
-    assert len(path.read_text().splitlines()) < 60
-    done = subprocess.run(
-        [sys.executable, str(path), "--steps", "3", "--batch", "4"],
-        capture_output=True, text=True, check=False, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    losses = re.findall(r"step \d+: loss (\S+),", done.stdout)
-    assert len(losses) == 2
-    assert all(abs(float(loss)) < 100 for loss in losses)
 
 
 def test_links_and_pictures_lead_somewhere() -> None:
