@@ -48,7 +48,7 @@ def evaluate(
     trained: TrainedModel,
     *,
     method: Method = "sample",
-    n_patches: int | None = None,
+    n_patches: int | tuple[int, ...] | None = None,
     budget: int = 100,
     tolerance: float | None = None,
     lead: float | None = None,
@@ -64,7 +64,8 @@ def evaluate(
     Args:
         trained: as `ats.load` returns it.
         method: "sample"; "topk": the most probable cells; or "anytime": as many draws as each image needs.
-        n_patches: patches an image; what it was trained with where None. Not with "anytime".
+        n_patches: patches an image, of a nested model a number a level; what it was trained with where None. Not with
+            "anytime".
         budget, tolerance, lead: with "anytime", as in `ats.anytime`.
         repeats: draws an image; 1 is all that "topk" needs.
         images: how many of the test images; all where None.

@@ -3,11 +3,34 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 Options = TypeVar("Options")
+
+
+def _draws(text: str) -> int | tuple[int, ...]:
+    """10, or of nested attention a number a level: 10x3."""
+    try:
+        numbers = tuple(map(int, text.lower().split("x")))
+    except ValueError:
+        raise ValueError(f"a number, or of nested attention one a level, as 10x3, is wanted; got {text!r}") from None
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+Draws = Annotated[
+    int | tuple[int, ...],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N|NxN",
+        instance_from_str=lambda words: _draws(words[0]),
+        is_instance=lambda value: isinstance(value, int) or (isinstance(value, tuple) and len(value) > 1),
+        str_from_instance=lambda value: ["x".join(map(str, value)) if isinstance(value, tuple) else str(value)],
+    ),
+]
+"""How many patches to draw: a number, or as 10x3 one a level of nested attention."""
 
 
 def parse(kind: type[Options], program: str, arguments: Sequence[str], **how: Any) -> Options:

@@ -68,7 +68,7 @@ class TrainedModel:
         *,
         mask: Maps | None = None,
         method: Method = "sample",
-        n_patches: int | None = None,
+        n_patches: int | tuple[int, ...] | None = None,
         budget: int = 100,
         tolerance: float | None = None,
         lead: float | None = None,
@@ -120,7 +120,7 @@ def predict_with(
     *,
     mask: Maps | None = None,
     method: Method = "sample",
-    n_patches: int | None = None,
+    n_patches: int | tuple[int, ...] | None = None,
     generator: torch.Generator | None = None,
     **stop: Any,
 ) -> Prediction:

@@ -11,7 +11,7 @@ from ats._files import write_json
 from ats.experiments.console import printable, say
 from ats.experiments.evaluation import Evaluation, evaluate
 from ats.experiments.inputs import on_device
-from ats.experiments.options import check_stop, parse
+from ats.experiments.options import Draws, check_stop, parse
 from ats.experiments.trained import load
 
 
@@ -23,8 +23,9 @@ class EvaluateOptions:
     """Runs' folders, or their checkpoints/last.ckpt, as `ats train` wrote them."""
     method: Literal["sample", "topk", "anytime"] = "sample"
     """Draw the patches, take the most probable ones, or draw as many as each image needs (docs/inference.md)."""
-    n_patches: tyro.conf.UseAppendAction[tuple[int, ...]] = ()
-    """sample, topk: patches an image; default: what the model was trained with. Give it again for another number."""
+    n_patches: tyro.conf.UseAppendAction[tuple[Draws, ...]] = ()
+    """sample, topk: patches an image, of nested attention draws a level (10x3); default: what the model was trained
+    with. Give it again for another number."""
     budget: int = 100
     """anytime: patches an image at most."""
     tolerance: float | None = None

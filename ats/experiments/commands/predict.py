@@ -15,7 +15,7 @@ from ats._files import write_whole
 from ats.datasets.manifest import read_manifest
 from ats.experiments.console import say
 from ats.experiments.inputs import LookOptions, answer, load_for, mask_for, open_for, probabilities
-from ats.experiments.options import check_stop, parse
+from ats.experiments.options import Draws, check_stop, parse
 from ats.experiments.trained import TrainedModel
 from ats.models import SamplingClassifier
 from ats.sources import open_image
@@ -38,8 +38,9 @@ class PredictOptions(LookOptions):
     """Where the table goes. A file that is there is not overwritten."""
     method: Literal["sample", "topk", "anytime"] = "sample"
     """Draw the patches, take the most probable ones, or draw as many as each image needs (docs/inference.md)."""
-    n_patches: int | None = None
-    """sample, topk: patches an image; default: what the model was trained with."""
+    n_patches: Draws | None = None
+    """sample, topk: patches an image, of nested attention draws a level (10x3); default: what the model was trained
+    with."""
     budget: int = 100
     """anytime: patches an image at most."""
     tolerance: float | None = None
