@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 import ats
+from ats.experiments import inputs
+from ats.experiments.commands import attention
 from ats.experiments.commands.command_line import run
 from ats.experiments.evaluation import evaluate
 from ats.experiments.live_cells import live_cells, placement_of
@@ -48,6 +50,28 @@ def columns_drawn(trained: Path, image: str, tmp_path: Path, *options: str) -> s
     words = ["attention", str(trained), image, "--format", "csv", "--output", str(output), *options]
     assert run(words) == 0
     return {int(row["column"]) for row in rows(output)}
+
+
+def test_patches_beside_a_smaller_picture_are_of_full_resolution(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "DECODED", 100)
+    monkeypatch.setattr(attention, "_SHOWN", 24)
+    given = {}
+    monkeypatch.setattr(attention, "draw_overlay", lambda image, map_, path, **more: given.update(more, image=image))
+    image = trained.parent / "0.png"
+    assert run(["attention", str(trained), str(image), "--output", str(tmp_path / "picture.png")]) == 0
+    pixels = torch.from_numpy(np.array(Image.open(image).convert("RGB"))).movedim(-1, 0)
+    assert given["image"].shape == (3, 24, 24)
+    assert 1 <= len(given["best"]) <= 3
+    side = load(trained).config.model.patch_size
+    for seen in given["best"]:
+        assert seen.size == (side // 2, side // 2)
+        assert seen.pixels.shape == (3, side, side)
+        padded = torch.nn.functional.pad(pixels, [side] * 4)
+        tops, lefts = (range(2 * at + side - 1, 2 * at + side + 2) for at in seen.corner)  # its corner was rounded
+        cuts = [padded[:, top : top + side, left : left + side] for top in tops for left in lefts]
+        assert any(torch.equal(seen.pixels, cut) for cut in cuts)
 
 
 def test_attention_looks_where_it_may(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

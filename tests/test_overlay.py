@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from PIL import Image
 
 from ats.datasets.image_dataset import Region
 from ats.datasets.synthetic.write import write_colon_cancer
 from ats.experiments.commands.command_line import run
 from ats.experiments.localisation import attention_map
-from ats.experiments.plotting.overlay import Attention, draw_comparison, weight_map
+from ats.experiments.plotting.overlay import Attention, best_patches, draw_comparison, heaviest, weight_map
 from ats.experiments.training import train
 from ats.models import MILClassifier
 from tests.helpers import seeded
@@ -29,20 +30,43 @@ def test_a_pixel_has_the_weight_of_all_patches_that_show_it() -> None:
             assert float(pixels[y, x]) == pytest.approx(float(weights[torch.tensor(inside)].sum()), abs=1e-6)
 
 
-def test_methods_of_a_row_share_one_scale(tmp_path: Path) -> None:
-    """Attention that is spread must look darker than attention that is not, or the comparison would lie."""
+def test_methods_share_one_scale(tmp_path: Path) -> None:
+    """Attention that is spread must look darker than attention that is not, or the comparison would lie; nothing of the
+    frame is black."""
     image = torch.full((3, 60, 60), 200, dtype=torch.uint8)
-    peaked = Attention(torch.tensor([1.0, 0.0]), torch.tensor([[0, 0], [30, 30]]), (30, 30))
-    spread = Attention(torch.tensor([0.2, 0.2]), torch.tensor([[0, 0], [30, 30]]), (30, 30))
+    places = torch.tensor([[0, 0], [30, 30]])
+    peaked, spread = (Attention(torch.tensor(weights), places, (30, 30)) for weights in ([1.0, 0.0], [0.2, 0.2]))
     path = tmp_path / "comparison.png"
     truth = [Region(5, 5, 20, 20, "sign"), Region(40, 40, 40, 40, "epithelial")]
     draw_comparison([image], [truth], {"peaked": [peaked], "spread": [spread]}, path, labels=["a"], source="synthetic")
     with Image.open(path) as picture:
-        grey = torch.from_numpy(np.array(picture.convert("L")))
-    third = grey.shape[1] // 3
-    assert int((grey[:, third : 2 * third] == 200).sum()) > 1000  # the image's own grey, where all of the weight is
-    assert int((grey[:, 2 * third :] == 200).sum()) < 200
-    assert int((grey[:, 2 * third :] == 40).sum()) > 1000  # a fifth of it
+        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).int()
+
+    def shown(weight: float) -> list[int]:
+        """In which columns there are many pixels of the colour that a weight has: the root of it, over dimmed grey."""
+        colour = 255 * 0.6 * torch.tensor(colormaps["inferno"](weight**0.5)[:3]) + 0.4 * 200
+        near = ((pixels - colour).abs() < 3).all(-1).sum(0)
+        columns = (near > 50).nonzero().flatten()
+        return [int(columns.min()), int(columns.max())] if len(columns) > 50 else []
+
+    whole, nothing, fifth = shown(1.0), shown(0.0), shown(0.2)
+    assert whole[1] < fifth[0]  # the peak is left of all that is spread
+    assert nothing[0] > 0
+    assert nothing[1] - nothing[0] > pixels.shape[1] // 3  # of both panels
+
+
+def test_the_patches_of_most_attention_are_no_neighbours() -> None:
+    """Cells 4 pixels apart, patches of 8: one that shows the middle of a chosen one is passed over."""
+    offsets = torch.tensor([[0, left] for left in range(0, 40, 4)])
+    weights = torch.tensor([0.05, 0.3, 0.2, 0.1, 0.02, 0.0, 0.08, 0.09, 0.08, 0.08])
+    attention = Attention(weights, offsets, (8, 8))
+    assert heaviest(attention) == [1, 3, 7]
+    assert heaviest(attention, 9) == [1, 3, 7, 9]  # and no cell without attention
+    image = torch.arange(40).expand(1, 6, 40).to(torch.uint8)
+    best = best_patches(image, attention)
+    assert [seen.corner for seen in best] == [(0, 4), (0, 12), (0, 28)]
+    assert torch.equal(best[1].pixels[0, :6], image[0, :, 12:20])
+    assert not best[1].pixels[0, 6:].any()  # below the image
 
 
 @pytest.mark.parametrize("method", ["ats", "mil"])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import tyro
@@ -13,16 +13,18 @@ from ats.experiments.console import say
 from ats.experiments.inputs import LookOptions, answer, load_for, mask_for, open_for, probabilities
 from ats.experiments.localisation import attention_map
 from ats.experiments.options import parse
-from ats.experiments.plotting.overlay import Attention, draw_overlay
+from ats.experiments.plotting.overlay import Attention, Seen, best_patches, draw_overlay, heaviest
 from ats.experiments.plotting.zoom import draw_zoom
 from ats.models import ATSClassifier, NestedClassifier
 from ats.nested_maps import zoomed_heatmap
 from ats.nested_sample import NestedSample
 from ats.prediction import Prediction
+from ats.regions import Reading, read_regions
 from ats.samples import PatchTable
 from ats.sources import ImageSource, read_view
 
 _SHOWN = 3000  # pixels of the longer side of a picture's image, at most
+_ENLARGED = 512  # pixels of the longer side of a patch that is read for the picture; larger ones are cut from it
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,11 @@ def draw_image(options: AttentionOptions) -> str:
     else:
         drawn = [(int(box["top"]), int(box["left"])) for box in _framed(prediction)]
         title = f"{options.image.name}, {full.height}×{full.width}: {found}"
-        shown, scale = _shown(source, image)
-        small = (max(1, round(patch_size[0] * scale)), max(1, round(patch_size[1] * scale)))
-        places = (offsets * scale).round().long() if scale != 1 else offsets
-        corners = [(round(top * scale), round(left * scale)) for top, left in drawn]
-        draw_overlay(shown, Attention(weights[0], places, small), output, title=title, drawn=corners)
+        shown = _shown(source, image)
+        corners = [(round(top * shown.scale), round(left * shown.scale)) for top, left in drawn]
+        whole = Attention(weights[0], offsets, patch_size)
+        best = _best(source, shown, whole)
+        draw_overlay(shown.pixels, shown.of(whole), output, title=title, drawn=corners, best=best)
     return f"{found}; where it looked: {output}"
 
 
@@ -144,17 +146,53 @@ def _in_words(data: object, label: str, likely: "object") -> str:
     return f'class "{label}" with probability {max(likely):.2f}'
 
 
-def _shown(source: ImageSource, image: Tensor | list[ImageSource]) -> tuple[Tensor, float]:
-    """The image (C, h, w) in bytes for a picture, and its size relative to the image's."""
+class _Shown(NamedTuple):
+    """The image of a picture, (C, h, w) in bytes: its size relative to the image's; what is black, what is white."""
+
+    pixels: Tensor
+    scale: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+    def of(self, attention: Attention) -> Attention:
+        """Attention on the image as attention on the picture."""
+        if self.scale == 1:
+            return attention
+        height, width = (max(1, round(side * self.scale)) for side in attention.patch_size)
+        return Attention(attention.weights, (attention.offsets * self.scale).round().long(), (height, width))
+
+    def in_bytes(self, values: Tensor) -> Tensor:
+        """What was read (C, h, w), as the picture shows it."""
+        values = (values.float() - self.low) / max(self.high - self.low, 1e-12)
+        values = values[:3] if values.shape[0] >= 3 else values[:1]
+        return (values.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _shown(source: ImageSource, image: Tensor | list[ImageSource]) -> _Shown:
     if isinstance(image, Tensor) and image.dtype == torch.uint8:
-        return image[0], 1.0
+        return _Shown(image[0])
     full = source.levels[0]
     scale = min(1.0, _SHOWN / max(full.height, full.width))
     view = read_view(source, scale=scale)
+    shown = _Shown(view, scale)
     if source.dtype != torch.uint8:  # between the least and the most there is
-        view = (view - view.amin()) / (view.amax() - view.amin()).clamp(min=1e-12)
-    view = view[:3] if view.shape[0] >= 3 else view[:1]
-    return (view * 255).round().to(torch.uint8), scale
+        shown = shown._replace(low=float(view.amin()), high=float(view.amax()))
+    return shown._replace(pixels=shown.in_bytes(view))
+
+
+def _best(source: ImageSource, shown: _Shown, attention: Attention) -> list[Seen]:
+    """The patches of most attention, at full resolution where the picture has less."""
+    if shown.scale == 1 or max(attention.patch_size) > _ENLARGED:
+        return best_patches(shown.pixels, shown.of(attention))
+    cells = heaviest(attention)
+    small = shown.of(attention)
+    patches = read_regions([source], attention.offsets[cells][None], attention.patch_size, 1, Reading())[0]
+    return [
+        Seen((top, left), small.patch_size, shown.in_bytes(patch), weight)
+        for (top, left), patch, weight in zip(
+            small.offsets[cells].tolist(), patches.cpu(), attention.weights[cells].tolist(), strict=True
+        )
+    ]
 
 
 def run_attention(arguments: list[str]) -> None:

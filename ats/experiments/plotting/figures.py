@@ -7,7 +7,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ats.experiments.plotting.overlay import frame, save
+from ats.experiments.localisation import attention_map
+from ats.experiments.plotting.overlay import Attention, extent_of, frame, grid_of, save, scale_of, show_attention
 from ats.models import ATSClassifier
 
 _PATCHES_PER_ROW = 5
@@ -33,10 +34,11 @@ def draw_attention(
         path: of the PNG that is written.
         generator: of the draws.
     """
-    logits = model.sampling.attention(view)
+    attention, offsets, patch_size = attention_map(model, view, image)
+    grid = grid_of(offsets)
+    extent, scale = extent_of(Attention(attention[0], offsets, patch_size), *grid), scale_of(attention)
     scores, sample = model(view, image, generator=generator)
     weights = sample.weights(model.sampling.estimator)
-    attention = logits.flatten(1).softmax(-1).view(len(view), *logits.shape[-2:])
     batch, n_patches = sample.indices.shape
     patch_rows = -(-n_patches // _PATCHES_PER_ROW)
 
@@ -52,22 +54,28 @@ def draw_attention(
             frame(axes, (top, left), (sample.patches.shape[-2], sample.patches.shape[-1]), str(n + 1))
         _show(panel.add_subplot(layout[1]), view[b], f"view {view.shape[2]}×{view.shape[3]}")
         axes = panel.add_subplot(layout[2])
-        shown = axes.imshow(attention[b].cpu().numpy(), cmap="cividis")
+        shown = show_attention(axes, 255 * _between(image[b]), attention[b].view(grid), scale, extent)
+        axes.set(xlim=(0, image.shape[3]), ylim=(image.shape[2], 0))
         _bare(axes, f"attention, entropy {float(sample.entropy[b]):.1f} nats")
         panel.colorbar(shown, ax=axes, shrink=0.7, format="%.2g")
-        grid = layout[3].subgridspec(patch_rows, _PATCHES_PER_ROW)
+        places = layout[3].subgridspec(patch_rows, _PATCHES_PER_ROW)
         for n in range(n_patches):
             title = f"{n + 1}: a {float(sample.log_attention[b, n].exp()):.2g}\nweight {float(weights[b, n]):.2g}"
-            _show(panel.add_subplot(grid[n]), sample.patches[b, n], title, size=7.5)
+            _show(panel.add_subplot(places[n]), sample.patches[b, n], title, size=7.5)
     save(figure, path)
 
 
 def _show(axes: Axes, picture: Tensor, title: str, size: float = 9.5) -> None:
-    picture = picture.float().cpu()
-    low, high = picture.amin(), picture.amax()
-    pixels = ((picture - low) / (high - low).clamp(min=1e-6)).movedim(0, -1)  # (h, w, C)
+    pixels = _between(picture).movedim(0, -1)  # (h, w, C)
     axes.imshow(pixels.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
     _bare(axes, title, size)
+
+
+def _between(picture: Tensor) -> Tensor:
+    """A picture in [0, 1], from the least to the most there is."""
+    picture = picture.float().cpu()
+    low, high = picture.amin(), picture.amax()
+    return (picture - low) / (high - low).clamp(min=1e-6)
 
 
 def _bare(axes: Axes, title: str, size: float = 9.5) -> None:

@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from ats.datasets.image_dataset import Region
-from ats.experiments.plotting.overlay import mark, save, show_image
+from ats.experiments.plotting.overlay import Seen, mark, save, scale_of, show_attention, show_best, show_image
 
 # Okabe and Ito's colours; line styles and markers tell the lines apart without them.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
@@ -59,16 +59,17 @@ def draw_lines(
 
 @dataclass(frozen=True)
 class Panel:
-    """A map of attention (gh, gw), and what it is of."""
+    """A map of attention (gh, gw), what it is of, and the patches of most attention, in pixels of the region shown."""
 
     title: str
     attention: Tensor
+    best: Sequence[Seen] = ()
 
 
 def draw_maps(
     image: Tensor, panels: Sequence[Panel], path: Path, *, title: str, source: str, targets: Sequence[Region] = ()
 ) -> None:
-    """A region of an image, and maps of attention on it, all on one scale.
+    """A region of an image, and maps of attention on it, all on one scale, with the patches of most attention.
 
     Args:
         image: (C, H, W) uint8, the region.
@@ -80,26 +81,26 @@ def draw_maps(
     """
     columns = min(6, 1 + len(panels))
     rows = -(-(1 + len(panels)) // columns)
-    ratio = image.shape[1] / image.shape[2]
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(2.6 * columns, (2.6 * ratio + 0.5) * rows + 0.7), layout="constrained", squeeze=False
-    )
+    ratio, below = image.shape[1] / image.shape[2], 0.4 if any(panel.best for panel in panels) else 0.0
+    size = (2.6 * columns + 0.8, (2.6 * (ratio + below) + 0.5) * rows + 0.5)
+    figure = plt.figure(figsize=size, layout="constrained")
     figure.suptitle(source, fontsize=11)
-    axes = list(grid.flat)
-    for empty in axes[1 + len(panels) :]:
-        empty.set_axis_off()
+    grid = figure.add_gridspec(rows, columns + 1, width_ratios=[*[2.6] * columns, 0.12])
+    heights = [ratio, below or 1e-3]
+    cells = [grid[divmod(number, columns)] for number in range(1 + len(panels))]
+    places = [cell.subgridspec(2, 1, height_ratios=heights) for cell in cells]
+    axes = [figure.add_subplot(place[0]) for place in places]
     show_image(axes[0], image)
     axes[0].set_title(title, fontsize=10)
-    highest = max(float(panel.attention.max()) for panel in panels)
-    extent = (0, image.shape[2], image.shape[1], 0)
-    for panel, place in zip(panels, axes[1:], strict=False):
-        shown = place.imshow(panel.attention.float().cpu().numpy(), cmap="viridis", vmin=0, vmax=highest, extent=extent)
-        place.set(xticks=[], yticks=[])
-        place.set_title(panel.title, fontsize=10)
-    for place in axes[: 1 + len(panels)]:
+    scale = scale_of(*(panel.attention for panel in panels))
+    for panel, place, one in zip(panels, places[1:], axes[1:], strict=False):
+        shown = show_attention(one, image, panel.attention, scale)
+        one.set_title(panel.title, fontsize=10)
+        show_best(figure, place[1], one, panel.best, across=True)
+    for one in axes:
         for region in targets:
-            mark(place, region)
-    figure.colorbar(shown, ax=axes, shrink=0.7, pad=0.01, format="%.2g", label="attention of a cell")
+            mark(one, region)
+    figure.colorbar(shown, cax=figure.add_subplot(grid[:, -1]), format="%.2g", label="attention of a cell")
     save(figure, path)
 
 

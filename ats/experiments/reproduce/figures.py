@@ -12,7 +12,7 @@ from ats.experiments.config import ExperimentConfig
 from ats.experiments.console import plain_console
 from ats.experiments.experiment import ExperimentData
 from ats.experiments.localisation import attention_map
-from ats.experiments.plotting.overlay import Attention, draw_comparison
+from ats.experiments.plotting.overlay import Attention, best_patches, draw_comparison, grid_of
 from ats.experiments.plotting.plots import Panel, draw_curves, draw_lines, draw_maps
 from ats.experiments.registry import experiment_data
 from ats.experiments.reproduce.curves import curve_of, entropies
@@ -95,7 +95,11 @@ def sweep_entropy(table: Table, preset: str, output: Path, data: Path | None, fo
     rows = [_sweep_row(weight, config, curves[weight]) for weight, config in configs.items()]
     write_json(path.with_suffix(".json"), {"source": loaded.source, "preset": preset, "seed": base.seed, "rows": rows})
     image = _shown_image(loaded)
-    panels = [Panel(f"entropy weight {weight:g}", _map(config.run_folder, image)) for weight, config in configs.items()]
+    everything = slice(0, image.shape[2]), slice(0, image.shape[3])
+    panels = [
+        _panel(f"entropy weight {weight:g}", config.run_folder, image, *everything)
+        for weight, config in configs.items()
+    ]
     maps = folder / "entropy-maps.png"
     _draw_maps(image[0], panels, maps, "test image", loaded)
     return [path, path.with_suffix(".json"), maps]
@@ -118,7 +122,7 @@ def _over_training(table: Table, config: ExperimentConfig, data: ExperimentData,
     image = _shown_image(data)
     rows, columns = data.shown_region((image.shape[2], image.shape[3]))
     snapshots = sorted((config.run_folder / "checkpoints").glob("step-*.ckpt"))
-    panels = [Panel(f"step {int(path.stem[5:])}", _crop(_map(path, image), image, rows, columns)) for path in snapshots]
+    panels = [_panel(f"step {int(path.stem[5:])}", path, image, rows, columns) for path in snapshots]
     path = folder / f"{table.name}-over-training.png"
     title = f"test image, {config.model.label.upper()}"
     _draw_maps(image[0][:, rows, columns], panels, path, title, data)
@@ -128,9 +132,7 @@ def _over_training(table: Table, config: ExperimentConfig, data: ExperimentData,
 def _over_patches(table: Table, configs: dict[str, ExperimentConfig], data: ExperimentData, folder: Path) -> Path:
     image = _shown_image(data)
     rows, columns = data.shown_region((image.shape[2], image.shape[3]))
-    panels = [
-        Panel(name, _crop(_map(config.run_folder, image), image, rows, columns)) for name, config in configs.items()
-    ]
+    panels = [_panel(name, config.run_folder, image, rows, columns) for name, config in configs.items()]
     path = folder / f"{table.name}-over-patches.png"
     _draw_maps(image[0][:, rows, columns], panels, path, "test image", data)
     return path
@@ -169,11 +171,17 @@ def _attention(trained: TrainedModel, image: Tensor) -> Attention:
     return Attention(weights[0], offsets, patch_size)
 
 
-def _map(checkpoint: Path, image: Tensor) -> Tensor:
-    """Attention (gh, gw) on the cells of one image."""
+def _panel(title: str, checkpoint: Path, image: Tensor, rows: slice, columns: slice) -> Panel:
+    """Attention on the cells of a region of one image, and the patches of most attention whose middles lie in it."""
     attention = _attention(load(checkpoint), image)
-    columns = int((attention.offsets[:, 0] == attention.offsets[0, 0]).sum())
-    return attention.weights.view(-1, columns)
+    weights, offsets = attention.weights.cpu(), attention.offsets.cpu()
+    middles = offsets + torch.tensor(attention.patch_size, device="cpu") / 2
+    first, last = torch.tensor([[rows.start, columns.start], [rows.stop, columns.stop]], device="cpu")
+    within = ((middles >= first) & (middles < last)).all(-1)
+    best = best_patches(image[0], Attention(weights * within, offsets, attention.patch_size))
+    corner = rows.start, columns.start
+    best = [seen._replace(corner=(seen.corner[0] - corner[0], seen.corner[1] - corner[1])) for seen in best]
+    return Panel(title, _crop(weights.view(grid_of(offsets)), image, rows, columns), best)
 
 
 def _crop(attention: Tensor, image: Tensor, rows: slice, columns: slice) -> Tensor:
