@@ -117,12 +117,14 @@ class SplitStep:
         config: of the experiment.
         image: (B, C, H, W) in main memory, pinned where the model is on a GPU.
         view: where it is given; else it is made in every step.
+        draws: of each image, whose loss is the mean over them.
     """
 
     model: ATSClassifier
     config: ExperimentConfig
     image: Tensor
     view: Tensor | None = None
+    draws: int = 1
 
     def __call__(self, optimiser: torch.optim.Optimizer) -> dict[str, float]:
         """Seconds by part."""
@@ -135,21 +137,26 @@ class SplitStep:
         logits = sampling.attention_logits(view, self.image)
         clock.spent_on(ATTENTION)
         logits_leaf = logits.detach().requires_grad_()
-        sample = sampling.sampler(self.image, logits_leaf, view_size=tuple(view.shape[-2:]))
-        clock.spent_on(SAMPLING)
-        features = sampling.feature(sample.patches.flatten(0, 1)).unflatten(0, (batch, -1))
-        clock.spent_on(FEATURES)
-        features_leaf = features.detach().requires_grad_()
-        pooled = ats.expectation(features_leaf, sample.log_attention)
-        clock.spent_on(SAMPLING)
-        pooled_leaf = pooled.detach().requires_grad_()
-        F.cross_entropy(self.model.classify(pooled_leaf), labels).backward()
-        clock.spent_on(REST)
-        bonus = -self.config.optim.entropy_weight * sample.entropy.mean()
-        torch.autograd.backward([pooled, bonus], [pooled_leaf.grad, torch.ones_like(bonus)])
-        clock.spent_on(SAMPLING)
-        features.backward(features_leaf.grad)
-        clock.spent_on(FEATURES)
+        for number in range(self.draws):
+            sample = sampling.sampler(self.image, logits_leaf, view_size=tuple(view.shape[-2:]))
+            clock.spent_on(SAMPLING)
+            features = sampling.feature(sample.patches.flatten(0, 1)).unflatten(0, (batch, -1))
+            clock.spent_on(FEATURES)
+            features_leaf = features.detach().requires_grad_()
+            pooled = ats.pool(
+                features_leaf, sample, estimator=sampling.estimator, control_variate=sampling.control_variate
+            )
+            clock.spent_on(SAMPLING)
+            pooled_leaf = pooled.detach().requires_grad_()
+            (F.cross_entropy(self.model.classify(pooled_leaf), labels) / self.draws).backward()
+            clock.spent_on(REST)
+            weight = self.config.optim.entropy_weight if number == 0 else 0.0  # of the logits, whatever is drawn
+            bonus = -weight * sample.entropy.mean()
+            torch.autograd.backward([pooled, bonus], [pooled_leaf.grad, torch.ones_like(bonus)])
+            clock.spent_on(SAMPLING)
+            if features.requires_grad:  # not where they were taught beforehand
+                features.backward(features_leaf.grad)
+            clock.spent_on(FEATURES)
         logits.backward(logits_leaf.grad)
         clock.spent_on(ATTENTION)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
