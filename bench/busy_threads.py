@@ -24,6 +24,9 @@ SETTINGS: dict[str, dict[str, str]] = {
     "2 threads, OMP_WAIT_POLICY=passive": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
 }
 _KNOWN = "OMP_NUM_THREADS", "OMP_WAIT_POLICY"
+_BUSY = (
+    "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(10**6))"  # no longer than this one
+)
 
 
 def measure(seconds: float) -> list[float]:
@@ -44,7 +47,7 @@ def compare(seconds: float, rounds: int) -> list[tuple[str, ...]]:
     taken: dict[tuple[str, bool], list[float]] = {(name, busy): [] for name in SETTINGS for busy in (False, True)}
     for _ in range(rounds):
         for (name, busy), steps in taken.items():
-            other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+            other = subprocess.Popen([sys.executable, "-c", _BUSY]) if busy else None
             try:
                 steps += _in_a_process(SETTINGS[name], seconds)
             finally:
@@ -66,7 +69,7 @@ def main() -> None:
     """Print the table, or for its own processes the steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each setting, in each round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--measure", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure is not None:

@@ -9,11 +9,16 @@ from unittest.mock import Mock
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from torch import Tensor
 
+from ats.experiments import cost
+from ats.experiments.build import make_view
 from ats.experiments.plotting.plots import COLOURS
 from bench import bench_tables, changes, render
+from bench.bench_training_step import PARTS, SplitStep, channels_last_model
 from bench.conftest import part_of
 from bench.plots import mark_misfits
+from bench.recipes import recipe
 from bench.report import Group, Report
 from tests.helpers import alone
 
@@ -260,6 +265,28 @@ def test_a_run_ends_with_its_headlines_in_80_columns(tmp_path: Path) -> None:
         "of speed 2 × ≥ 3 × MISSED",
         "1 of 2 targets met.",
     ]
+
+
+def test_a_step_in_parts_is_a_training_step() -> None:
+    """Of a recipe, with several draws: the same gradients as of the model as a whole, part by part timed."""
+    config = recipe("colon-cancer", 3)
+    image = cost.random_images(config, (60, 60), batch=2)[0]
+    torch.manual_seed(0)
+    model = channels_last_model(config)
+    optimiser = Mock()
+    optimiser.zero_grad = model.zero_grad
+    found: dict[str, Tensor] = {}
+    optimiser.step = lambda: found.update({name: value.grad for name, value in model.named_parameters()})
+    torch.manual_seed(1)
+    seconds = SplitStep(model, config, image, draws=2)(optimiser)
+    assert all(seconds[part] > 0 for part in PARTS)
+    torch.manual_seed(1)
+    logits, sample = model(make_view(config, image), image, draws=2)
+    loss = torch.nn.functional.cross_entropy(logits, torch.zeros(4, dtype=torch.int64))
+    (loss - config.optim.entropy_weight * sample.entropy.mean()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(found[name], value.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_bad_options_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
