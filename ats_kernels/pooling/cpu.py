@@ -16,6 +16,8 @@ from ats_kernels.pooling.unordered import ACCURACY, node_steps
 # Up to so many numbers in the features, and draws: of more, PyTorch's products use all cores, and its operators' start
 # costs less than what they work on.
 _FEW = {"loops": (2**20, 2**20), "small": (2**15, 2**10)}
+# From so many draws a row, and in all, PyTorch's vectors do an unordered estimate's quadrature sooner than loops.
+_MANY_NODES = 33, 256
 _PLAIN = (Tensor, torch.nn.Parameter)  # others may be fake, or have ways of their own
 
 
@@ -24,7 +26,7 @@ def _loops() -> ModuleType:
     return importlib.import_module("ats_kernels.pooling.loops")
 
 
-def pools_on_cpu(features: Tensor, log_attention: Tensor) -> str:
+def pools_on_cpu(features: Tensor, log_attention: Tensor, *, unordered: bool) -> str:
     """What pools these: "loops", "small", or "" for PyTorch's operators."""
     if (
         features.dtype != log_attention.dtype
@@ -32,15 +34,16 @@ def pools_on_cpu(features: Tensor, log_attention: Tensor) -> str:
         or type(features) not in _PLAIN
     ):
         return ""
-    way = weighs_on_cpu(log_attention)
+    way = weighs_on_cpu(log_attention, unordered=unordered)
     return way if way and features.numel() <= _FEW[way][0] else ""
 
 
-def weighs_on_cpu(log_attention: Tensor) -> str:
+def weighs_on_cpu(log_attention: Tensor, *, unordered: bool) -> str:
     """What weighs draws with these log a, likewise."""
     if torch.compiler.is_compiling() or type(log_attention) not in _PLAIN:
         return ""
-    way = "loops" if loops_run() else "small"
+    slow = unordered and log_attention.shape[1] >= _MANY_NODES[0] and log_attention.numel() >= _MANY_NODES[1]
+    way = "loops" if loops_run() and not slow else "small"
     return way if log_attention.numel() <= _FEW[way][1] else ""
 
 

@@ -65,7 +65,7 @@ class _Expectation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, log_attention: Tensor, how: tuple[bool, str, bool, str]) -> Tensor:
         ctx.replace, ctx.estimator, ctx.control_variate, ctx.backend = replace, estimator, _, backend = how
-        ctx.by = pools_on_cpu(features, log_attention) if backend == "cpu" else ""
+        ctx.by = pools_on_cpu(features, log_attention, unordered=estimator == "unordered") if backend == "cpu" else ""
         if backend == "triton":
             if torch.compiler.is_compiling():
                 from ats_kernels.pooling.opaque import pool
@@ -157,7 +157,7 @@ def _weigh(log_attention: Tensor, dtype: torch.dtype, *, replace: bool, estimato
         return unordered_weights_triton(log_attention.detach(), dtype)
     if backend == "reference":
         weights = estimator_weights_ref(log_attention, replace=replace, estimator=estimator)
-    elif backend == "cpu" and (by := weighs_on_cpu(log_attention)):
+    elif backend == "cpu" and (by := weighs_on_cpu(log_attention, unordered=estimator == "unordered")):
         return weigh_cpu(log_attention, dtype, by, replace=replace, estimator=estimator)
     else:
         weights = estimator_weights_lean(log_attention, dtype, replace=replace, estimator=estimator)
