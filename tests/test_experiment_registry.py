@@ -86,5 +86,5 @@ def test_a_name_is_taken_once_and_tables_come_from_experiments() -> None:
     register(TOY)  # the same one again is no other
     with pytest.raises(ValueError, match="there is an experiment 'toy' already"):
         register(type(TOY)(ToyConfig, TOY.data, {}, (1, 1)))
-    assert list(tables()) == ["table1", "table2", "mnist"]
+    assert list(tables()) == ["table1", "table2", "mnist", "table2-all"]
     assert ModelConfig().networks in ToyConfig.networks

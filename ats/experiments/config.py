@@ -284,8 +284,9 @@ class DataConfig(ABC):
 class ExperimentConfig:
     """One training run."""
 
-    preset: Literal["demo", "paper", "modern", "quick"] = "modern"
-    """Where the defaults of all other options come from. "demo" is of Megapixel and Gigapixel MNIST alone."""
+    preset: Literal["demo", "paper", "modern", "quick", "view-300"] = "modern"
+    """Where the defaults of all other options come from. "demo" is of Megapixel and Gigapixel MNIST alone, "view-300"
+    of Megapixel MNIST."""
     output: Path | None = None
     """Folder of the run; default runs/EXPERIMENT-PRESET-METHOD-seed-SEED. A run that stopped goes on from there."""
     seed: int = 0

@@ -5,7 +5,7 @@ Whatever differs between experiments is asked of these classes; `registry` says 
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -145,6 +145,27 @@ class ExperimentData(DataModule, Generic[Options]):
         counts = self.class_counts() if truth.ndim == 1 else truth.double().sum(0)
         return objective.class_weights(truth, self.config.data.n_classes, counts)
 
+    def stages(self) -> list[tuple[str, int]]:
+        """Parts of the training whose steps take unlike times, by name, and the steps of each."""
+        optim = self.config.optim
+        return [("all of it", optim.updates or optim.epochs * self.steps_an_epoch())]
+
+    def steps_an_epoch(self) -> int:
+        """Steps that an epoch has on one device."""
+        return max(1, len(self.labels("train")) // self.config.optim.batch_size)
+
+    def alone(self, stage: str, images: int) -> ExperimentConfig:
+        """A run of one stage alone, of `images` images an epoch where there are as many as anyone wants."""
+        return self.config
+
+    def lengthened(self, times: float) -> ExperimentConfig:
+        """The run with a training `times` as long, or short, in the same stages."""
+        optim = self.config.optim
+        length = {
+            name: max(1, round(times * value)) for name in ("epochs", "updates") if (value := getattr(optim, name))
+        }
+        return replace(self.config, optim=replace(optim, **length))
+
     def train_dataloader(self) -> DataLoader[int]:
         return self._loader("train", shuffle=True)
 
@@ -207,6 +228,7 @@ class Experiment:
         presets: complete configurations by name.
         image_size: pixels (H, W) of an image as published, which costs are measured on.
         table: of the paper or like them.
+        more: other tables of the same kind of data.
     """
 
     options: type[DataConfig]
@@ -214,6 +236,7 @@ class Experiment:
     presets: Mapping[str, ExperimentConfig]
     image_size: tuple[int, int]
     table: Table | None = None
+    more: tuple[Table, ...] = ()
 
     @property
     def name(self) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ from ats.experiments.mnist_options import MNISTConfig
 from ats.experiments.tables import Row, Table, cnn_row, draws_row
 from ats.models import megapixel_mnist
 from ats.models.networks import Networks
+
+_SIZES = {"small": (3, 5), "medium": (2, 1), "full size": (1, 1)}
+"""By stage of a training: how many times a side is shorter, and how many times less noise there is."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,45 @@ class MegapixelMNISTData(ExperimentData[MegapixelMNISTConfig]):
         if self._smaller is None or self._smaller[0] != epoch:
             count = self.options.train_images
             if epoch < small:
-                images = self._images("small", count, shrink=3, less_noise=5, first=epoch * count)
+                images = self._images("small", count, *_SIZES["small"], first=epoch * count)
             else:
-                images = self._images("medium", count, shrink=2, first=(epoch - small) * count)
+                images = self._images("medium", count, *_SIZES["medium"], first=(epoch - small) * count)
             self._smaller = epoch, images
         return self._smaller[1]
 
+    def stages(self) -> list[tuple[str, int]]:
+        before = self.options.small_epochs, self.options.medium_epochs
+        epochs = dict(zip(_SIZES, (*before, self.config.optim.epochs - sum(before)), strict=True))
+        return [(stage, count * self.steps_an_epoch()) for stage, count in epochs.items() if count > 0]
+
+    def alone(self, stage: str, images: int) -> ExperimentConfig:
+        shrink, less_noise = _SIZES[stage]
+        size, noise = self.options.image_size // shrink, self.options.n_noise // less_noise
+        changes: dict[str, Any] = {
+            "image_size": size,
+            "n_noise": noise,
+            "train_images": images,
+            "small_epochs": 0,
+            "medium_epochs": 0,
+        }
+        return dataclasses.replace(self.config, data=dataclasses.replace(self.options, **changes))
+
+    def lengthened(self, times: float) -> ExperimentConfig:
+        """With as many epochs of fewer images each, or of more epochs of each kind."""
+        options, optim = self.options, self.config.optim
+        if times < 1:  # a few epochs could not be in the same stages
+            images = max(optim.batch_size, round(times * options.train_images))
+            return dataclasses.replace(self.config, data=dataclasses.replace(options, train_images=images))
+        small, medium = round(times * options.small_epochs), round(times * options.medium_epochs)
+        epochs = max(round(times * optim.epochs), small + medium + 1)
+        return dataclasses.replace(
+            self.config,
+            data=dataclasses.replace(options, small_epochs=small, medium_epochs=medium),
+            optim=dataclasses.replace(optim, epochs=epochs),
+        )
+
     def _images(
-        self, split: str, count: int, *, shrink: int = 1, less_noise: int = 1, first: int = 0
+        self, split: str, count: int, shrink: int = 1, less_noise: int = 1, *, first: int = 0
     ) -> MegapixelMNIST:
         of = "test" if split == "test" else "train"
         if of not in self._digits:
@@ -150,6 +184,7 @@ class MegapixelMNISTData(ExperimentData[MegapixelMNISTConfig]):
 
 
 _MODEL = ModelConfig(**LESS_NOISE)
+_RANKED = ModelConfig(networks="wide", evidence="peaks", **LESS_NOISE)
 _OPTIM = OptimConfig(
     batch_size=32, learning_rate=5e-3, weight_decay=0.05, warmup=0.03, schedule="cosine", entropy_weight=1e-3
 )
@@ -161,14 +196,20 @@ PRESETS = {
     ),
     "modern": ExperimentConfig(
         preset="modern",
-        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=54),
-        model=_MODEL,
+        data=MegapixelMNISTConfig(small_epochs=8, medium_epochs=84),
+        model=_RANKED,
         optim=dataclasses.replace(_OPTIM, batch_size=16, epochs=100),
     ),
     "quick": ExperimentConfig(
         preset="quick",
         data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=40),
-        model=_MODEL,
+        model=_RANKED,
+        optim=dataclasses.replace(_OPTIM, batch_size=16, epochs=52),
+    ),
+    "view-300": ExperimentConfig(
+        preset="view-300",
+        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=40),
+        model=dataclasses.replace(_RANKED, networks="modern", view_scale=0.2),
         optim=dataclasses.replace(_OPTIM, batch_size=16, epochs=52),
     ),
     "demo": ExperimentConfig(
@@ -179,17 +220,25 @@ PRESETS = {
     ),
 }
 
+_PATCHES = (5, 10, 25, 50, 100)  # the paper's
+_MANY: dict[str, Any] = {"model.evidence": "cells"}  # draws that need not be spared for other digits
+_MEMORY: dict[str, Any] = {
+    "optim.learning_rate": 1e-3
+}  # of batches as large as the memory of a few cores allows: 2 GB an image
+
 TABLE = Table(
     "mnist",
     "Megapixel MNIST",
     PRESETS,
     (
         draws_row("U-10", "0.12/1"),
-        cnn_row(1),
-        Row("Deep MIL", "1", {"method": "mil"}),
-        *(draws_row(f"ATS-{n}", "0.12/1") for n in (5, 10, 25, 50, 100)),
+        cnn_row(0.25, quick=_MEMORY | {"optim.batch_size": 8}),
+        cnn_row(1, quick=_MEMORY | {"optim.batch_size": 2}),
+        Row("Deep MIL", "1", {"method": "mil"}, quick=_MEMORY | {"optim.batch_size": 2}),
+        *(draws_row(f"ATS-{n}", "0.12/1", quick=_MANY if n >= 25 else None) for n in _PATCHES),
     ),
     few=("ATS-10",),
+    tested={"ATS-10": _PATCHES},
 )
 
 MEGAPIXEL_MNIST = Experiment(MegapixelMNISTConfig, MegapixelMNISTData, PRESETS, (1500, 1500), TABLE)

@@ -43,7 +43,8 @@ def experiment_data(config: ExperimentConfig) -> ExperimentData:
 
 def tables() -> dict[str, Table]:
     """The experiments' tables by name, the paper's first."""
-    found = [experiment.table for experiment in EXPERIMENTS.values() if experiment.table is not None]
+    own = ((experiment.table, *experiment.more) for experiment in EXPERIMENTS.values())
+    found = [table for each in own for table in each if table is not None]
     return {table.name: table for table in sorted(found, key=lambda table: not table.is_published)}
 
 

@@ -10,6 +10,8 @@ from ats.experiments.config import ExperimentConfig, ModelConfig
 
 SNAPSHOTS = 10
 """Checkpoints that each run keeps on the way, for curves and pictures."""
+SHORT = "quick", "view-300"
+"""Presets of which rows may have options of their own."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Row:
         scale: of the image it sees, as in the paper.
         model: the options of the model that make it this method.
         published: None where the paper has no such row.
-        quick: options by name, e.g. "optim.epochs", that the preset "quick" has otherwise for this method.
+        quick: options by name, e.g. "optim.epochs", that presets in `SHORT` have otherwise for this method.
     """
 
     name: str
@@ -57,9 +59,10 @@ class Table:
         title: for the report.
         presets: of the experiment, by name.
         rows: in the paper's order.
-        few: what the preset "quick" trains unless it is told to; the other rows' costs are still measured.
+        few: what presets in `SHORT` train unless told otherwise; the other rows' costs are still measured.
         note: (configuration, images tested in all) -> what must be known of the data, for the notes below the table.
         swept: the row that `ats reproduce figures` trains with several entropy weights.
+        tested: numbers of patches that the runs of a row, by its name, are tested with beside their own.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Table:
     few: tuple[str, ...]
     note: Callable[[ExperimentConfig, int], str] | None = None
     swept: str | None = None
+    tested: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def experiment(self) -> str:
@@ -80,8 +84,8 @@ class Table:
         """Whether the paper has it."""
         return any(row.published is not None for row in self.rows)
 
-    def chosen(self, preset: str, names: tuple[str, ...]) -> tuple[Row, ...]:
-        """The rows to train: those named, or the preset's.
+    def chosen(self, preset: str, names: tuple[str, ...], minutes: float = 0.0) -> tuple[Row, ...]:
+        """The rows to train: those named, or the preset's; of a given length, all of them.
 
         Raises:
             ValueError: a name that is none of the table's.
@@ -90,8 +94,13 @@ class Table:
         for name in names:
             if name not in known:
                 raise ValueError(f"{self.name} has no method {name!r}, expected some of {', '.join(map(repr, known))}")
-        names = names or (self.few if preset == "quick" else tuple(known))
+        names = names or (self.few if preset in SHORT and not minutes else tuple(known))
         return tuple(row for row in self.rows if row.name in names)
+
+    def scale(self, row: Row, preset: str) -> str:
+        """What a row's model sees relative to the image: view and patches, or the one image."""
+        model = self.model(row, preset)
+        return f"{model.view_scale:g}/1" if model.method in ("ats", "uniform") else row.scale
 
     def model(self, row: Row, preset: str) -> ModelConfig:
         """A row's model, by a preset."""
@@ -122,7 +131,7 @@ class Table:
 
 def _own(row: Row, preset: str, section: str) -> dict[str, Any]:
     """The options of a section that a row has otherwise than its preset."""
-    own = row.quick if preset == "quick" else {}
+    own = row.quick if preset in SHORT else {}
     return {name.removeprefix(f"{section}."): value for name, value in own.items() if name.startswith(f"{section}.")}
 
 

@@ -57,7 +57,7 @@ COMMANDS = {
     ),
     "reproduce": Command(
         "TABLE",
-        "the paper's tables: table1, table2, mnist, figures or all; runs what is missing",
+        "the paper's tables: table1, table2, mnist, …, figures or all; runs what is missing",
         "ats.experiments.reproduce.command",
         "run_reproduce",
     ),

@@ -1,5 +1,6 @@
 """`ats reproduce`: run what is missing of the paper's tables and figures, and report."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -7,9 +8,11 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from ats.experiments.config import ExperimentConfig
 from ats.experiments.console import plain_console
 from ats.experiments.options import parse
 from ats.experiments.registry import EXPERIMENTS, experiment_data, tables
+from ats.experiments.reproduce.budget import of_minutes
 from ats.experiments.reproduce.costs import costs
 from ats.experiments.reproduce.figures import complete_runs, draw_figures, sweep_entropy
 from ats.experiments.reproduce.report import row_values, write_report
@@ -27,10 +30,13 @@ class ReproduceOptions:
     """Run what is missing of the paper's tables, and write them as Markdown, CSV and JSON."""
 
     what: tyro.conf.Positional[Annotated[str, tyro.conf.arg(constructor=_choices())]]
-    """table1: colon cancer; table2: speed limits; mnist: Megapixel MNIST; figures: of their complete runs, and a
-    sweep of the entropy weight on colon cancer."""
-    preset: Literal["paper", "modern", "quick"] = "quick"
-    """As published, our best, or small enough for a few CPU cores."""
+    """table1: colon cancer; table2: speed limits; table2-all: all limits of the German photographs; mnist: Megapixel
+    MNIST; figures: of their complete runs, and a sweep of the entropy weight on colon cancer."""
+    preset: Literal["paper", "modern", "quick", "view-300"] = "quick"
+    """As published, our best, small enough for a few CPU cores or, of Megapixel MNIST, with a larger view."""
+    minutes: float = 0.0
+    """Train each method for about so many minutes on this machine, in place of the preset's epochs: its steps are
+    timed first, and a run of another length is another run; 0: the preset's epochs."""
     seeds: int = 3
     """Runs of each method, with the seeds 0, 1, …"""
     methods: tuple[str, ...] = ()
@@ -51,6 +57,8 @@ class ReproduceOptions:
         """Refuse what cannot be run."""
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        if self.minutes < 0:
+            raise ValueError(f"minutes must be at least 0, got {self.minutes}")
 
 
 def reproduce(options: ReproduceOptions) -> None:
@@ -61,8 +69,10 @@ def reproduce(options: ReproduceOptions) -> None:
     """
     if options.what not in tables() and options.methods:
         raise ValueError(f"methods are those of one table: name {', '.join(tables())} in place of {options.what}")
+    if options.what not in tables() and options.minutes:
+        raise ValueError(f"minutes are for a table's runs: name {', '.join(tables())} in place of {options.what}")
     for table in tables().values():
-        if options.what in (table.name, "all"):
+        if options.what == table.name or (options.what == "all" and options.preset in table.presets):
             _table(table, options)
     if options.what in ("figures", "all"):
         _figures(options)
@@ -71,6 +81,8 @@ def reproduce(options: ReproduceOptions) -> None:
 def _figures(options: ReproduceOptions) -> None:
     folder, written = options.output / "figures", []
     for table in tables().values():
+        if options.preset not in table.presets:
+            continue
         runs = complete_runs(table, options.preset, options.seeds, options.output, _data_folder(table, options))
         written += draw_figures(table, runs, folder)
         if options.train and table.swept is not None:
@@ -85,21 +97,19 @@ def _data_folder(table: Table, options: ReproduceOptions) -> Path | None:
 
 
 def _table(table: Table, options: ReproduceOptions) -> None:
-    preset, output, folder = options.preset, options.output, _data_folder(table, options)
-    configs = {
-        (row.name, seed): table.config(row, preset, seed, output, folder)
-        for row in table.rows
-        for seed in range(options.seeds)
-    }
+    preset, output = options.preset, options.output
+    if preset not in table.presets:
+        raise ValueError(f"{table.name} has no preset {preset!r}, expected one of {', '.join(table.presets)}")
+    chosen = [row.name for row in table.chosen(preset, options.methods, options.minutes)] if options.train else []
+    configs = _configs(table, options, chosen)
     any_config = next(iter(configs.values()))
     source = check_same_data(
-        output / table.name / preset, lambda: experiment_data(any_config).source, look=options.train
+        any_config.run_folder.parent, lambda: experiment_data(any_config).source, look=options.train
     )
     if options.train:
-        chosen = [row.name for row in table.chosen(preset, options.methods)]
         # Seed by seed: a table that was stopped has something of every method.
         jobs = [
-            Job(f"{table.name}, {name}, seed {seed}", configs[name, seed])
+            Job(f"{table.name}, {name}, seed {seed}", configs[name, seed], table.tested.get(name, ()))
             for seed in range(options.seeds)
             for name in chosen
         ]
@@ -109,10 +119,27 @@ def _table(table: Table, options: ReproduceOptions) -> None:
     for row in table.rows:
         found = {seed: result_of(configs[row.name, seed]) for seed in range(options.seeds)}
         results = {seed: result for seed, result in found.items() if result is not None}
-        rows.append(row_values(row, preset, results, measured, source))
+        seen = dataclasses.replace(row, scale=table.scale(row, preset))
+        rows.append(row_values(seen, preset, results, measured, source, options.minutes))
     paths = write_report(table, preset, any_config, rows, output)
     plain_console().print(paths[-1].read_text(), soft_wrap=True)
     plain_console().print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
+
+
+def _configs(table: Table, options: ReproduceOptions, chosen: list[str]) -> dict[tuple[str, int], ExperimentConfig]:
+    """The runs of all rows by name and seed: those of a given length where the options say so."""
+    configs = {}
+    for row in table.rows:
+        for seed in range(options.seeds):
+            config = table.config(row, options.preset, seed, options.output, _data_folder(table, options))
+            if options.minutes:
+                name = f"{options.preset}-{options.minutes:g}-minutes"
+                folder = config.run_folder.parent.with_name(name)
+                config = dataclasses.replace(config, output=folder / config.run_folder.name)
+                tried = folder / f"{row.slug}-steps.json"
+                config = of_minutes(config, options.minutes, tried, look=row.name in chosen) or config
+            configs[row.name, seed] = config
+    return configs
 
 
 def run_reproduce(arguments: list[str]) -> None:

@@ -14,7 +14,7 @@ from ats.experiments.config import ExperimentConfig, differences, to_dict
 from ats.experiments.environment import describe
 from ats.experiments.markdown import wrap
 from ats.experiments.reproduce.runs import DRAWS, REPEATS, Result
-from ats.experiments.tables import Published, Row, Table
+from ats.experiments.tables import SHORT, Published, Row, Table
 
 NOT_RUN, NOT_MEASURED = "not run", "not measured"
 _ATTENTION = ("mass", "uniform_mass", "times_uniform", "hit_rate", "draws_on_target", "average_precision")
@@ -33,7 +33,12 @@ def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]
 
 
 def row_values(
-    row: Row, preset: str, results: Mapping[int, Result], costs: Mapping[str, Any], source: str
+    row: Row,
+    preset: str,
+    results: Mapping[int, Result],
+    costs: Mapping[str, Any],
+    source: str,
+    minutes: float = 0.0,
 ) -> dict[str, Any]:
     """One row of a table as plain values; None, and an entry in `not_run`, for what was not run.
 
@@ -43,6 +48,7 @@ def row_values(
         results: of its complete runs, by seed.
         costs: of the table, as `reproduce.costs` gives them.
         source: of the data.
+        minutes: that each training was given; 0: the preset's epochs.
     """
     runs, cost = [results[seed] for seed in sorted(results)], costs["rows"].get(row.name)
     loss, loss_sem = mean_and_error([run.training["metrics"]["train/loss"] for run in runs])
@@ -62,8 +68,11 @@ def row_values(
         "training_seconds": seconds,
         "runs": len(runs),
         "seeds": sorted(results),
+        "images_seen": runs[0].training["steps"] * runs[0].training["ran_on"]["images_a_step"] if runs else None,
+        "tested": _tested([run.tested for run in runs if run.tested]),
         "images_tested": sum(run.evaluation["images"] for run in runs),
         "preset": preset,
+        "minutes": minutes or None,
         "data": source,
         "paper": None if row.published is None else dataclasses.asdict(row.published),
         "hardware": costs["hardware"],
@@ -71,6 +80,14 @@ def row_values(
         "trained_on": runs[0].training["hardware"] if runs else None,
     }
     return values | {"not_run": [name for name in _MEASURED if values[name] is None]}
+
+
+def _tested(found: list[dict[str, Any]]) -> dict[str, dict[str, float | None]] | None:
+    """Means and standard errors over runs, by the number of patches that they were tested with."""
+    if not found:
+        return None
+    errors = {n: mean_and_error([run[n]["error"] for run in found]) for n in found[0]}
+    return {n: {"test_error": mean, "test_error_sem": error} for n, (mean, error) in errors.items()}
 
 
 def _attention(found: list[dict[str, Any]]) -> dict[str, float] | None:
@@ -102,7 +119,7 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
         "paper": tuple(field.name for field in dataclasses.fields(Published)),
         "hardware": ("cpu", "threads"),
     }
-    plain = [name for name in rows[0] if name not in (*nested, "versions", "trained_on", "not_run")]
+    plain = [name for name in rows[0] if name not in (*nested, "versions", "trained_on", "not_run", "tested")]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*plain, *(f"{name}_{part}" for name, parts in nested.items() for part in parts)])
@@ -155,7 +172,21 @@ def markdown(table: Table, preset: str, config: ExperimentConfig, rows: Sequence
         if with_attention:
             cells += _attention_cells(row["attention"])
         lines.append(_line(cells))
-    return "\n".join([*lines, "", *_notes(table, preset, config, rows)]) + "\n"
+    return "\n".join([*lines, "", *_by_patches(rows), *_notes(table, preset, config, rows)]) + "\n"
+
+
+def _by_patches(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of runs that were tested with other numbers of patches than their own."""
+    lines: list[str] = []
+    for row in rows:
+        if tested := row["tested"]:
+            lines += [
+                _line([f"{row['method']}, tested with", *(f"{n} patches" for n in tested)]),
+                _line(["---"] * (1 + len(tested))),
+                _line(["test error", *(_plus_minus(*values.values()) for values in tested.values())]),
+                "",
+            ]
+    return lines
 
 
 def _notes(table: Table, preset: str, config: ExperimentConfig, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -169,6 +200,11 @@ def _notes(table: Table, preset: str, config: ExperimentConfig, rows: Sequence[M
         "- Time (median) and memory (peak) of one sample, forward and backward, batch size 1, reading the patches from "
         "main memory included, always at the published sizes and with the published networks.",
     ]
+    if first["minutes"]:
+        seen = "; ".join(f"{row['method']}: {row['images_seen']:,}" for row in rows if row["runs"])
+        notes.append(
+            f"- Each method was trained for about {first['minutes']:g} minutes. Images seen: {seen or 'none'}."
+        )
     if any(row["seconds_per_sample"] is not None for row in rows):
         measured = f"{describe(first['hardware'])}; {software}"
         notes.append(f"- Costs were measured on {measured}. Published figures are from the authors' GPU.")
@@ -181,10 +217,11 @@ def _notes(table: Table, preset: str, config: ExperimentConfig, rows: Sequence[M
         )
     if preset != "paper":
         own = {"preset", "seed", *(f"model.{name}" for row in table.rows for name in row.model)}  # the rows' affair
-        own |= {name for row in table.rows for name in row.quick if preset == "quick"}  # said below
+        own |= {name for row in table.rows for name in row.quick if preset in SHORT}  # said below
         shrunk = [line for line in differences(table.presets["paper"], config) if line.split(":")[0] not in own]
         notes.append(f"- What `{preset}` trains otherwise than published: {'; '.join(shrunk)}.")
-    return notes + ([_by_method(table, preset, rows)] if preset == "quick" else [])
+    own_length = preset in SHORT and not first["minutes"]
+    return notes + ([_by_method(table, preset, rows)] if own_length else [])
 
 
 def _by_method(table: Table, preset: str, rows: Sequence[Mapping[str, Any]]) -> str:

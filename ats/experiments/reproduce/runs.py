@@ -33,42 +33,51 @@ DRAWS = 10
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a table: its name for people, and its configuration."""
+    """One run of a table: its name for people, its configuration, and other numbers of patches to test it with."""
 
     name: str
     config: ExperimentConfig
+    tested: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a complete run left: training.json, evaluation.json and, where the truth is known, localisation.json."""
+    """What a complete run left: training.json, evaluation.json and, where the truth is known, localisation.json; where
+    it was tested with other numbers of patches, tested.json, which has an evaluation of each."""
 
     training: dict[str, Any]
     evaluation: dict[str, Any]
     localisation: dict[str, Any] | None
+    tested: dict[str, Any] | None = None
 
 
-def complete(config: ExperimentConfig) -> None:
+def complete(config: ExperimentConfig, tested: Sequence[int] = ()) -> None:
     """Train, evaluate on the test split once training is over and, where the truth is known, compare attention with it.
 
-    Nothing is chosen on the test split: it is the last epoch that is evaluated.
+    Nothing is chosen on the test split: it is the last epoch that is evaluated, with `tested` patches as well.
     """
     checkpoint = train(config)
     folder, method = config.run_folder, config.model.method
     wanted = {"evaluation"} | ({"localisation"} if method in ("ats", "mil", "gated-mil") else set())
+    wanted |= {"tested"} if tested else set()
     wanted = {name for name in wanted if not (folder / f"{name}.json").exists()}
     if not wanted:
         return
     trained = load(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
     data = held_out_data(trained, None, config.data.folder)
+    repeats = REPEATS if method in ("ats", "uniform") else 1
     if "evaluation" in wanted:
-        repeats = REPEATS if method in ("ats", "uniform") else 1
         write_json(
             folder / "evaluation.json", evaluate(trained, repeats=repeats, seed=config.seed, data=data).to_dict()
         )
+    if "tested" in wanted:
+        found = {
+            str(n): evaluate(trained, n_patches=n, repeats=repeats, seed=config.seed, data=data).to_dict()
+            for n in tested
+        }
+        write_json(folder / "tested.json", found)
     if "localisation" in wanted and data.knows_targets:
-        found = localise(trained, data, n_draws=DRAWS, seed=config.seed)
-        write_json(folder / "localisation.json", found.to_dict())
+        write_json(folder / "localisation.json", localise(trained, data, n_draws=DRAWS, seed=config.seed).to_dict())
 
 
 def result_of(config: ExperimentConfig) -> Result | None:
@@ -78,8 +87,8 @@ def result_of(config: ExperimentConfig) -> Result | None:
         ValueError: its folder holds a run with other options.
     """
     folder = config.run_folder
-    contents = [read_json(folder / f"{name}.json") for name in ("config", "training", "evaluation", "localisation")]
-    recorded, training, evaluation, localisation = contents
+    names = "config", "training", "evaluation", "localisation", "tested"
+    recorded, training, evaluation, localisation, tested = (read_json(folder / f"{name}.json") for name in names)
     if recorded is None or training is None or evaluation is None:
         return None
     if found := differences(from_dict(recorded), config):
@@ -87,7 +96,7 @@ def result_of(config: ExperimentConfig) -> Result | None:
             f"{folder} holds a run with other options ({'; '.join(found)}); name another folder with --output, or "
             "remove that one"
         )
-    return Result(training, evaluation, localisation)
+    return Result(training, evaluation, localisation, tested)
 
 
 def check_same_data(folder: Path, source: Callable[[], str], *, look: bool) -> str:
@@ -125,12 +134,12 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[int] = ()) -> None:
         RuntimeError: a run on a GPU of its own failed.
     """
     console = plain_console()
-    missing = [job for job in jobs if result_of(job.config) is None]
+    missing = [job for job in jobs if not _is_done(job)]
     console.print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them complete.")
     if len(gpus) <= 1:
         for number, job in enumerate(missing, 1):
             console.print(f"Run {number} of {len(missing)}: {job.name}")
-            complete(job.config)
+            complete(job.config, job.tested)
         return
     free: queue.Queue[int] = queue.Queue()
     for gpu in gpus:
@@ -146,6 +155,11 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[int] = ()) -> None:
             raise
 
 
+def _is_done(job: Job) -> bool:
+    result = result_of(job.config)
+    return result is not None and not (job.tested and result.tested is None)
+
+
 def _complete_on_a_gpu(job: Job, free: "queue.Queue[int]") -> None:
     gpu = free.get()
     try:
@@ -154,7 +168,7 @@ def _complete_on_a_gpu(job: Job, free: "queue.Queue[int]") -> None:
         with log.open("w") as output:
             process = subprocess.run(
                 [sys.executable, "-m", "ats.experiments.reproduce.runs"],
-                input=json.dumps(to_dict(job.config)),
+                input=json.dumps({"config": to_dict(job.config), "tested": job.tested}),
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -178,4 +192,5 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    complete(from_dict(json.load(sys.stdin)))
+    given = json.load(sys.stdin)
+    complete(from_dict(given["config"]), given["tested"])
