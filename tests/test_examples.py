@@ -10,9 +10,10 @@ from types import ModuleType
 import pytest
 
 from tests.helpers import alone
+from tests.timm_standin import StandIn
 
 FOLDER = Path(__file__).parent.parent / "examples"
-TRAINED = ("plain_pytorch", "multi_label", "frozen_encoder", "lightning_module")
+TRAINED = ("plain_pytorch", "multi_label", "frozen_encoder", "lightning_module", "timm_backbone")
 
 
 def example(name: str) -> ModuleType:
@@ -75,3 +76,14 @@ def test_a_lightning_module_learns_on_two_processes() -> None:
     assert len(found) == 1  # of rank 0 alone
     assert float(found[0]) < 0.4
     assert "processes: 2" in done.stdout
+
+
+def test_a_network_of_timms_learns() -> None:
+    pytest.importorskip("timm", reason="timm, of the extra of that name, is not installed: it brings torchvision")
+    assert example("timm_backbone").main(["--steps", "50", "--side", "120"]) < 0.7
+
+
+def test_the_example_with_timm_runs_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in, which has timm's signatures: one of these changing shows only above."""
+    monkeypatch.setitem(sys.modules, "timm", StandIn())
+    assert example("timm_backbone").main(["--model", "resnet10", "--steps", "100", "--side", "120"]) < 0.7
