@@ -27,7 +27,7 @@ from ats.experiments.study.attention import (
 )
 from ats.experiments.study.attention_gradient import batch_gradients, gradient_signal
 from ats.experiments.study.attention_oracle import draw_cells, oracle_errors
-from ats.experiments.study.attention_report import measure
+from ats.experiments.study.attention_report import markdown, measure
 from ats.experiments.trained import load
 from ats.experiments.training import train
 from ats.models import ATSClassifier
@@ -182,7 +182,7 @@ def test_the_command_measures_a_run(checkpoint: Path, tmp_path: Path, capsys: py
     signal, noise = first @ second, copies.var(1).sum(-1).mean()
     variance = copies.mean(1).var(0).sum() + noise / 2
     assert figures["signal_to_noise"] == pytest.approx(float(signal / variance), rel=1e-3)
-    assert figures["noise_of_draws"] == pytest.approx(float(noise / variance), rel=1e-3)
+    assert figures["noise_of_draws"] == pytest.approx(min(1.0, float(noise / variance)), rel=1e-3)
 
     page = [*command, "--n-patches", "4", "--output", str(tmp_path / "found.md")]
     assert run(page) == 0
@@ -222,6 +222,7 @@ def test_other_data_and_other_methods(tmp_path: Path, capsys: pytest.CaptureFixt
     assert uniform.mass == pytest.approx(uniform.uniform_mass)
     assert uniform.relative_entropy == pytest.approx(1)
     assert set(uniform.unknown) == {"bound", "signal_to_noise"}
+    assert "all, on target | – |" in markdown(["uniform"], [uniform])
     assert uniform.oracle_error is not None
     config = colon(tmp_path / "colon", "mil")
     mil = measure(fresh(config), experiment_data(config), FEW)

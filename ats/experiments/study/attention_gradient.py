@@ -57,7 +57,8 @@ def gradient_signal(batches: Iterable[Tensor]) -> GradientSignal | None:
     variance = float(products.diagonal().mean()) - signal + of_draws * (1 - 1 / copies)
     if variance <= 0:
         return None
-    return GradientSignal(signal / variance, float(pairs.norm()) / len(pairs) / variance, of_draws / variance)
+    by_chance = float(pairs.norm()) / len(pairs) / variance
+    return GradientSignal(signal / variance, by_chance, min(1.0, of_draws / variance))  # few batches may give more
 
 
 def attention_parameters(trained: TrainedModel) -> list[nn.Parameter]:

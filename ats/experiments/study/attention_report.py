@@ -160,6 +160,8 @@ def _two(name: str) -> Callable[[AttentionFigures], str]:
     """A figure of all cells, and of those on target."""
 
     def show(figures: AttentionFigures) -> str:
+        if getattr(figures, name) is None:
+            return _number(None)
         return ", ".join(_of(figures, each, 2) for each in (name, f"{name}_on_target"))
 
     return show
