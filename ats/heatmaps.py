@@ -61,7 +61,7 @@ def heatmap(
     receptive_field: int | Placement = 0,
     grid_sizes: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor | list[Tensor]:
-    """Attention spread over the pixels that it lies on: (B, h, w) float64, as mass, not as density.
+    """Attention spread over the pixels that it lies on: float64, as mass, not as density.
 
     - Logits: each cell's attention over the pixels of the image that the cell covers.
     - `PatchSample`, `BoxSample` or `NestedSample`: each patch's weight in the estimate over the pixels of the patch.
@@ -74,12 +74,16 @@ def heatmap(
     Args:
         sample_or_logits: what was drawn, or logits (B, gh, gw) or (B, 1, gh, gw), or a list of maps (gh, gw).
         image_size: pixels (H, W) of the full-resolution images; or a list of one an image; or the images themselves, a
-            tensor (B, C, H, W) or a sequence. A list or sequence gives a list of pictures (h, w), one an image.
+            tensor (B, C, H, W) or a sequence.
         size: pixels (h, w) of the pictures; the image's own where None, which is much for a large image.
         mask: of the logits, as in `ats.sample_cells`.
         estimator: what a sample's weights are those of, as in `ats.expectation`.
         view_size, receptive_field: where cells lie, as in `ats.sample_patches`; a sample's boxes know it.
         grid_sizes: of padded logits, cells (gh, gw) of each image's own grid; a sample knows its own.
+
+    Returns:
+        (B, h, w) where `image_size` is one pair, or a tensor of images. A list of pictures (h, w), one an image, where
+        it is a sequence, of sizes or of images, whether they differ or not.
 
     Raises:
         ValueError: an image with every cell masked, NaN or +inf logits, sizes that do not fit.

@@ -132,19 +132,19 @@ def test_a_disk_that_is_full_while_views_are_cached(
 
 def test_an_image_that_changes_under_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
     """Once views are read; what is drawn afterwards would be of another image."""
-    from ats.experiments import image_store
+    from ats.experiments import images
     from ats.sources import plain
 
     write_images(tmp_path, TWO, SPLITS)
-    real = image_store.ImageStore._report
+    real = images.report_unread
 
-    def then_changed(self: image_store.ImageStore, kept: int) -> None:
-        real(self, kept)
+    def then_changed(stores: list[images.ImageStore]) -> None:
+        real(stores)
         plain._decoded.clear()  # as where images are too many to be kept
         for path in tmp_path.glob("*.png"):
             os.utime(path, ns=(0, 10**18))
 
-    monkeypatch.setattr(image_store.ImageStore, "_report", then_changed)
+    monkeypatch.setattr(images, "report_unread", then_changed)
     assert run(command(tmp_path)) == 1
     assert ".png has changed since it was opened: it was" in said(capfd)
     assert not (tmp_path / "run" / "checkpoints").exists()

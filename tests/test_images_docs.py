@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from ats.experiments.commands.command_line import run
+from ats.experiments.images import PRESETS
 
 PAGE = (Path(__file__).parent.parent / "docs" / "images.md").read_text()
 SECTION = PAGE.partition("## Train on your own images")[2].partition("\n## ")[0]
@@ -52,3 +53,16 @@ def test_options_that_the_page_names_are_there(capsys: pytest.CaptureFixture[str
     named = set(re.findall(r"--(?:data|optim|model|trainer)\.[\w-]+", SECTION))
     assert len(named) > 8
     assert named <= known
+
+
+def test_presets_are_those_of_the_table() -> None:
+    table = re.findall(r"^\| (`--.*?) \| (\S.*?) \| (\S.*?) \|$", SECTION, flags=re.MULTILINE)
+    found = 0
+    for options, modern, quick in table:
+        names = re.findall(r"`--(\w+)\.([\w-]+)`", options)
+        for preset, values in (("modern", modern), ("quick", modern if quick == "same" else quick)):
+            numbers = [float(value) for value in values.split(",")]
+            own = [getattr(getattr(PRESETS[preset], part), name.replace("-", "_")) for part, name in names]
+            assert own == numbers, (options, preset)
+            found += 1
+    assert found == 12

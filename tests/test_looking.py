@@ -105,6 +105,26 @@ def test_attention_looks_where_it_may(trained: Path, tmp_path: Path, capsys: pyt
     assert not (tmp_path / "b.png").exists()
 
 
+def test_patches_have_one_number_in_all_forms(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Picture, table and detections of one draw; numbers are those of Python's tables, from 0."""
+    framed: dict[str, tuple[int, int]] = {}
+
+    def recorded(axes: object, corner: tuple[int, int], size: object, text: str) -> None:
+        framed[text] = corner
+
+    monkeypatch.setattr("ats.experiments.plotting.overlay.frame", recorded)
+    for form in ("png", "csv", "geojson"):
+        words = ["attention", str(trained), str(trained.parent / "0.png"), "--format", form, "--n-patches", "5"]
+        assert run([*words, "--output", str(tmp_path / f"a.{form}")]) == 0
+    table = {row["draw"]: (int(row["top"]), int(row["left"])) for row in rows(tmp_path / "a.csv")}
+    assert list(table) == ["0", "1", "2", "3", "4"]
+    assert framed == table
+    features = json.loads((tmp_path / "a.geojson").read_text())["features"]
+    assert [one["properties"]["name"] for one in features] == [f"patch {draw}" for draw in table]
+    corners = [one["geometry"]["coordinates"][0][0] for one in features]
+    assert corners == [[max(0, left), max(0, top)] for top, left in table.values()]
+
+
 def test_predictions_with_masks_are_those_of_python(trained: Path, tmp_path: Path) -> None:
     folder, output = trained.parent, tmp_path / "predictions.csv"
     files, masks = ([str(folder / name) for name in names] for names in (("0.png", "7.png"), ("left.png", "left.png")))
@@ -138,7 +158,7 @@ def test_a_manifest_names_images_masks_and_micrometres(
     for words, message in (
         ([str(folder / "0.png"), "--manifest", str(listed)], "--manifest lists the images and their masks"),
         ([], "name an image, or more, to predict, or a list of them with --manifest"),
-        ([str(folder / "0.png"), "--mask", "a.png", "b.png"], "--mask names 2 files for 1 images"),
+        ([str(folder / "0.png"), "--mask", "a.png", "b.png"], "--mask names 2 files for 1 image; one for each"),
     ):
         assert run([*base[:2], *words, *base[2:]]) == 1
         assert message in capsys.readouterr().err

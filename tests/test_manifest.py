@@ -62,7 +62,7 @@ def test_a_field_over_several_lines_counts_them(tmp_path: Path) -> None:
         ("path,label,Label\na,b,c\n", r"line 1: the column label is there 2 times; keep one"),
         ("path,label\na.png,x\nb.png\n", r"line 3: has 1 fields where the header has 2"),
         ("path,label\na.png,x\nb,c.png,y\n", r'line 3: has 3 fields where the header has 2; put .* in "quotes"'),
-        ("path,label\na.png,x\n\n./a.png,y\n", r"line 4: .*a\.png is on line 2 already"),
+        ("path,label\na.png,x\n\n./a.png,y\n", r"line 4: .*a\.png is listed on line 2 already"),
         ("path,label\nsub/../../a.png,x\n", r"line 2: sub/\.\./\.\./a\.png leads out of .*; write the whole path"),
         ("path,label,mask\na.png,x,../m.png\n", r"line 2: \.\./m\.png leads out of"),
         ("path,label,split\na,x,train\nb,x,tset\n", r"line 3: the split 'tset' is unknown, expected one of train"),
@@ -97,7 +97,7 @@ def test_a_folder_and_nothing_are_no_manifest(tmp_path: Path) -> None:
 def test_links_to_one_file_are_one_image(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="is on line 2 already"):
+    with pytest.raises(ValueError, match="is listed on line 2 already"):
         read(tmp_path, "path,label\na.png,x\nb.png,y\n")
 
 
@@ -109,6 +109,22 @@ def test_the_digest_follows_what_is_said_not_where(tmp_path: Path) -> None:
     assert read(two, "path;label\nb.png;y\na.png;x\n").digest() == first
     assert read(two, "path,label\na.png,x\nb.png,x\n").digest() != first
     assert read(two, "path,label,split\na.png,x,train\nb.png,y,test\n").digest() != first
+
+
+def test_the_digest_follows_what_masks_show(tmp_path: Path) -> None:
+    """Their content, wherever they lie; without masks it is as it was before masks counted."""
+    plain = read(tmp_path, "path,label\na.png,x\nb.png,y\n").digest()
+    masked = "path,label,mask\na.png,x,m.png\nb.png,y,\n"
+    (tmp_path / "m.png").write_bytes(b"one")
+    (tmp_path / "same.png").write_bytes(b"one")
+    first = read(tmp_path, masked).digest()
+    assert first != plain == "4f999c8561de80ea"
+    assert read(tmp_path, masked.replace("m.png", "same.png")).digest() == first
+    assert read(tmp_path, masked.replace("x,m.png", "x,").replace("y,", "y,m.png")).digest() != first
+    (tmp_path / "m.png").write_bytes(b"two")
+    assert read(tmp_path, masked).digest() != first
+    (tmp_path / "m.png").unlink()
+    assert read(tmp_path, masked).digest() not in (first, plain)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ats
 from ats.experiments.callbacks import measure_nested
+from ats.experiments.plotting import zoom
 from ats.experiments.plotting.zoom import draw_zoom
 from ats.nested_maps import zoomed_heatmap
 from ats.nn import NestedAttentionSampling, Zoom
@@ -97,13 +98,17 @@ def test_patches_of_regions_are_written_for_qupath(tmp_path: Path):
 
 
 @pytest.mark.parametrize("depth", [2, 3])
-def test_the_picture_of_the_zoom(depth, tmp_path: Path):
+def test_the_picture_of_the_zoom(depth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     zooms = [Zoom(cells_of(2), 16, 5), Zoom(cells_of(2), 4, 3), Zoom(cells_of(2), 2, 2)]
     model, image = model_of(*zooms[-depth:]), bytes_of(1, 128, 192)
     source = image[0] if depth == 2 else from_arrays(image[0])
     sample = drawn(model, [source])
     attention = zoomed_heatmap(model, None, [source], sample)[0] if depth == 2 else None
+    framed = []
+    monkeypatch.setattr(zoom, "frame", lambda *arguments: framed.append(arguments[3]))
     draw_zoom(source, sample, tmp_path / "zoom.png", title="$x_$.png", attention=attention)
+    regions = {str(row["draw"]) for row in sample.levels[0].table()}
+    assert framed[: len(regions)] == sorted(regions)  # numbered as in tables, from 0
     width, height = Image.open(tmp_path / "zoom.png").size
     assert width == 286 * (3 if depth == 2 else 4)  # a column a region, four of them at most
     assert height == round(110 * (5.2 + 2.9 * depth))

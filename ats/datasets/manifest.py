@@ -70,11 +70,25 @@ class Manifest:
         return tuple(row for row in self.rows if row.split == split)
 
     def digest(self) -> str:
-        """Text that changes when what the rows say does; not when the folder is moved, or when lines trade places."""
+        """Text that changes when what the rows say does, or what a mask says that they name.
+
+        It does not when the folder is moved, or when lines trade places. Masks are read whole.
+        """
         said = sorted(
-            [os.path.relpath(row.path, self.path.parent), row.label, row.split, row.group, row.mpp] for row in self.rows
+            [os.path.relpath(row.path, self.path.parent), row.label, row.split, row.group, row.mpp, *_of_mask(row.mask)]
+            for row in self.rows
         )
         return hashlib.sha256(json.dumps(said).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _of_mask(mask: Path | None) -> tuple[str, ...]:
+    """Text that tells a mask from another, wherever it lies; one that cannot be read has none of its own."""
+    if mask is None:
+        return ()
+    try:
+        return (hashlib.sha256(mask.read_bytes()).hexdigest(),)
+    except OSError:
+        return (mask.name,)
 
 
 def read_manifest(path: str | os.PathLike[str], *, labels: bool = True) -> Manifest:
@@ -244,9 +258,13 @@ def _check_once(manifest: Manifest) -> None:
         other = seen.setdefault(os.path.realpath(row.path), row)
         if other is not row:
             raise ValueError(
-                f"{manifest.where(row)}: {row.path} is on line {other.line} already; an image is listed once, with "
-                'several labels as "a;b"'
+                f"{manifest.where(row)}: {row.path} is listed on line {other.line} already{_as_link(other, row)}; keep "
+                'one of the two lines, with several labels as "a;b"'
             )
+
+
+def _as_link(first: Row, second: Row) -> str:
+    return "" if first.path == second.path else f" as {first.path}, one file by another name"
 
 
 def _check_groups(manifest: Manifest) -> None:

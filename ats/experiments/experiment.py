@@ -91,6 +91,15 @@ class ExperimentData(DataModule, Generic[Options]):
         """Images (B, C, H, W) uint8 of a split and their labels (B,) int64, on the indices' device; as an epoch changes
         them, if one is given."""
 
+    def check(self) -> None:
+        """Read what a training reads, all splits of it, before it begins.
+
+        Raises:
+            ValueError: what is wrong, all of it where it is several files.
+            OSError: data that are not there.
+        """
+        self.labels("train")
+
     @property
     def digest(self) -> str | None:
         """Text that changes when the images, or what is said of them, do; None: their source and number are enough."""

@@ -12,18 +12,24 @@ from ats.experiments.build import normalise, stacked, view_size
 from ats.experiments.changed_source import ChangedSource, InColours, changed_view
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.console import say
+from ats.experiments.image_kinds import check_kind, counted, other_unit
 from ats.experiments.images_config import ImagesConfig
 from ats.experiments.levels import plain_view, whole_cells
 from ats.experiments.live_cells import live_cells, placement_of
 from ats.experiments.view_loading import ViewReader
 from ats.functional import area_downsample
-from ats.grid import make_grid
+from ats.grid import Placement, make_grid
 from ats.overlap import overlap_message
 from ats.sources import ImageSource, Level, open_image, read_view
+from ats.sources.plain import PlainSource
 from ats.sources.view_cache import CacheError
+from ats.sources.whole import check_whole
 
 IN_MEMORY = 4 << 30
 """Bytes of a split's images up to which they are kept in memory, where it is not said."""
+
+MOST_NAMED = 20
+"""Files that an error names one by one."""
 
 
 class ImageStore:
@@ -36,18 +42,24 @@ class ImageStore:
         data: its data's options.
         name: of the split, for messages.
 
+    What cannot be read is left out, and is in `unread`.
+
+    Attributes:
+        unread: lines of the manifest, and what is wrong there.
+
     Raises:
-        ValueError: files that cannot be read, unless they are to be left out; images that the model cannot take.
+        ValueError: images that the model cannot take.
     """
 
     def __init__(
         self, manifest: Manifest, rows: Sequence[Row], config: ExperimentConfig, data: ImagesConfig, name: str
     ) -> None:
         self.manifest, self.config, self.data, self.name = manifest, config, data, name
-        self._unread: list[tuple[int, str]] = []  # lines of the manifest, and what is wrong there
+        self.unread: list[tuple[int, str]] = []
         opened = [(row, source) for row in rows if (source := self._open(row)) is not None]
         for row, source in opened:
             self._check(row, source)
+        self._say_what_is_strange(opened)
         if name == "train":
             self._warn_of_overlap([(row, source.levels[0]) for row, source in opened])
         self.in_memory = self._fits_memory([source for _, source in opened])
@@ -58,10 +70,12 @@ class ImageStore:
         self._views: list[Tensor | None] = []
         self.given: dict[int, Tensor] = {}
         """Views that were read already, by index, for the batch at hand."""
+        masked = self._are_masked([row for row, _ in opened])
+        placement = placement_of(config) if masked else 0
+        self.masks: list[Tensor] | None = [] if masked else None
+        """Cells of each image that may be drawn; None: all."""
         for row, source in opened:
-            self._keep(row, source)
-        self._report(len(self.rows))
-        self.masks = self._masks()
+            self._keep(row, source, placement)
 
     def batch(self, indices: Sequence[int], epoch: int | None) -> tuple[list[Tensor | ImageSource], list[Tensor]]:
         """Images, as an epoch changes them, and their views, normalised."""
@@ -130,51 +144,53 @@ class ImageStore:
 
     def _open(self, row: Row) -> ImageSource | None:
         try:
-            return open_image(row.path, mpp=row.mpp)
+            source = open_image(row.path, mpp=row.mpp)
+            check_whole(row.path)
         except (ValueError, OSError) as error:
-            self._unread.append((row.line, f"{self.manifest.where(row)}: {error}"))
+            self._leave_out(row, error)
             return None
+        return source
 
-    def _keep(self, row: Row, source: ImageSource) -> None:
+    def _leave_out(self, row: Row, error: Exception) -> None:
+        self.unread.append((row.line, f"{self.manifest.where(row)}: {error}"))
+
+    def _keep(self, row: Row, source: ImageSource, placement: int | Placement) -> None:
         """Read what is kept of an image, by which it shows whether it can be read."""
+        image: Tensor | ImageSource
+        view = None
         try:
             if self.in_memory:
                 full = source.levels[0]
-                image = source.read(0, 0, 0, full.height, full.width)
-                grey = image.shape[0] == 1 < self.data.channels
-                self.images.append(image.expand(3, -1, -1) if grey else image)
+                pixels = source.read(0, 0, 0, full.height, full.width)
+                image = pixels.expand(3, -1, -1) if pixels.shape[0] == 1 < self.data.channels else pixels
             else:
-                source = InColours(source) if source.channels == 1 < self.data.channels else source
-                view = self._read_view(source)
-                keeps = self.data.cache is None and not self.data.workers
-                self._views.append(view if keeps else None)
-                self.images.append(source)
+                if not isinstance(source, PlainSource):  # of which the view needs not all, and the last is lost first
+                    source.read(0, source.levels[0].height - 1, source.levels[0].width - 1, 1, 1)
+                image = InColours(source) if source.channels == 1 < self.data.channels else source
+                view = self._read_view(image)
+            cells = None if self.masks is None else self._cells(row, image, placement, view)
         except CacheError:  # no image is to be left out for it
             raise
         except (ValueError, OSError) as error:
-            self._unread.append((row.line, f"{self.manifest.where(row)}: {error}"))
+            self._leave_out(row, error)
             return
+        keeps = self.data.cache is None and not self.data.workers
+        self._views.append(view if keeps else None)
+        self.images.append(image)
         self.rows = (*self.rows, row)
+        if self.masks is not None and cells is not None:
+            self.masks.append(cells)
 
-    def _report(self, kept: int) -> None:
-        unread = [message for _, message in sorted(self._unread)]  # by line, whether found by opening or by reading
-        if unread and self.data.unreadable == "stop":
-            few = "; ".join(unread[:10]) + (f"; and {len(unread) - 10} more" if len(unread) > 10 else "")
-            raise ValueError(
-                f"{len(unread)} of {kept + len(unread)} {self.name} images cannot be read: {few}. Mend them, or leave "
-                "them out with --data.unreadable skip"
-            )
-        for line in unread:
-            say(f"left out: {line}", stderr=True)
+    def _cells(self, row: Row, image: Tensor | ImageSource, placement: int | Placement, view: Tensor | None) -> Tensor:
+        tissue = self.data.tissue
+        shown = view if tissue else None
+        return live_cells(self.config, placement, image, mask=row.mask, tissue=tissue, view=shown)
 
     def _check(self, row: Row, source: ImageSource) -> None:
         """Raise ValueError where an image is not of the kind that the model takes."""
         data, where = self.data, f"{self.manifest.where(row)}: {row.path}"
-        if source.channels != data.channels and not (source.channels == 1 and data.channels == 3):
-            raise ValueError(
-                f"{where} has {source.channels} channels, expected {data.channels} as in the first image; convert it, "
-                "or set --data.bands"
-            )
+        like = "in the first image, or by --data.bands and --data.dtype"
+        check_kind(where, source, data.channels, data.dtype, like=like)
         if data.channels != 3 and data.tint:
             raise ValueError(f"data.tint is for images of three colours, and these have {data.channels}; set it to 0")
         if source.dtype == torch.uint8:
@@ -189,6 +205,24 @@ class ImageStore:
                 f"{where} holds {source.dtype}, and random colours and sizes are of bytes alone; set --data.contrast 0 "
                 "--data.brightness 0 --data.tint 0 --data.zoom 1 --data.stretch 1"
             )
+
+    def _say_what_is_strange(self, images: Sequence[tuple[Row, ImageSource]]) -> None:
+        """Say of the first image of each kind what may not be meant, and how many others there are."""
+        grey = [row for row, source in images if source.channels == 1 < self.data.channels]
+        if grey:
+            also = f", and so are {counted(len(grey) - 1, 'other')}" if len(grey) > 1 else ""
+            say(
+                f"note: {self.manifest.where(grey[0])}: {grey[0].path} is grey{also}: read as three equal channels",
+                stderr=True,
+            )
+        for row, source in images:
+            try:
+                strange = other_unit(source, self.data.mean, self.data.std)
+            except (ValueError, OSError):  # reading all of it says so
+                continue
+            if strange is not None:
+                say(f"warning: {self.manifest.where(row)}: {row.path}: {strange.text}", stderr=True)
+                return
 
     def _warn_of_overlap(self, images: Sequence[tuple[Row, Level]]) -> None:
         """Say of the first image whose patches overlap too much, before hours are spent on them."""
@@ -228,10 +262,15 @@ class ImageStore:
                 "1 --data.stretch 1, or --data.storage memory"
             )
 
-    def _masks(self) -> list[Tensor] | None:
+    def _are_masked(self, rows: Sequence[Row]) -> bool:
+        """Whether attention may not look everywhere in all images.
+
+        Raises:
+            ValueError: and the model has no attention, or images are moved.
+        """
         data = self.data
-        if not data.tissue and all(row.mask is None for row in self.rows):
-            return None
+        if not data.tissue and all(row.mask is None for row in rows):
+            return False
         if self.config.model.method not in ("ats", "uniform"):
             raise ValueError(f"{self.manifest.path}: masks are for attention sampling, not {self.config.model.method}")
         if data.translation or data.zoom != 1 or data.stretch != 1:
@@ -239,12 +278,24 @@ class ImageStore:
                 f"{self.manifest.path}: masks are turned and mirrored with their images, but not moved or enlarged; "
                 "set --data.translation 0 --data.zoom 1 --data.stretch 1"
             )
-        placement, found = placement_of(self.config), []
-        for index, (row, image) in enumerate(zip(self.rows, self.images, strict=True)):
-            try:
-                view = None if isinstance(image, Tensor) or not data.tissue else self._stored_view(index)
-                cells = live_cells(self.config, placement, image, mask=row.mask, tissue=data.tissue, view=view)
-            except (ValueError, OSError) as error:
-                raise ValueError(f"{self.manifest.where(row)}: {error}") from error
-            found.append(cells)
-        return found
+        return True
+
+
+def report_unread(stores: Sequence[ImageStore]) -> None:
+    """Name all images of some splits that cannot be read: as one error, or where they are left out, a line each.
+
+    Raises:
+        ValueError: there are some, and they are not to be left out.
+    """
+    unread = [message for _, message in sorted(each for store in stores for each in store.unread)]
+    if unread and stores[0].data.unreadable == "stop":
+        more = len(unread) - MOST_NAMED
+        few = "; ".join(unread[:MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+        images = sum(len(store.rows) for store in stores) + len(unread)
+        splits = " and ".join(store.name for store in stores)
+        raise ValueError(
+            f"{len(unread)} of {counted(images, f'{splits} image')} cannot be read: {few}. Mend them, or leave them "
+            "out with --data.unreadable skip"
+        )
+    for line in unread:
+        say(f"left out: {line}", stderr=True)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ats.datasets.image_files import is_synthetic
+from ats.datasets.manifest import SPLITS
 from ats.experiments.augmentation import PHOTOGRAPHS_OPTIM
 from ats.experiments.build import stacked
 from ats.experiments.config import LESS_NOISE, SHORT_EPOCHS, ExperimentConfig, ModelConfig
 from ats.experiments.experiment import Batch, Experiment, ExperimentData, Loaded
-from ats.experiments.image_store import ImageStore
+from ats.experiments.image_store import ImageStore, report_unread
 from ats.experiments.images_config import ImagesConfig
 from ats.experiments.manifest_splits import Splits, read_truth, split_rows
 from ats.experiments.view_loading import ViewBatch, as_batch
@@ -50,13 +51,25 @@ class ImagesData(ExperimentData[ImagesConfig]):
     def classes(self) -> tuple[str, ...]:
         return self.splits.truth.classes or ("value",)
 
+    def check(self) -> None:
+        self._read(*SPLITS)
+
     def store(self, name: str) -> ImageStore:
         """The images of a split that can be read."""
-        if name not in self._stores:
-            store = ImageStore(self.splits.manifest, self.splits.rows(name), self.config, self.options, name)
-            self.splits.check_classes(store.rows, name)
-            self._stores[name] = store
+        self._read(name)
         return self._stores[name]
+
+    def _read(self, *names: str) -> None:
+        """Read splits that were not yet, and say at once what of them cannot be."""
+        fresh = [name for name in names if name not in self._stores]
+        if not fresh:
+            return
+        manifest, rows = self.splits.manifest, self.splits.rows
+        stores = [ImageStore(manifest, rows(name), self.config, self.options, name) for name in fresh]
+        report_unread([store for store in stores if store.rows or store.unread] or stores)
+        for store in stores:
+            self.splits.check_classes(store.rows, store.name)
+        self._stores.update(zip(fresh, stores, strict=True))
 
     def labels(self, name: str) -> Tensor:
         return self.splits.truth.values(self.store(name).rows)

@@ -8,11 +8,13 @@ from typing import ClassVar, Literal
 from ats.datasets.manifest import Manifest, Row, read_manifest
 from ats.experiments.augmentation import ImageConfig
 from ats.experiments.config import ModelConfig, check_least
+from ats.experiments.image_kinds import dtype_name
 from ats.experiments.manifest_splits import read_truth, split_rows
 from ats.experiments.objectives import Classes, Labels, Objective, Task, Value
 from ats.models.images import image_networks
 from ats.models.networks import Networks
 from ats.sources import ImageSource, open_image
+from ats.sources.image_source import DTYPES
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class ImagesConfig(ImageConfig):
     """As mean. Default: 0.25, of bytes."""
     bands: int = 0
     """Channels of an image. Default: those of the first one."""
+    dtype: str = ""
+    """Numbers of an image: uint8 (bytes), uint16, float32, … Default: those of the first one."""
     centre: float = 0.0
     """task value: what the model starts from. Default: the mean of the training images' values."""
     spread: float = 0.0
@@ -67,6 +71,9 @@ class ImagesConfig(ImageConfig):
             raise ValueError(f"data.mean and data.std need as many numbers, got {self.mean} and {self.std}")
         if any(not value > 0 for value in self.std):
             raise ValueError(f"data.std must be positive, got {self.std}")
+        known = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+        if self.dtype and self.dtype not in known:
+            raise ValueError(f"data.dtype is {self.dtype!r}, expected one of {', '.join(known)}")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"data.classes names one twice: {', '.join(self.classes)}")
 
@@ -113,9 +120,12 @@ class ImagesConfig(ImageConfig):
             if spread == 0:
                 raise ValueError(f"{manifest.path}: all training images have the value {float(values[0])}")
             found = replace(found, centre=float(values.mean()), spread=spread)
-        if not self.bands:
+        if not self.bands or not self.dtype:
             sources = (_open(row, manifest) for row in splits.rows("train"))
-            found = replace(found, bands=next((each.channels for each in sources if each is not None), 3))
+            first = next((each for each in sources if each is not None), None)
+            if first is not None:
+                found = replace(found, bands=self.bands or first.channels, dtype=self.dtype or dtype_name(first))
+            found = replace(found, bands=found.bands or 3)
         return found
 
     def networks_for(self, model: ModelConfig) -> Networks:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ats.experiments.backbones import networks_of
+from ats.experiments.image_kinds import Strange, check_kind, other_unit
 from ats.experiments.levels import whole_cells
 from ats.experiments.live_cells import live_cells
 from ats.experiments.trained import TrainedModel, load
@@ -80,31 +81,41 @@ def mask_for(trained: TrainedModel, source: ImageSource, mask: Path | None, opti
     return cells[None].to(trained.device)
 
 
+def check_for(trained: TrainedModel, path: str | os.PathLike[str], source: ImageSource) -> None:
+    """Raise ValueError where an image, of which the header is read, has other bands or numbers than the model knows."""
+    data = trained.config.data
+    # Of a run that says its mean, but is from before this was kept, it is not known.
+    dtype = getattr(data, "dtype", "") or ("" if getattr(data, "mean", ()) else "uint8")
+    check_kind(str(path), source, data.channels, dtype, like="the model was trained on", to_grey=True)
+
+
 def open_for(
     trained: TrainedModel, path: str | os.PathLike[str], mpp: float | None = None
-) -> tuple[ImageSource, Tensor | list[ImageSource]]:
+) -> tuple[ImageSource, Tensor | list[ImageSource], Strange | None]:
     """An image file as it is, and as a batch of one for a trained model: a tensor, or itself where it is large.
 
-    Grey becomes three equal channels and colours their mean, as the model needs it.
+    A grey picture becomes three equal channels and one in colours their mean, as the model needs it.
+
+    Returns:
+        The image, the batch, and what is strange about it, None where nothing is.
 
     Raises:
-        ValueError: a file that cannot be read, or of other channels or another depth than the model knows.
+        ValueError: a file that cannot be read, or of other bands or numbers than the model knows.
         FileNotFoundError: it is not there.
     """
     source, wanted, data = open_image(path, mpp=mpp), trained.config.data.channels, trained.config.data
-    if source.dtype != torch.uint8 and not getattr(data, "mean", ()):
-        raise ValueError(f"{path} holds {source.dtype}, and the model was trained on bytes; convert the image")
-    if source.channels != wanted and (source.channels, wanted) not in ((1, 3), (3, 1)):
-        raise ValueError(f"{path} has {source.channels} channels, and the model was trained on {wanted}")
+    check_for(trained, path, source)
+    strange = other_unit(source, getattr(data, "mean", ()), getattr(data, "std", ()))
     full = source.levels[0]
     if source.channels == wanted and full.height * full.width > DECODED:
-        return source, [source]
+        return source, [source], strange
     image = source.read(0, 0, 0, full.height, full.width)
     if source.channels == 1 < wanted:
-        image = image.expand(3, -1, -1)
+        image, strange = image.expand(3, -1, -1), Strange("grey", "it is grey, and read as three equal channels")
     elif source.channels == 3 > wanted:
         image = image.float().mean(0, keepdim=True).round().to(torch.uint8)
-    return source, image.unsqueeze(0).contiguous()
+        strange = Strange("colours", "it is in colours, and read as their mean, grey")
+    return source, image.unsqueeze(0).contiguous(), strange
 
 
 def answer(trained: TrainedModel, outputs: Tensor) -> str:

@@ -146,9 +146,9 @@ class RunFolder:
         if data is not None and self.started() and self.data.exists():
             known = read_json(self.data)
             if known != data:
-                raise ValueError(
-                    f"{self.path} holds a run on {_in_words(known)}, not on {_in_words(data)}; {_ELSEWHERE}"
-                )
+                old, new = _in_words(known), _in_words(data)
+                other = f"not on {new}" if new != old else "of which labels, splits, groups, mpp or masks were others"
+                raise ValueError(f"{self.path} holds a run on {old}, {other}; {_ELSEWHERE}")
         if self.started() and (before := self.recorded()) is not None:
             if not is_longer(before, config):
                 return

@@ -73,7 +73,7 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
     same = complete and _places(config) == _places(folder.recorded())  # then they need not be there any more
     if not same and first:
         data.prepare_data()
-        data.labels("train")  # data that are not there, or impossible, leave no folder behind
+        data.check()  # data that are not there, or impossible, leave no folder behind
         if _validates(config) and not len(data.labels("validation")):
             raise ValueError(
                 "optim.keep best and optim.patience need images for validation, and there are none; the data's options "

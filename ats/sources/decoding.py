@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ats.sources.errors import ImageFileError as ImageFileError
+from ats.sources.other_reader import advice_for
 from ats.sources.stored_depth import Stored, png_has_late_text, stored_depth
 
 if TYPE_CHECKING:
@@ -29,10 +31,6 @@ _TURNED = (5, 6, 7, 8)  # orientations that exchange height and width
 _GREY = ("1", "L")
 _COLOUR = ("RGB", "RGBX", "P", "CMYK", "YCbCr", "HSV")
 _ALPHA = {"LA": "LA", "La": "LA", "RGBA": "RGBA", "RGBa": "RGBA", "PA": "RGBA"}
-
-
-class ImageFileError(ValueError):
-    """An image file that cannot be read, or not without losing something; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,6 @@ def _open(path: Path) -> Iterator["Image"]:
         raise _unreadable(path, error) from error
 
 
-_RASTERIO = "read it with rasterio: pip install 'torch-ats[satellite]', then ats.open_image(path, backend='rasterio')"
 _TILED = "store it as a tiled TIFF, of which parts can be read, and use ats.open_image"
 
 
@@ -212,7 +209,7 @@ def _unreadable(path: Path, error: Exception) -> ImageFileError:
     mend = "put a whole copy in its place"
     if isinstance(error, pillow("Image").UnidentifiedImageError):
         text = "of no kind that Pillow knows"
-        mend += f"; if it is whole, {_RASTERIO}"
+        mend += f"; if it is whole, {advice_for(path)}"
     return ImageFileError(f"{path} is damaged, cut short or no image ({text}); {mend}")
 
 
@@ -267,7 +264,7 @@ def _deep_dtype(mode: str, stored: Stored) -> np.dtype[Any] | None:
 
 
 def _refusal(path: Path, image: "Image", what: str) -> ImageFileError:
-    return ImageFileError(f"{path} of mode {image.mode} holds {what}; {_RASTERIO}, or convert it to 8 bits yourself")
+    return ImageFileError(f"{path} of mode {image.mode} holds {what}; {advice_for(path)}, or convert it to 8 bits")
 
 
 def _orientation(image: "Image") -> int:

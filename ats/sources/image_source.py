@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ats.sources.decoding import ImageFileError
+from ats.sources.errors import ImageFileError
 
 DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.float16, torch.float32, torch.float64)
 """Those of images that can be sampled from; others would have to be converted, which is the user's choice."""

@@ -61,7 +61,9 @@ class RasterSource(FileSource):
         return _Datasets(self)
 
     def _read(self, opened: _Datasets, level: int, top: int, left: int, height: int, width: int) -> Tensor:
-        pixels = opened.level(level).read(window=((top, top + height), (left, left + width)))  # (C, height, width)
+        dataset = opened.level(level)
+        with _rasterio().Env():  # outside of one GDAL writes its own lines about errors, beside what is raised
+            pixels = dataset.read(window=((top, top + height), (left, left + width)))  # (C, height, width)
         if self.alpha and self.background is not None:
             colour = background_colour(self.background, self.channels, self.name)
             pixels = np.ascontiguousarray(composite(pixels.transpose(1, 2, 0), colour).transpose(2, 0, 1))

@@ -13,6 +13,7 @@ from torch import Tensor
 from ats.sources.decoding import WHITE, Colour, ImageFileError, background_colour, chosen_background, composite, needed
 from ats.sources.file_source import FileSource
 from ats.sources.image_source import Level, check_mpp, file_fingerprint
+from ats.sources.other_reader import advice_for
 from ats.sources.tiff_header import read_tiff_header
 
 Pixels = np.ndarray[Any, np.dtype[Any]]
@@ -85,8 +86,7 @@ def open_slide(path: Path, *, mpp: tuple[float, float] | None, background: Colou
     header = read_tiff_header(path)
     if header is not None and header.bits > 8:
         raise ImageFileError(
-            f"{path} holds {header.bits} bits a channel, of which OpenSlide gives 8; read it with rasterio: "
-            "pip install 'torch-ats[satellite]', then ats.open_image(path, backend='rasterio')"
+            f"{path} holds {header.bits} bits a channel, of which OpenSlide gives 8; {advice_for(path)}"
         )
     fingerprint = file_fingerprint(path)
     slide = _open(path)

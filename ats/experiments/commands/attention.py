@@ -63,7 +63,9 @@ def draw_image(options: AttentionOptions) -> str:
     if output.exists():
         raise FileExistsError(f"{output} is there already; name another file with --output")
     trained = load_for(options.checkpoint, options)
-    source, image = open_for(trained, options.image, options.mpp)
+    source, image, strange = open_for(trained, options.image, options.mpp)
+    if strange is not None:
+        say(f"note: {options.image}: {strange.text}", stderr=True)
     full = source.levels[0]
     view = trained.view(image)
     assert isinstance(view, Tensor)  # of one image

@@ -127,12 +127,15 @@ def _run(command: Callable[[list[str]], None], arguments: list[str]) -> int:
     # What the command has imported by now.
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    from ats.experiments.options import UsageError
     from ats.experiments.training import InterruptedRunError, LostRankError
 
     try:
         command(arguments)
     except SystemExit as stop:  # the options' parser has said what is wrong, or helped
         return int(stop.code or 0)
+    except UsageError as error:
+        return _fail(_as_line(error), 2)
     except (InterruptedRunError, KeyboardInterrupt) as stop:
         return _fail(str(stop) or "interrupted", 130)
     except (

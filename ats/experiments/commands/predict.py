@@ -14,11 +14,13 @@ from torch import Tensor
 from ats._files import write_whole
 from ats.datasets.manifest import read_manifest
 from ats.experiments.console import say
-from ats.experiments.inputs import LookOptions, answer, load_for, mask_for, open_for, probabilities
+from ats.experiments.image_kinds import counted
+from ats.experiments.inputs import LookOptions, answer, check_for, load_for, mask_for, open_for, probabilities
 from ats.experiments.options import Draws, check_stop, parse
 from ats.experiments.trained import TrainedModel
 from ats.models import SamplingClassifier
 from ats.sources import open_image
+from ats.sources.whole import check_whole
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ def wanted_images(options: PredictOptions) -> list[Wanted]:
         raise ValueError("--manifest lists the images and their masks: name none beside it")
     if options.mask and len(options.mask) != len(options.images):
         raise ValueError(
-            f"--mask names {len(options.mask)} files for {len(options.images)} images; one for each, in their order, "
-            "after the images"
+            f"--mask names {counted(len(options.mask), 'file')} for {counted(len(options.images), 'image')}; one for "
+            "each, in their order, after the images"
         )
     if options.manifest is None:
         masks = options.mask or [None] * len(options.images)
@@ -104,15 +106,16 @@ def predict_files(options: PredictOptions) -> str:
     if options.output.exists():
         raise FileExistsError(f"{options.output} is there already; name another file with --output")
     trained, wanted = load_for(options.checkpoint, options), wanted_images(options)
-    unread = _headers(wanted)  # before hours of reading others
+    unread = _headers(trained, wanted)  # before hours of reading others
     if options.unreadable == "stop":
         _refuse(unread, len(wanted))
     rows = []
+    found: dict[str, list[str]] = {}  # what is strange, a line an image of each kind
     for each in wanted:
         try:
             if each in unread:
                 raise ValueError(unread[each])
-            source, image = open_for(trained, each.path, each.mpp)
+            source, image, strange = open_for(trained, each.path, each.mpp)
             prediction = _predict(options, trained, image, mask_for(trained, source, each.mask, options))
         except (ValueError, OSError) as error:
             text = unread.get(each, f"{each.where}{_named(each, error)}")
@@ -120,6 +123,8 @@ def predict_files(options: PredictOptions) -> str:
                 raise ValueError(text) from error
             say(f"left out: {text}", stderr=True)
             continue
+        if strange is not None:
+            found.setdefault(strange.kind, []).append(f"{each.path}: {strange.text}")
         outputs, spread = prediction.logits[0], prediction.standard_error
         row: dict[str, Any] = {"path": each.name, "label": answer(trained, outputs)}
         for name, value in zip(trained.classes, probabilities(trained, outputs), strict=False):
@@ -129,6 +134,9 @@ def predict_files(options: PredictOptions) -> str:
         draws = isinstance(trained.model, SamplingClassifier)  # Deep MIL and a CNN read all of an image
         row["patches_used"] = int(prediction.patches_used[0]) if draws else ""
         rows.append(row)
+    for texts in found.values():
+        also = f" (and so of {counted(len(texts) - 1, 'other')})" if len(texts) > 1 else ""
+        say(f"note: {texts[0]}{also}", stderr=True)
     if not rows:
         raise ValueError("none of the images could be read: no table was written")
     table = io.StringIO(newline="")
@@ -136,15 +144,18 @@ def predict_files(options: PredictOptions) -> str:
     writer.writeheader()
     writer.writerows(rows)
     write_whole(options.output, table.getvalue().encode("utf-8", "surrogateescape"))
-    return f"{len(rows)} of {len(wanted)} images: {options.output}"
+    return f"{len(rows)} of {counted(len(wanted), 'image')}: {options.output}"
 
 
-def _headers(wanted: Sequence[Wanted]) -> dict[Wanted, str]:
-    """What is wrong with images that cannot even be opened."""
+def _headers(trained: TrainedModel, wanted: Sequence[Wanted]) -> dict[Wanted, str]:
+    """What is wrong with images, and masks, that are not there, of another kind or cut short; none is decoded."""
     unread = {}
     for each in wanted:
         try:
-            open_image(each.path, mpp=each.mpp)
+            check_for(trained, each.path, open_image(each.path, mpp=each.mpp))
+            check_whole(each.path)
+            if each.mask is not None and not each.mask.exists():
+                raise FileNotFoundError(f"{each.path}: its mask {each.mask} is missing; check the path")
         except (ValueError, OSError) as error:
             unread[each] = f"{each.where}{_named(each, error)}"
     return unread

@@ -33,7 +33,8 @@ class SynthesiseOptions:
     """Where to; new or empty. Give it to `ats train` as --data.folder; where it has a labels.csv, that as
     --data.manifest."""
     images: int = 100
-    """Images: of colon-cancer in all, of others to train on; half as many come to test on."""
+    """Images to train on; half as many to test on are written beside them. Of colon-cancer, which is parted by folds:
+    images in all."""
     slide: Path | None = None
     """slides: an image of stained tissue that they are cut from. Default: tissue that is drawn."""
     image_size: int | None = None

@@ -51,7 +51,7 @@ def draw_attention(
         _show(axes, image[b].float(), f"image {image.shape[2]}×{image.shape[3]}: class {int(label[b])}, said {guess}")
         for n in range(n_patches):
             top, left = sample.offsets[b, n].tolist()
-            frame(axes, (top, left), (sample.patches.shape[-2], sample.patches.shape[-1]), str(n + 1))
+            frame(axes, (top, left), (sample.patches.shape[-2], sample.patches.shape[-1]), str(n))
         _show(panel.add_subplot(layout[1]), view[b], f"view {view.shape[2]}×{view.shape[3]}")
         axes = panel.add_subplot(layout[2])
         shown = show_attention(axes, 255 * _between(image[b]), attention[b].view(grid), scale, extent)

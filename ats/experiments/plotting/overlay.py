@@ -95,7 +95,7 @@ def draw_overlay(
         attention: of a model on it.
         path: of the PNG that is written.
         title: above the image.
-        drawn: top-left pixels of patches to frame, in order.
+        drawn: top-left pixels of patches to frame, in order: numbered from 0, as in tables of them.
         best: the patches to show beside it; None: those of most attention, cut from the image.
     """
     height, width = image.shape[-2:]
@@ -105,7 +105,7 @@ def draw_overlay(
     right = figure.add_subplot(grid[1], sharex=left, sharey=left)
     show_image(left, image)
     left.set_title(title, fontsize=11)
-    for number, corner in enumerate(drawn, 1):
+    for number, corner in enumerate(drawn):
         frame(left, corner, attention.patch_size, str(number))
     rows, columns = grid_of(attention.offsets)
     values = attention.weights.view(rows, columns)

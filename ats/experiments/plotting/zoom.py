@@ -31,7 +31,7 @@ def draw_zoom(
 
     A column has the region with what was drawn in it framed; with three levels the heaviest of these in the same way;
     and at the foot the patches of the last one, the heaviest four at full resolution. Frames are numbered in draw
-    order, and numbers in brackets are weights in the estimate, which sum to 1 over the image.
+    order from 0, as in tables, and numbers in brackets are weights in the estimate, which sum to 1 over the image.
 
     Args:
         image: (C, H, W), or a source.
@@ -61,7 +61,7 @@ def draw_zoom(
     full = source.levels[0]
     scale = whole.shape[-1] / full.width
     level = sample.levels[0]
-    for number, (top, left) in enumerate(level.offsets[0].tolist(), 1):
+    for number, (top, left) in enumerate(level.offsets[0].tolist()):
         small = level.patch_size[0] * scale, level.patch_size[1] * scale
         frame(axes, (round(top * scale), round(left * scale)), (round(small[0]), round(small[1])), str(number))
     axes.set_title(f"{full.height:,}×{full.width:,} pixels, {len(first)} regions", fontsize=9)
@@ -72,7 +72,7 @@ def draw_zoom(
         beside.imshow(shown, extent=(0, whole.shape[-1], whole.shape[-2], 0), cmap="viridis", alpha=0.65, vmin=0)
         beside.set_title("attention (root), fine where it looked", fontsize=9)
     for column, cell in enumerate(heaviest):
-        place, name = cell, f"region {cell + 1}"
+        place, name = cell, f"region {cell}"
         for row in range(depth):
             level, weight = sample.levels[row], weights[row]
             box = level.offsets.flatten(0, 1)[place].tolist()
@@ -92,14 +92,14 @@ def draw_zoom(
             )
             panel.set_title(f"{name} ({float(weight[place]):.2f})", fontsize=8)
             draws = inner.indices.shape[1]
-            for number, (top, left) in enumerate(inner.offsets[place].tolist(), 1):
+            for number, (top, left) in enumerate(inner.offsets[place].tolist()):
                 corner = round((top - box[0]) / step), round((left - box[1]) / step)
                 frame(
                     panel, corner, (round(inner.patch_size[0] / step), round(inner.patch_size[1] / step)), str(number)
                 )
             within = weights[row + 1].view(-1, draws)[place]
             best = int(within.argmax())
-            place, name = place * draws + best, f"{name}.{best + 1}"
+            place, name = place * draws + best, f"{name}.{best}"
     save(figure, path)
 
 
