@@ -121,6 +121,8 @@ def test_other_bands_numbers_and_units_than_in_training(
     config = tiny(manifest, tmp_path / "run", **DEEP | {"mean": (0.1,) * 5, "std": (0.2,) * 5})
     data_of(config).labels("train")
     assert f"warning: {manifest}, line 2: {deep.parent / '0.tif'}: half of the numbers" in capfd.readouterr().err
+    text = refused(tiny(manifest, tmp_path / "run"))
+    assert "0.tif holds torch.uint16 and not bytes, whose range is not known; say with --data.mean" in text
     raster(deep.parent / "3.tif", 5, np.float32)
     text = refused(tiny(manifest, tmp_path / "run", **DEEP))
     assert f"{manifest}, line 5: {deep.parent / '3.tif'} holds float32, expected uint16 as in the first image" in text
@@ -204,10 +206,14 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_options_that_there_are_not_are_told_in_one_line(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("capture", ["capfd", "capsys"])  # a terminal of UTF-8, and what has no encoding
+def test_options_that_there_are_not_are_told_in_one_line(
+    command: str, capture: str, request: pytest.FixtureRequest
+) -> None:
+    captured = request.getfixturevalue(capture)
     usage = "--method anytime" not in COMMANDS[command] and "topk" not in COMMANDS[command]
     assert run(command.split()[1:]) == (2 if usage else 1)
-    out, err = capfd.readouterr()
+    out, err = captured.readouterr()
     assert out == ""
     assert err.startswith(f"ats: {COMMANDS[command]}")
     assert err.count("\n") == 1

@@ -244,7 +244,7 @@ def test_images_of_other_channels_and_depths_are_named(tmp_path: Path) -> None:
     assert data_of(tiny(manifest, tmp_path / "run")).load("train", torch.tensor([1]))[1].shape[1] == 3
     Image.fromarray(np.zeros((SIDE, SIDE), np.uint16)).save(tmp_path / "5.png")
     assert "line 7: " in (text := refused(tiny(manifest, tmp_path / "run")))
-    assert "holds torch.uint16 and not bytes, whose range is not known; say with --data.mean" in text
+    assert "5.png holds uint16, expected uint8 as in the first image" in text
 
 
 def test_sixteen_bits_are_trained_on_in_their_own_unit(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ def check_kind(where: str, source: ImageSource, channels: int, dtype: str, *, li
         ValueError: it has others.
     """
     found, held = source.channels, dtype_name(source)
+    if dtype and held != dtype:
+        raise ValueError(f"{where} holds {held}, expected {dtype} as {like}: convert it to the same numbers and unit")
     shown = is_picture(source) and (found, channels) in ((1, 3), (3, 1) if to_grey else (1, 3))
     if found != channels and not shown:
         one = "; one band of a raster is no picture in grey" if (found, channels) == (1, 3) else ""
@@ -54,8 +56,6 @@ def check_kind(where: str, source: ImageSource, channels: int, dtype: str, *, li
             f"{where} has {counted(found, 'channel')}, expected {channels} as {like}{one}: take an image of the same "
             "bands, or convert it"
         )
-    if dtype and held != dtype:
-        raise ValueError(f"{where} holds {held}, expected {dtype} as {like}: convert it to the same numbers and unit")
 
 
 def other_unit(source: ImageSource, mean: Sequence[float], std: Sequence[float]) -> Strange | None:

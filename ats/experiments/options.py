@@ -84,14 +84,14 @@ def _wide() -> Iterator[None]:
 
 def unboxed(text: str, program: str) -> str:
     """The message in a box of tyro's as one line: what is wrong, options with like names, and where help is."""
-    lines = [line.strip("│| ") for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
-    lines = [line for line in lines if line and line[0] not in "╭╰+"]
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
     parts: list[list[str]] = [[]]  # which lines part
     for line in lines:
-        if set(line) <= set("─-"):
+        if line and set(line) <= set("─-"):
             parts.append([])
-        else:
+        elif line and line[0] not in "╭╰":  # where there are no such characters, the title is a part of its own
             parts[-1].append(line)
+    parts = (parts if "╭" in text else parts[1:]) or [[]]
     wrong = " ".join(parts[0]).removesuffix(" (required)").rstrip(".") or "the options are not understood"
     wrong = re.sub(r"^Error parsing (?!-)\S+: ", "", wrong)  # of several options, which the text names
     wrong = re.sub(r"invalid literal for int\(\) with base 10: (.*)$", r"\1 is no whole number", wrong)

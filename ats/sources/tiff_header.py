@@ -96,7 +96,7 @@ class _Layout(NamedTuple):
     """How numbers are stored: their order, and the types of counts and places; and where the first directory is."""
 
     order: str
-    count: str
+    counts: str
     place: str
     first: int
 
@@ -122,7 +122,7 @@ def _layout(file: BinaryIO) -> _Layout | None:
 
 def _directory(file: BinaryIO, layout: _Layout, place: int) -> _Directory:
     file.seek(place)
-    (count,) = _unpack(file, layout.order + layout.count)
+    (count,) = _unpack(file, layout.order + layout.counts)
     if count > _MOST_ENTRIES:
         raise ValueError(f"{count} entries")
     entry = struct.Struct(f"{layout.order}HH{layout.place}{struct.calcsize(layout.place)}s")
