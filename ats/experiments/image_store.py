@@ -189,7 +189,7 @@ class ImageStore:
     def _check(self, row: Row, source: ImageSource) -> None:
         """Raise ValueError where an image is not of the kind that the model takes."""
         data, where = self.data, f"{self.manifest.where(row)}: {row.path}"
-        like = "in the first image, or by --data.bands and --data.dtype"
+        like = "in the first image (--data.bands, --data.dtype)"
         check_kind(where, source, data.channels, data.dtype, like=like)
         if data.channels != 3 and data.tint:
             raise ValueError(f"data.tint is for images of three colours, and these have {data.channels}; set it to 0")
