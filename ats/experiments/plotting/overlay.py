@@ -233,11 +233,12 @@ def show_best(
     """Patches below or, `across`, beside each other, enlarged, each with its attention; their frames in the panel."""
     count = max(BEST, len(best))
     places = place.subgridspec(1, count) if across else place.subgridspec(count, 1)
-    for number, seen in enumerate(best, 1):
-        frame(panel, seen.corner, seen.size, str(number), "white")  # on orange, orange would not show
-        axes = figure.add_subplot(places[number - 1])
+    for number, seen in enumerate(best):
+        letter = chr(ord("a") + number)  # numbers are those of draws
+        frame(panel, seen.corner, seen.size, letter, "white")  # on orange, orange would not show
+        axes = figure.add_subplot(places[number])
         show_image(axes, seen.pixels)
-        axes.set_title(f"{number}: {seen.weight:.2g}", fontsize=8)
+        axes.set_title(f"{letter}: {seen.weight:.2g}", fontsize=8)
 
 
 def show_image(axes: Axes, image: Tensor) -> None:
