@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test coverage lint format clean help docs kernels kernels-oldest bench bench-compare gpu-check release-check
+.PHONY: demo notebooks test coverage lint format clean help docs kernels kernels-oldest bench bench-compare gpu-check release-check
 
 help:
 	@echo "make demo    train on Megapixel MNIST with attention sampling and uniform sampling, draw what was looked at"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench-compare A.json B.json  what changed between two runs, beyond the noise"
 	@echo "make gpu-check  where there is a GPU: run all that needs one, write bench/results/<GPU>.md (MINUTES=8)"
 	@echo "make docs    build the site into site/: pages, API reference; open site/index.html"
+	@echo "make notebooks  run the tutorials and keep what they print and show (NOTEBOOKS=\"how-sure slide-to-qupath\")"
 	@echo "make release-check  build, look into and install what would be released (RELEASE_ARGS=--draft)"
 	@echo "make lint    check style, format and types"
 	@echo "make format  apply the format"
@@ -84,6 +85,9 @@ $(DOCS)/.ready: docs/requirements.txt constraints.txt
 
 docs: $(DOCS)/.ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+notebooks: $(READY)
+	$(BIN)/python -m tools.notebooks $(NOTEBOOKS)
 
 RELEASE := $(VENV)/release
 $(RELEASE)/.ready: tools/release-requirements.txt constraints.txt

@@ -24,7 +24,8 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"^ +- .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE))
-    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    found = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")]
+    pages = {path.relative_to(ROOT / "docs").with_suffix(".md").as_posix() for path in found}
     shown = {page for page in pages if not page.startswith("results/")} - {"package.md"}
     assert listed == shown | {"CONTRIBUTING.md", "CHANGELOG.md"}
 
