@@ -14,7 +14,7 @@ from tools import notebooks  # noqa: E402
 from tools.site.notebooks import as_page  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("how-sure", "megapixel-mnist", "slide-to-qupath")
+NAMES = ("how-sure", "megapixel-mnist", "own-images", "slide-to-qupath")
 
 
 def test_all_tutorials_are_run() -> None:
@@ -35,6 +35,8 @@ def check_result(name: str, text: str) -> None:
         assert printed(text, r"error of the full model: ([\d.]+)")[0] < 0.45
         assert min(printed(text, r"intervals hold ([\d.]+)")[3:]) > 0.8
         assert printed(text, r"same class as all patches: ([\d.]+)")[0] > 0.9
+    elif name == "own-images":
+        assert printed(text, r"(\d+) of 20 new images right")[0] >= 16
     else:
         (value,), (error,) = printed(text, r"by 20 patches: ([\d.]+)"), printed(text, r"± ([\d.]+)")
         assert abs(printed(text, r"brown, by all \d+ patches: ([\d.]+)")[0] - value) < 4 * error
@@ -49,7 +51,7 @@ def test_a_tutorial_runs_and_shows_what_is_kept(name: str, tmp_path: Path) -> No
         check_result(name, notebooks.text(found))
         outputs = [output for cell in found.cells for output in cell.get("outputs", [])]
         assert [output for output in outputs if output.get("name") == "stderr"] == []
-    assert notebooks.pictures(ran) == notebooks.pictures(kept) >= 3
+    assert notebooks.pictures(ran) == notebooks.pictures(kept) >= 2
     counts = [cell.execution_count for cell in kept.cells if cell.cell_type == "code"]
     assert counts == [*range(1, len(counts) + 1)]  # all in order, in one run
 

@@ -23,7 +23,7 @@ from ats._files import write_whole
 
 FOLDER = Path(__file__).parents[1] / "docs" / "tutorials"
 SECONDS = 600  # that a cell may take
-_COLOURS = 128  # of a picture as it is kept
+_COLOURS = 255  # of a picture as it is kept
 
 Notebook = Any  # of nbformat, which knows no types
 

@@ -14,7 +14,9 @@ def as_page(notebook: Notebook, name: str) -> tuple[str, dict[str, bytes]]:
         notebook: as its JSON has it.
         name: the file's, without its ending; pictures are called NAME-1.png and so on.
     """
-    parts, pictures, heading = [], {}, name
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
+    heading = name
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
