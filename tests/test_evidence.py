@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ats
 from ats.experiments.build import build_model
+from ats.experiments.commands import train as train_command
 from ats.experiments.commands.command_line import run
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.evaluation import evaluate
@@ -235,3 +236,13 @@ def test_other_attention_is_refused() -> None:
     sampling = ats.nn.AttentionSampling(nn.Conv2d(1, 1, 3, padding=1), nn.Flatten(), 2, 4)
     with pytest.raises(TypeError, match=r"must be an EvidenceAttention, got Conv2d"):
         EvidenceClassifier(sampling, 16, 2)
+
+
+def test_a_recipe_with_a_head_takes_other_methods_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[ExperimentConfig] = []
+    monkeypatch.setattr(train_command, "train", lambda config: configs.append(config) or Path("last.ckpt"))
+    for options in ("", "--model.method uniform", "--model.method=cnn", "--model.method ats --model.evidence none"):
+        assert run(f"train megapixel-mnist --preset quick {options}".split()) == 0
+    assert [config.model.evidence for config in configs] == ["peaks", "none", "none", "none"]
+    refused = ["--model.method", "uniform", "--model.evidence", "cells"]
+    assert run(["train", "megapixel-mnist", "--preset", "quick", *refused]) != 0
