@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,39 +92,47 @@ def seconds_an_image(config: ExperimentConfig, steps: int = 4) -> float:
     return (time.perf_counter() - started) / (steps * config.optim.batch_size)
 
 
-def row(name: str, config: ExperimentConfig, repeats: int) -> dict[str, Any]:
-    """Train a run, or find it trained, and evaluate it on its test images."""
+def rows_of(name: str, config: ExperimentConfig, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Train a run, or find it trained; evaluate it on its test images, and as the options ask besides."""
     checkpoint = train(config)
     summary = json.loads((config.run_folder / "training.json").read_text())
-    found = evaluate(load(checkpoint), repeats=repeats)
-    data = _data(config)
-    return {
-        "method": name,
-        "seed": config.seed,
-        "image_size": data.image_size,
-        "place_noise": data.place_noise,
-        "images_trained_on": summary["steps"] * config.optim.batch_size,
-        "minutes": summary["seconds"] / 60,
-        **{key: value for key, value in found.to_dict().items() if key not in ("data", "method")},
-    }
+    trained, data = load(checkpoint), _data(config)
+    ways: list[tuple[int, tuple[int, ...] | None]] = [(data.image_size, None)]
+    if name == "nested":
+        ways += [(data.image_size, tuple(map(int, draws.split("x")))) for draws in options.draws]
+        ways += [(size, None) for size in options.test_sizes]
+    for size, draws in ways:
+        tested = dataclasses.replace(trained, config=sized(config, size))
+        found = evaluate(tested, n_patches=draws, repeats=options.repeats)
+        yield {
+            "method": name,
+            "seed": config.seed,
+            "image_size": data.image_size,
+            "test_image_size": size,
+            "place_noise": data.place_noise,
+            "images_trained_on": summary["steps"] * config.optim.batch_size,
+            "minutes": summary["seconds"] / 60,
+            **{key: value for key, value in found.to_dict().items() if key not in ("data", "method")},
+        }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown: a line a method and size, means over seeds and, of several, from the least to the most."""
     lines = [
-        "| | image | seeds | test error, one draw | five draws averaged | images | minutes |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| | trained on | tested on | patches | seeds | error, one draw | five draws averaged | images | minutes |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, int, int, float], list[dict[str, Any]]] = {}
     for one in rows:
-        groups.setdefault((one["method"], one["image_size"]), []).append(one)
-    for (name, size), some in groups.items():
+        key = one["method"], one["image_size"], one["test_image_size"], one["n_patches"]
+        groups.setdefault(key, []).append(one)
+    for (name, size, tested, n_patches), some in groups.items():
         errors, averaged = [one["error"] for one in some], [one["averaged_error"] for one in some]
         images = sum(one["images_trained_on"] for one in some) / len(some)
         minutes = sum(one["minutes"] for one in some) / len(some)
         lines.append(
-            f"| {name} | {size:,}² | {len(some)} | {_spread(errors)} | {_spread(averaged)} | {images:,.0f} | "
-            f"{minutes:.1f} |"
+            f"| {name} | {size:,}² | {tested:,}² | {n_patches:.3g} | {len(some)} | {_spread(errors)} | "
+            f"{_spread(averaged)} | {images:,.0f} | {minutes:.1f} |"
         )
     return "\n".join(lines)
 
@@ -177,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=0, help="the preset's where 0")
     parser.add_argument("--test-images", type=int, default=0, help="the preset's where 0")
+    parser.add_argument("--test-sizes", nargs="*", type=int, default=[], help="test nested runs on these as well")
+    parser.add_argument("--draws", nargs="*", default=[], help="test nested runs with these as well, as 10x3")
     parser.add_argument("--repeats", type=int, default=5, help="draws a test image")
     parser.add_argument("--compare", action="store_true", help="nested and flat attention in equal time")
     parser.add_argument("--minutes", type=float, default=10.0, help="of training a run, with --compare")
@@ -191,12 +201,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 else max(3, round(60 * options.minutes / seconds_an_image(config) / len_of_epoch(config)))
             )
             config = shortened(config, epochs)
-        rows.append(row(name, config, options.repeats))
-        print(table(rows), flush=True)
-        values = {"hardware": hardware(), "rows": rows}
-        write_json(options.output.with_suffix(".json"), values)
-        command = f"python -m bench.gigapixel_mnist{' --compare' if options.compare else ''}"
-        write_whole(options.output.with_suffix(".md"), page(rows, command).encode())
+        for row in rows_of(name, config, options):
+            rows.append(row)
+            print(table(rows), flush=True)
+            write_json(options.output.with_suffix(".json"), {"hardware": hardware(), "rows": rows})
+            command = f"python -m bench.gigapixel_mnist{' --compare' if options.compare else ''}"
+            write_whole(options.output.with_suffix(".md"), page(rows, command).encode())
 
 
 def len_of_epoch(config: ExperimentConfig) -> int:

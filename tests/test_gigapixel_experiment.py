@@ -19,7 +19,7 @@ from ats.experiments.level_options import LevelOptions, read_levels
 from ats.experiments.registry import experiment_data
 from ats.experiments.training import train
 from ats.models import NestedClassifier
-from bench.gigapixel_mnist import runs, table
+from bench.gigapixel_mnist import rows_of, runs, table
 from tests.helpers import assert_close, seeded
 from tests.test_training import StopAt, assert_same, weights
 
@@ -242,6 +242,17 @@ def test_what_is_compared_draws_as_much_and_may_be_shortened(tmp_path):
 
 
 def test_the_table_has_means_and_spreads_of_seeds():
-    one = {"method": "nested", "image_size": 8192, "images_trained_on": 1000, "minutes": 2.0}
+    one = {"method": "nested", "image_size": 8192, "test_image_size": 8192, "n_patches": 20}
+    one |= {"images_trained_on": 1000, "minutes": 2.0}
     rows = [one | {"error": error, "averaged_error": 0.5 * error} for error in (0.1, 0.2)]
-    assert "| nested | 8,192² | 2 | 0.150 (0.100 to 0.200) | 0.075 (0.050 to 0.100) | 1,000 | 2.0 |" in table(rows)
+    rows.append(rows[0] | {"test_image_size": 32768})
+    assert "| nested | 8,192² | 8,192² | 20 | 2 | 0.150 (0.100 to 0.200) | 0.075 (0.050 to 0.100) | 1,000 |" in table(rows)
+    assert "| nested | 8,192² | 32,768² | 20 | 1 | 0.100 | 0.050 | 1,000 | 2.0 |" in table(rows)
+
+
+def test_a_run_is_tested_with_other_draws_and_on_other_sizes(tiny, trained):
+    options = argparse.Namespace(draws=["3x2", "2x4"], test_sizes=[2 * tiny.data.image_size], repeats=1)
+    found = list(rows_of("nested", tiny, options))
+    sizes = [row["test_image_size"] // tiny.data.image_size for row in found]
+    assert (sizes, [row["n_patches"] for row in found]) == ([1, 1, 1, 2], [6, 6, 8, 6])
+    assert {row["images"] for row in found} == {3}
