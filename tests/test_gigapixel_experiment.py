@@ -55,11 +55,18 @@ def trained(tiny: ExperimentConfig) -> Path:
     return train(tiny)
 
 
-def test_stopped_and_resumed_it_ends_with_the_same_weights(tiny, trained, tmp_path):
+def test_stopped_and_resumed_it_ends_with_the_same_weights(tiny, trained, tmp_path, capsys):
     stopped = dataclasses.replace(tiny, output=tmp_path / "stopped")
+    with pytest.raises(Exception, match="begins anew: it had no checkpoint yet"):
+        train(stopped, callbacks=(StopAt(step=1),))
     with pytest.raises(Exception, match="goes on from its last checkpoint"):
         train(stopped, callbacks=(StopAt(step=3),))
+    assert (ats.load(stopped.output).unfinished, ats.load(tiny.output).unfinished) == ("epoch 1 of 3", "")
+    capsys.readouterr()
+    assert run(f"evaluate {stopped.output} --images 1".split()) == 0
+    assert "not trained to its end: epoch 1 of 3" in " ".join(capsys.readouterr().err.split())
     assert_same(weights(train(stopped)), weights(trained))
+    assert "4 images to train on, 3 to test on; 3 epochs, going on after 1" in " ".join(capsys.readouterr().out.split())
 
 
 def test_it_is_evaluated_and_predicts_as_any_run(tiny, trained, tmp_path, capsys):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ats.experiments.backbones import networks_of
+from ats.experiments.console import say
 from ats.experiments.image_kinds import Strange, check_kind, other_unit
 from ats.experiments.levels import whole_cells
 from ats.experiments.live_cells import live_cells
@@ -34,6 +35,14 @@ class LookOptions:
     """cpu, cuda, …"""
 
 
+def load_and_say(checkpoint: Path) -> TrainedModel:
+    """A trained model; where its run has not ended, a line says how far it has come."""
+    trained = load(checkpoint)
+    if trained.unfinished:
+        say(f"note: {checkpoint} is not trained to its end: {trained.unfinished}", stderr=True)
+    return trained
+
+
 def load_for(checkpoint: Path, options: LookOptions) -> TrainedModel:
     """A trained model on the device asked for, with the view asked for.
 
@@ -41,7 +50,7 @@ def load_for(checkpoint: Path, options: LookOptions) -> TrainedModel:
         ValueError: a checkpoint that is none, a device that is not there, a model that has no view.
         FileNotFoundError: there is no checkpoint.
     """
-    trained = on_device(load(checkpoint), options.device)
+    trained = on_device(load_and_say(checkpoint), options.device)
     if options.view_scale is None:
         return trained
     model = trained.config.model

@@ -12,6 +12,7 @@ from ats.experiments.build import Classifier, build_model, make_view
 from ats.experiments.checkpoints import check_weights, read_checkpoint
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.registry import from_dict
+from ats.experiments.run_folder import RunFolder
 from ats.inference import Prediction, anytime, predict
 from ats.models import ATSClassifier, MILClassifier, NestedClassifier
 from ats.paths import user_path
@@ -28,6 +29,7 @@ class TrainedModel:
         config: of the run.
         model: the networks; a `torch.nn.Module` of (view, image).
         classes: names; a class is an index into them.
+        unfinished: how far the run has come, where it has not ended: "epoch 6 of 15".
 
     An image has the channels that the model was trained on, in bytes or from 0 to 1, and any size that its networks can
     look at. Its view and patches are normalised as in training.
@@ -36,6 +38,7 @@ class TrainedModel:
     config: ExperimentConfig
     model: Classifier
     classes: tuple[str, ...]
+    unfinished: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -188,7 +191,16 @@ def load(run: Path | str, *, device: torch.device | str = "cpu") -> TrainedModel
             raise ValueError(f"{config.data.n_classes} classes have the names {classes!r:.80}")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} was written by another version of ats, or is damaged: {error}") from error
-    return TrainedModel(config, model.to(device).eval(), classes)
+    return TrainedModel(config, model.to(device).eval(), classes, _unfinished(path.parents[1], content, config))
+
+
+def _unfinished(run: Path, content: Any, config: ExperimentConfig) -> str:
+    folder = RunFolder(run)
+    if not folder.config.is_file() or folder.summary.is_file():  # a checkpoint by itself may be of any run
+        return ""
+    if config.optim.updates:
+        return f"update {content.get('global_step', 0):,} of {config.optim.updates:,}"
+    return f"epoch {content.get('epoch', -1) + 1} of {config.optim.epochs}"
 
 
 def checkpoint_of(run: Path) -> Path:

@@ -101,6 +101,8 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
             "checkpoints/last.ckpt": None if checkpoint is None else fingerprint(checkpoint),
         }
         start.complete = complete
+        if first and not complete:
+            say(_beginning(folder, data, config, checkpoint))
         try:
             if checkpoint is None:
                 teach_features(task.model.to(trainer.strategy.root_device), data, folder.taught)
@@ -108,9 +110,10 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
         except RunCompleteError:
             return folder.evaluated
         except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into an exit
-            raise InterruptedRunError(
-                f"stopped in {folder.path}; the same command goes on from its last checkpoint"
-            ) from stop
+            how = (
+                "goes on from its last checkpoint" if folder.started() else "begins anew: it had no checkpoint yet"
+            )
+            raise InterruptedRunError(f"stopped in {folder.path}; the same command {how}") from stop
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
             if checkpoint is not None and start.agreed and not start.trains:
                 raise ValueError(
@@ -125,6 +128,19 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
         if first:
             write_json(folder.summary, _summary(config, trainer, data, record, timer))
     return folder.evaluated
+
+
+def _beginning(folder: RunFolder, data: ExperimentData, config: ExperimentConfig, checkpoint: Path | None) -> str:
+    """What is about to be trained."""
+    images = f"{len(data.labels('train')):,} images to train on, {len(data.labels('test')):,} to test on"
+    updates, epochs = config.optim.updates, config.optim.epochs
+    length = f"{updates:,} updates" if updates else f"{epochs} epochs"
+    if checkpoint is not None:
+        done = read_checkpoint(checkpoint)
+        length += (
+            f", going on after update {done['global_step']:,}" if updates else f", going on after {done['epoch'] + 1}"
+        )
+    return f"{folder.path}: {images}; {length}"
 
 
 def _places(config: ExperimentConfig | None) -> list[Any] | None:

@@ -10,9 +10,8 @@ from rich.table import Table
 from ats._files import write_json
 from ats.experiments.console import printable, say
 from ats.experiments.evaluation import Evaluation, evaluate
-from ats.experiments.inputs import on_device
+from ats.experiments.inputs import load_and_say, on_device
 from ats.experiments.options import Draws, check_stop, parse
-from ats.experiments.trained import load
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def run_evaluate(arguments: list[str]) -> None:
         raise ValueError(f"--output {options.output} is a folder; name a file")
     if options.output is not None and options.output.exists():
         raise FileExistsError(f"{options.output} is there already; name another file with --output")
-    models = [load(checkpoint) for checkpoint in options.checkpoints]  # a bad one is not found an hour later
+    models = [load_and_say(checkpoint) for checkpoint in options.checkpoints]  # a bad one is not found an hour later
     found = []
     for checkpoint, trained in zip(options.checkpoints, models, strict=True):
         on_device(trained, options.device)
