@@ -6,6 +6,7 @@ sizes are padded at the bottom and on the right to a common grid: a cell keeps i
 padded, which would change what a network sees.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -125,8 +126,11 @@ def _check_source(name: str, image: object) -> None:
     )
 
 
-def check_view(view: Views, image: Images, receptive_field: int | Placement) -> None:
-    """Raise unless `view` can be the views of `image`, e.g. where the two are swapped."""
+def check_view(view: Views, image: Images, receptive_field: int | Placement, *, whole_cells: bool = False) -> None:
+    """Raise unless `view` can be the views of `image`, e.g. where the two are swapped.
+
+    With `whole_cells` views may be padded to whole cells, which changes their shape.
+    """
     check_images(image)
     if isinstance(view, Tensor) or not is_sequence(view):
         check_tensor("view", view)
@@ -153,15 +157,16 @@ def check_view(view: Views, image: Images, receptive_field: int | Placement) -> 
         raise ValueError(f"there are {len(view)} views but {len(image)} images; give one view an image")
     sizes, views = each_size("image_size", sizes_of(image), len(image)), [size_of(one) for one in view]
     check_view_size(views, receptive_field, sizes)
-    _check_order(views, sizes)
+    step = receptive_field.step if whole_cells and isinstance(receptive_field, Placement) else (1, 1)
+    _check_order(views, sizes, math.ceil(max(step)))
 
 
-def _check_order(views: Sequence[Size], images: Sequence[Size]) -> None:
+def _check_order(views: Sequence[Size], images: Sequence[Size], step: int) -> None:
     """Raise where no view that is out of shape has its own image's, but each has another's: they are out of order."""
 
-    def fits(view: Size, image: Size) -> bool:  # one scale for both axes, but for rounding
+    def fits(view: Size, image: Size) -> bool:  # one scale for both axes, but for rounding up to whole steps
         across, down = view[1] * image[0], view[0] * image[1]
-        return abs(across - down) <= max(image)
+        return abs(across - down) <= step * max(image)
 
     odd = [number for number, pair in enumerate(zip(views, images, strict=True)) if not fits(*pair)]
     owners = {number: next((other for other in odd if fits(views[number], images[other])), None) for number in odd}

@@ -55,6 +55,20 @@ def test_whole_views_of_any_size(monkeypatch):
         assert_close(view, want[0], torch.float32)
 
 
+def test_views_padded_to_whole_cells_are_not_taken_for_those_of_other_images():
+    """Of images of 20×24 and 58×66 at 1/4 with cells of 4: padding gives each view the other image's shape."""
+    images = [bytes_of(1, 20, 24)[0], bytes_of(1, 58, 66)[0]]
+    views = [torch.rand(3, 8, 8), torch.rand(3, 16, 20)]
+    placement = ats.Placement(0, 4)
+    model = model_of(
+        Zoom(cells_of(4), 4, 2, receptive_field=placement), Zoom(cells_of(4), 1, 2, receptive_field=placement)
+    )
+    pooled, logits, sample = model(views, images)
+    assert (len(pooled), logits.shape[1:], len(sample)) == (2, (4, 5), 2)
+    with pytest.raises(ValueError, match="view"):  # in the wrong order they still are told
+        model(views[::-1], images)
+
+
 def test_levels_that_would_be_resampled_are_not_read():
     """A level of a third cannot give pixels of 8×8; one of a half can, where a box begins at an even pixel."""
     image = torch.rand(3, 48, 48, dtype=torch.float64, generator=seeded())
