@@ -110,9 +110,7 @@ def train(config: ExperimentConfig, *, callbacks: tuple[Callback, ...] = ()) -> 
         except RunCompleteError:
             return folder.evaluated
         except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C into an exit
-            how = (
-                "goes on from its last checkpoint" if folder.started() else "begins anew: it had no checkpoint yet"
-            )
+            how = "goes on from its last checkpoint" if folder.started() else "begins anew: it had no checkpoint yet"
             raise InterruptedRunError(f"stopped in {folder.path}; the same command {how}") from stop
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
             if checkpoint is not None and start.agreed and not start.trains:
