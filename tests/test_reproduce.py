@@ -194,6 +194,8 @@ def test_tables_name_methods_that_exist(table: Table) -> None:
     assert len({row.slug for row in table.rows}) == len(names)
     assert set(table.few) <= set(names)
     folders = {table.config(row, "quick", 0, Path("o"), None).run_folder for row in table.rows}
+    mixed = table.config(table.rows[0], "quick", 0, Path("o"), None, "bf16-mixed")
+    assert (mixed.run_folder.parent.name, mixed.trainer.precision) == ("quick-bf16-mixed", "bf16-mixed")
     assert len(folders) == len(names)
     with pytest.raises(ValueError, match=r"no method 'ATS-11', expected some of 'U-"):
         table.chosen("quick", ("ATS-11",))

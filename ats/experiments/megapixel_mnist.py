@@ -202,9 +202,9 @@ PRESETS = {
     ),
     "quick": ExperimentConfig(
         preset="quick",
-        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=40),
+        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=50),
         model=_RANKED,
-        optim=dataclasses.replace(_OPTIM, batch_size=16, epochs=52),
+        optim=dataclasses.replace(_OPTIM, batch_size=16, epochs=58),
     ),
     "view-300": ExperimentConfig(
         preset="view-300",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ats.experiments.config import ExperimentConfig, ModelConfig
+from ats.experiments.config import ExperimentConfig, ModelConfig, Precision
 
 SNAPSHOTS = 10
 """Checkpoints that each run keeps on the way, for curves and pictures."""
@@ -107,7 +107,9 @@ class Table:
         model = self.presets[preset].model
         return model.with_method(**{"method": model.method} | row.model | _own(row, preset, "model"))
 
-    def config(self, row: Row, preset: str, seed: int, output: Path, data: Path | None) -> ExperimentConfig:
+    def config(
+        self, row: Row, preset: str, seed: int, output: Path, data: Path | None, precision: Precision = "32-true"
+    ) -> ExperimentConfig:
         """The run of a row with a seed.
 
         Args:
@@ -116,16 +118,18 @@ class Table:
             seed: of the run.
             output: folder of all runs.
             data: the folder of the experiment's data, where it is not found by ATS_DATA.
+            precision: of the training; runs of other than single precision have a folder of their own.
         """
         base = self.presets[preset]
+        kind = preset if precision == "32-true" else f"{preset}-{precision}"
         return dataclasses.replace(
             base,
-            output=output / self.name / preset / f"{row.slug}-seed-{seed}",
+            output=output / self.name / kind / f"{row.slug}-seed-{seed}",
             seed=seed,
             data=dataclasses.replace(base.data, folder=data),
             model=self.model(row, preset),
             optim=dataclasses.replace(base.optim, **_own(row, preset, "optim")),
-            trainer=dataclasses.replace(base.trainer, devices="1", snapshots=SNAPSHOTS),
+            trainer=dataclasses.replace(base.trainer, devices="1", snapshots=SNAPSHOTS, precision=precision),
         )
 
 

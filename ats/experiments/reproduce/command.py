@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from ats.experiments.config import ExperimentConfig
+from ats.experiments.config import ExperimentConfig, Precision
 from ats.experiments.console import plain_console
 from ats.experiments.options import parse
 from ats.experiments.registry import EXPERIMENTS, experiment_data, tables
@@ -37,6 +37,8 @@ class ReproduceOptions:
     minutes: float = 0.0
     """Train each method for about so many minutes on this machine, in place of the preset's epochs: its steps are
     timed first, and a run of another length is another run; 0: the preset's epochs."""
+    precision: Precision = "32-true"
+    """Of the trainings; a run of another precision is another run. On CPUs bf16-mixed pays where they have AMX."""
     seeds: int = 3
     """Runs of each method, with the seeds 0, 1, …"""
     methods: tuple[str, ...] = ()
@@ -83,10 +85,10 @@ def _figures(options: ReproduceOptions) -> None:
     for table in tables().values():
         if options.preset not in table.presets:
             continue
-        runs = complete_runs(table, options.preset, options.seeds, options.output, _data_folder(table, options))
+        runs = complete_runs(_configs(table, options, []))
         written += draw_figures(table, runs, folder)
         if options.train and table.swept is not None:
-            written += sweep_entropy(table, options.preset, options.output, _data_folder(table, options), folder)
+            written += sweep_entropy(_configs(table, options, [])[table.swept, 0], options.output, folder)
     plain_console().print(f"Written: {', '.join(map(str, written)) or 'nothing'}", soft_wrap=True)
 
 
@@ -120,7 +122,7 @@ def _table(table: Table, options: ReproduceOptions) -> None:
         found = {seed: result_of(configs[row.name, seed]) for seed in range(options.seeds)}
         results = {seed: result for seed, result in found.items() if result is not None}
         seen = dataclasses.replace(row, scale=table.scale(row, preset))
-        rows.append(row_values(seen, preset, results, measured, source, options.minutes))
+        rows.append(row_values(seen, preset, results, measured, source, options.minutes, options.precision))
     paths = write_report(table, preset, any_config, rows, output)
     plain_console().print(paths[-1].read_text(), soft_wrap=True)
     plain_console().print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
@@ -131,10 +133,12 @@ def _configs(table: Table, options: ReproduceOptions, chosen: list[str]) -> dict
     configs = {}
     for row in table.rows:
         for seed in range(options.seeds):
-            config = table.config(row, options.preset, seed, options.output, _data_folder(table, options))
+            config = table.config(
+                row, options.preset, seed, options.output, _data_folder(table, options), options.precision
+            )
             if options.minutes:
-                name = f"{options.preset}-{options.minutes:g}-minutes"
-                folder = config.run_folder.parent.with_name(name)
+                kind = config.run_folder.parent
+                folder = kind.with_name(f"{kind.name}-{options.minutes:g}-minutes")
                 config = dataclasses.replace(config, output=folder / config.run_folder.name)
                 tried = folder / f"{row.slug}-steps.json"
                 config = of_minutes(config, options.minutes, tried, look=row.name in chosen) or config

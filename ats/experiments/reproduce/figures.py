@@ -1,6 +1,7 @@
 """The paper's figures from the tables' runs, and a sweep of the entropy weight of its own."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,12 @@ _COMPARED: tuple[str, ...] = ("ATS-5", "ATS-10", "Deep MIL", "Gated Deep MIL")
 Runs = dict[str, list[ExperimentConfig]]  # complete runs by method
 
 
-def complete_runs(table: Table, preset: str, seeds: int, output: Path, data: Path | None) -> Runs:
-    """The table's runs that are complete."""
+def complete_runs(configs: Mapping[tuple[str, int], ExperimentConfig]) -> Runs:
+    """Those of a table's runs, by method and seed, that are complete."""
     runs: Runs = {}
-    for row in table.rows:
-        configs = [table.config(row, preset, seed, output, data) for seed in range(seeds)]
-        if done := [config for config in configs if result_of(config) is not None]:
-            runs[row.name] = done
+    for (name, _), config in configs.items():
+        if result_of(config) is not None:
+            runs.setdefault(name, []).append(config)
     return runs
 
 
@@ -73,14 +73,13 @@ def draw_figures(table: Table, runs: Runs, folder: Path) -> list[Path]:
     return written
 
 
-def sweep_entropy(table: Table, preset: str, output: Path, data: Path | None, folder: Path) -> list[Path]:
-    """Train a table's row `swept` with other entropy weights, and show what becomes of the attention."""
-    row = next(row for row in table.rows if row.name == table.swept)
-    base = table.config(row, preset, 0, output, data)
+def sweep_entropy(base: ExperimentConfig, output: Path, folder: Path) -> list[Path]:
+    """Train a run of a table with other entropy weights, and show what becomes of the attention."""
+    kind = base.run_folder.parent.name
     configs = {
         weight: dataclasses.replace(
             base,
-            output=output / "entropy" / preset / f"weight-{weight:g}",
+            output=output / "entropy" / kind / f"weight-{weight:g}",
             optim=dataclasses.replace(base.optim, entropy_weight=weight),
         )
         for weight in ENTROPY_WEIGHTS
@@ -91,9 +90,11 @@ def sweep_entropy(table: Table, preset: str, output: Path, data: Path | None, fo
     path = folder / "entropy-curves.png"
     names = {"x": "step", "y": "entropy of the attention (nats)", "legend": "entropy weight"}
     lines = {f"{weight:g}": _as_float(curve) for weight, curve in curves.items()}
-    draw_lines(lines, path, title=f"{row.name}: {loaded.source}", **names)
+    draw_lines(lines, path, title=f"{base.model.label.upper()}: {loaded.source}", **names)
     rows = [_sweep_row(weight, config, curves[weight]) for weight, config in configs.items()]
-    write_json(path.with_suffix(".json"), {"source": loaded.source, "preset": preset, "seed": base.seed, "rows": rows})
+    write_json(
+        path.with_suffix(".json"), {"source": loaded.source, "preset": base.preset, "seed": base.seed, "rows": rows}
+    )
     image = _shown_image(loaded)
     everything = slice(0, image.shape[2]), slice(0, image.shape[3])
     panels = [

@@ -39,6 +39,7 @@ def row_values(
     costs: Mapping[str, Any],
     source: str,
     minutes: float = 0.0,
+    precision: str = "32-true",
 ) -> dict[str, Any]:
     """One row of a table as plain values; None, and an entry in `not_run`, for what was not run.
 
@@ -49,6 +50,7 @@ def row_values(
         costs: of the table, as `reproduce.costs` gives them.
         source: of the data.
         minutes: that each training was given; 0: the preset's epochs.
+        precision: of the trainings.
     """
     runs, cost = [results[seed] for seed in sorted(results)], costs["rows"].get(row.name)
     loss, loss_sem = mean_and_error([run.training["metrics"]["train/loss"] for run in runs])
@@ -73,6 +75,7 @@ def row_values(
         "images_tested": sum(run.evaluation["images"] for run in runs),
         "preset": preset,
         "minutes": minutes or None,
+        "precision": precision,
         "data": source,
         "paper": None if row.published is None else dataclasses.asdict(row.published),
         "hardware": costs["hardware"],
@@ -200,6 +203,8 @@ def _notes(table: Table, preset: str, config: ExperimentConfig, rows: Sequence[M
         "- Time (median) and memory (peak) of one sample, forward and backward, batch size 1, reading the patches from "
         "main memory included, always at the published sizes and with the published networks.",
     ]
+    if first["precision"] != "32-true":
+        notes.append(f"- Trained in `{first['precision']}` precision.")
     if first["minutes"]:
         seen = "; ".join(f"{row['method']}: {row['images_seen']:,}" for row in rows if row["runs"])
         notes.append(
