@@ -100,11 +100,10 @@ def _read_sources(
     pixels = iter(read_boxes(boxes))
     views = {}
     for number, down, begins in plan:
-        some = [
-            _pad_and_shrink(next(pixels), begin, (size[0] // down, size[1] // down), scale // down, how)
-            for begin in begins
-        ]
-        views[number] = torch.cat(some, dim=1).to(origins.device)
+        parts = [next(pixels) for _ in begins]
+        views[number] = _pad_and_shrink(parts, begins, (size[0] // down, size[1] // down), scale // down, how).to(
+            origins.device
+        )
     return views
 
 
@@ -118,9 +117,15 @@ def _inside(begin: int, side: int, limit: int) -> tuple[int, int]:
     return first, max(min(begin + side, limit), first + 1) - first
 
 
-def _pad_and_shrink(part: Tensor, begin: tuple[int, int], size: tuple[int, int], scale: int, how: Reading) -> Tensor:
-    """What was read (C, h, w) as a view (1, 1, C, h / scale, w / scale) of the box that begins at `begin` in it."""
-    return _read_tensor(part[None], torch.tensor([[begin]], device="cpu"), size, scale, how)
+def _pad_and_shrink(
+    parts: list[Tensor], begins: list[tuple[int, int]], size: tuple[int, int], scale: int, how: Reading
+) -> Tensor:
+    """What was read, M of (C, h, w) each, as views (1, M, C, h / scale, w / scale) of boxes that begin there."""
+    if len({part.shape for part in parts}) > 1:  # some reach out of the image
+        pairs = zip(parts, begins, strict=True)
+        return torch.cat([_pad_and_shrink([part], [begin], size, scale, how) for part, begin in pairs], dim=1)
+    origins = torch.tensor(begins, device="cpu")[:, None]  # (M, 1, 2)
+    return _read_tensor(torch.stack(parts), origins, size, scale, how).transpose(0, 1)
 
 
 def _level(source: ImageSource, numbers: list[int]) -> tuple[int, int]:

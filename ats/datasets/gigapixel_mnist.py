@@ -134,6 +134,7 @@ class GigapixelMNIST(Dataset["tuple[GigapixelImage, int]"]):
         self.seed, self.split, self.first = seed, split, first
         noise = noise_glyphs(np.random.Philox(key=[seed, _key(split, 0, noise=True)]), _N_NOISE_GLYPHS)
         self.glyphs = torch.cat([digits.images, noise]).numpy()  # (G, 28, 28) uint8
+        self.glyph_checksum = zlib.crc32(self.glyphs.tobytes())
         self._sums = np.concatenate([over(shade, self.glyphs[len(digits.images) :]) for shade in _GROUNDS])
         self.n_digits = len(digits.images)
         labels = [self._digits(index)[1] for index in range(n_images)]
@@ -290,7 +291,7 @@ class GigapixelImage:
         data = self.dataset
         numbers = (
             *(data.image_size, data.n_places, data.place_size, data.n_inhabited, data.n_target, data.place_noise),
-            *(data.n_noise, data.seed, data.split, data.first + self.index, zlib.crc32(data.glyphs.tobytes())),
+            *(data.n_noise, data.seed, data.split, data.first + self.index, data.glyph_checksum),
         )
         kind = "" if self.dtype == torch.float32 else f":{self.dtype}"
         return f"gigapixel-mnist:{':'.join(map(str, numbers))}{kind}"
