@@ -32,6 +32,9 @@ Sizes = Size | Sequence[Size]
 GridSizes = tuple[Size, ...] | None
 """Cells (gh, gw) of each image's own grid; None where all have the common one."""
 
+_OUT_OF_SHAPE = 1.25
+"""By what factor the scales of a view's axes differ at least, if it is not merely rounded to a multiple of pixels."""
+
 
 def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
     """Whether something is given one by one, and not as a tensor of all."""
@@ -126,10 +129,10 @@ def _check_source(name: str, image: object) -> None:
     )
 
 
-def check_view(view: Views, image: Images, receptive_field: int | Placement, *, whole_cells: bool = False) -> None:
+def check_view(view: Views, image: Images, receptive_field: int | Placement) -> None:
     """Raise unless `view` can be the views of `image`, e.g. where the two are swapped.
 
-    With `whole_cells` views may be padded to whole cells, which changes their shape.
+    Views may be rounded or padded to whole cells, or to any multiple, which changes their shape.
     """
     check_images(image)
     if isinstance(view, Tensor) or not is_sequence(view):
@@ -157,18 +160,22 @@ def check_view(view: Views, image: Images, receptive_field: int | Placement, *, 
         raise ValueError(f"there are {len(view)} views but {len(image)} images; give one view an image")
     sizes, views = each_size("image_size", sizes_of(image), len(image)), [size_of(one) for one in view]
     check_view_size(views, receptive_field, sizes)
-    step = receptive_field.step if whole_cells and isinstance(receptive_field, Placement) else (1, 1)
+    step = receptive_field.step if isinstance(receptive_field, Placement) else (1, 1)
     _check_order(views, sizes, math.ceil(max(step)))
 
 
 def _check_order(views: Sequence[Size], images: Sequence[Size], step: int) -> None:
     """Raise where no view that is out of shape has its own image's, but each has another's: they are out of order."""
 
-    def fits(view: Size, image: Size) -> bool:  # one scale for both axes, but for rounding up to whole steps
+    def fits(view: Size, image: Size) -> bool:  # one scale for both axes, but for whole steps
         across, down = view[1] * image[0], view[0] * image[1]
         return abs(across - down) <= step * max(image)
 
-    odd = [number for number, pair in enumerate(zip(views, images, strict=True)) if not fits(*pair)]
+    def is_odd(view: Size, image: Size) -> bool:
+        across, down = view[1] * image[0], view[0] * image[1]
+        return not fits(view, image) and max(across, down) > _OUT_OF_SHAPE * min(across, down)
+
+    odd = [number for number, pair in enumerate(zip(views, images, strict=True)) if is_odd(*pair)]
     owners = {number: next((other for other in odd if fits(views[number], images[other])), None) for number in odd}
     if odd and None not in owners.values():
         number = odd[0]

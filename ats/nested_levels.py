@@ -77,7 +77,7 @@ class NestedLevels(SealedModule):
         check_images(image)
         zoom, batch = self.zoom(0), len(image)
         views = read_views(image, zoom.scale, self.reading) if view is None else view
-        check_view(views, image, zoom.receptive_field, whole_cells=True)
+        check_view(views, image, zoom.receptive_field)
         maps = (
             run_network("attention", zoom.attention, views) if isinstance(views, Tensor) else attend_each(zoom, views)
         )

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import ats
+from ats.batches import check_view
 from tests.ragged import make_images, make_model, stored, views_of
 
 VIEWS = views_of(make_images())
@@ -54,6 +55,18 @@ def test_views_of_one_shape_for_images_of_any_are_in_order():
     images = make_images(sizes=[(64, 64), (64, 96), (96, 64)])
     views = [torch.rand(3, *size, dtype=torch.float64) for size in [(16, 16), (16, 16), (12, 12)]]
     assert make_model()(views, images)[2].grid_size == (7, 7)
+
+
+@pytest.mark.parametrize("multiple", [2, 4, 8])
+def test_views_rounded_to_a_multiple_are_in_order(multiple):
+    """Of sizes that are much alike each can have the shape that another would have: it still is the image's own."""
+    sizes = [(height, width) for height in range(1056, 1104, 8) for width in range(1056, 1104, 8)]
+    images = [torch.zeros(1, 1, 1).expand(3, *size) for size in sizes]
+    views = [
+        torch.zeros(1, 1, 1).expand(3, *(multiple * round(side / 16 / multiple) for side in size)) for size in sizes
+    ]
+    check_view(views, images, 2)
+    check_view(views, images, ats.Placement(0, multiple))
 
 
 @pytest.mark.parametrize(
