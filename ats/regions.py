@@ -161,12 +161,20 @@ def read_views(images: Images, scale: int, how: Reading) -> Tensor | list[Tensor
     return _read_whole(images, size, scale, how)
 
 
+def _downsample(images: Images, size: tuple[int, int], padded: tuple[int, int], scale: int, how: Reading) -> int:
+    """By how much what is read of whole images is shrunk already, in the file."""
+    if isinstance(images, Tensor) or (how.padding == "edge" and padded != size):
+        return 1
+    return min(1 if isinstance(image, Tensor) else _level(image, [scale, *padded])[1] for image in images)
+
+
 def _read_whole(images: Images, size: tuple[int, int], scale: int, how: Reading) -> Tensor:
     """The views (B, C, h, w) of images of one size, a strip at a time."""
     device = images.device if isinstance(images, Tensor) else torch.device("cpu")
     rows, columns = -(-size[0] // scale), -(-size[1] // scale)
     channels = images.shape[1] if isinstance(images, Tensor) else images[0].channels  # type: ignore[union-attr]
-    strip = max(1, AT_ONCE // (4 * channels * scale * scale * columns))  # rows of the view
+    read = scale // _downsample(images, size, (rows * scale, columns * scale), scale, how)  # pixels along a view pixel
+    strip = max(1, AT_ONCE // (4 * channels * read * read * columns))  # rows of the view
     parts = []
     for first in range(0, rows, strip):
         height = min(strip, rows - first)
