@@ -77,8 +77,8 @@ gpu-check:
 # In an environment of its own: reading docstrings takes no torch.
 DOCS := $(VENV)/docs
 $(DOCS)/.ready: docs/requirements.txt constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "make docs needs Python 3.11 or newer, found: $$($(PYTHON) --version). Name another: make docs PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' \
+		|| { echo "make docs needs Python 3.11.5 or newer, found: $$($(PYTHON) --version). Name another: make docs PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --requirement docs/requirements.txt
 	@touch $@
