@@ -90,7 +90,7 @@ def test_without_it_the_recipe_is_what_it_was() -> None:
         nn.Conv2d(32, 1, 3, padding=1),
     )
     names = [*layers.state_dict()]
-    assert sorted(attention.state_dict()) == sorted(["0.weight", *(f"0.{name}" for name in names)])
+    assert sorted(attention.state_dict()) == sorted(["0.weight", "1.limit", *(f"0.{name}" for name in names)])
     assert all(torch.equal(attention.state_dict()[f"0.{name}"], layers.state_dict()[name]) for name in names)
     view = torch.rand(2, 1, 12, 15, generator=seeded())
     assert torch.equal(attention(view), SoftBound(5.0)(layers(view) + 10.0 * F.max_pool2d(view, 3)))

@@ -165,6 +165,20 @@ def test_bounded_logits_keep_their_order_and_a_gradient() -> None:
     assert bool((logits.grad > 0).all())
 
 
+def test_a_bound_that_was_widened_is_kept_with_the_weights() -> None:
+    """Weights from before it was have the bound that they were trained with."""
+    logits = torch.linspace(-30, 30, 61, dtype=torch.float64)
+    wide, fresh = SoftBound(5.0).double(), SoftBound(5.0).double()
+    wide.widen(1.5)
+    torch.testing.assert_close(wide(logits), 7.5 * (logits / 7.5).tanh())
+    assert not torch.equal(wide(logits), fresh(logits))
+    fresh.load_state_dict(wide.state_dict())
+    assert torch.equal(wide(logits), fresh(logits))
+    older = SoftBound(5.0).double()
+    older.load_state_dict({})
+    assert torch.equal(older(logits), 5.0 * (logits / 5.0).tanh())
+
+
 def test_unknown_networks_are_named() -> None:
     for build in (attention_network, feature_network):
         with pytest.raises(ValueError, match="unknown networks 'resnet', expected one of 'paper', 'modern'"):

@@ -10,6 +10,7 @@ from ats.experiments.commands.command_line import run
 from ats.experiments.megapixel_mnist import MegapixelMNISTConfig, MegapixelMNISTData
 from ats.experiments.registry import EXPERIMENTS, experiment_data, from_dict
 from ats.experiments.tables import SHORT
+from ats.experiments.trained import load
 from tests.test_image_experiments import CPU
 
 
@@ -33,6 +34,7 @@ def test_minutes_decide_how_long_and_one_model_is_tested_with_every_number(
     stages = json.loads((folder / "ats-10-steps.json").read_text())["stages"]
     assert [(stage["stage"], stage["steps"]) for stage in stages] == [("small", 8), ("medium", 8), ("full size", 8)]
     config = from_dict(json.loads((folder / "ats-10-seed-0" / "config.json").read_text()))
+    assert load(folder / "ats-10-seed-0").model.sampling.attention.bound.limit == 10  # twice as wide at the end
     whole = sum(8 * stage["seconds_a_step"] for stage in stages)
     expected = MegapixelMNISTData(quick).lengthened(0.03 * 60 / whole)
     assert (config.data, config.optim) == (dataclasses.replace(expected.data, folder=None), expected.optim)

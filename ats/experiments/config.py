@@ -126,6 +126,9 @@ class OptimConfig:
     entropy_weight: float = 1e-4
     """λ of the entropy bonus, which keeps the attention from collapsing (paper, eq. 21). It falls as the learning rate
     does, without a warm-up."""
+    widening: Annotated[float, SAMPLING] = 1.0
+    """How many times as wide the bound of the attention's logits is at the end as at the start. It widens from step to
+    step: a narrow one keeps attention from collapsing, a wide one lets it rank what it has found."""
     class_weights: bool = False
     """Weight the cross-entropy by the inverse of the classes' shares of the training images."""
     average: float = 0.0
@@ -141,6 +144,8 @@ class OptimConfig:
         check_least(self, "optim", 0, "updates", "patience")
         if self.learning_rate <= 0:
             raise ValueError(f"optim.learning_rate must be positive, got {self.learning_rate}")
+        if self.widening < 1:
+            raise ValueError(f"optim.widening must be at least 1, got {self.widening}")
         if not 0 <= self.average < 1:
             raise ValueError(f"optim.average is a decay, in [0, 1), got {self.average}")
         if not 0 <= self.warmup < 1:

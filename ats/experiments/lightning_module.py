@@ -14,9 +14,10 @@ from ats.experiments.build import build_model, patch_features
 from ats.experiments.config import ExperimentConfig, to_dict
 from ats.experiments.experiment import Batch
 from ats.experiments.registry import from_dict
-from ats.experiments.schedule import entropy_weight, learning_rate_factor
+from ats.experiments.schedule import bound_factor, entropy_weight, learning_rate_factor
 from ats.functional import PatchSample, mean_entropy
 from ats.models import ATSClassifier, EvidenceClassifier, NestedClassifier
+from ats.models.classifier import SoftBound
 from ats.nested_sample import NestedSample
 from ats.overlap import told_of_overlap
 
@@ -32,6 +33,12 @@ class ClassificationTask(L.LightningModule):
         self.config = config if isinstance(config, ExperimentConfig) else from_dict(config)
         self.save_hyperparameters({"config": to_dict(self.config)})
         self.model = build_model(self.config)
+        self.bounds = [layer for layer in self.model.modules() if isinstance(layer, SoftBound)]
+        if self.config.optim.widening != 1 and self.config.model.method == "ats" and not self.bounds:
+            raise ValueError(
+                f"optim.widening={self.config.optim.widening} widens the bound of the attention's logits, and this "
+                "model has none; leave it at 1"
+            )
         self.has_dropout = any(isinstance(layer, nn.Dropout) for layer in self.model.modules())
         self.class_weights: Tensor | None = None
         self.classes = tuple(map(str, range(self.config.data.n_classes)))
@@ -88,6 +95,9 @@ class ClassificationTask(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         view, image, label, mask = batch
         generator = self.draw_generator(0, self.global_step)
+        if self.config.optim.widening != 1:
+            for bound in self.bounds:
+                bound.widen(bound_factor(self.global_step, self.total_steps(), self.config.optim))
         if self.has_dropout:  # it draws from the global stream only
             torch.manual_seed(self.draw_generator(2, self.global_step).initial_seed())
         logits, sample, evidence = self._several_draws(view, image, label, mask, generator)

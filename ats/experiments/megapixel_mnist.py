@@ -188,6 +188,7 @@ _RANKED = ModelConfig(networks="wide", evidence="peaks", **LESS_NOISE)
 _OPTIM = OptimConfig(
     batch_size=32, learning_rate=5e-3, weight_decay=0.05, warmup=0.03, schedule="cosine", entropy_weight=1e-3
 )
+_WIDENING = dataclasses.replace(_OPTIM, batch_size=16, widening=2.0)
 PRESETS = {
     "paper": ExperimentConfig(
         preset="paper",
@@ -198,19 +199,19 @@ PRESETS = {
         preset="modern",
         data=MegapixelMNISTConfig(small_epochs=8, medium_epochs=84),
         model=_RANKED,
-        optim=dataclasses.replace(_OPTIM, batch_size=16, epochs=100),
+        optim=dataclasses.replace(_WIDENING, epochs=100),
     ),
     "quick": ExperimentConfig(
         preset="quick",
-        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=50),
+        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=42),
         model=_RANKED,
-        optim=dataclasses.replace(_OPTIM, batch_size=16, epochs=58),
+        optim=dataclasses.replace(_WIDENING, epochs=50),
     ),
     "view-300": ExperimentConfig(
         preset="view-300",
-        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=40),
+        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=42),
         model=dataclasses.replace(_RANKED, networks="modern", view_scale=0.2),
-        optim=dataclasses.replace(_OPTIM, batch_size=16, epochs=52),
+        optim=dataclasses.replace(_WIDENING, epochs=50),
     ),
     "demo": ExperimentConfig(
         preset="demo",

@@ -10,6 +10,11 @@ def entropy_weight(step: int, total: int, optim: OptimConfig) -> float:
     return optim.entropy_weight * _fall(step / total, optim)
 
 
+def bound_factor(step: int, total: int, optim: OptimConfig) -> float:
+    """How many times as wide as at the start the bound of the attention's logits is at a step of `total`."""
+    return 1 + (optim.widening - 1) * min(1.0, step / max(1, total - 1))
+
+
 def learning_rate_factor(step: int, total: int, optim: OptimConfig) -> float:
     """What the learning rate is multiplied with at a step of `total`."""
     warmup = round(optim.warmup * total)

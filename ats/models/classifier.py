@@ -79,15 +79,29 @@ class SoftBound(nn.Module):
 
     No cell can then outweigh another by more than exp(2·limit), so that attention spreads over all cells that are
     worth looking at in place of collapsing onto the first that helped.
+
+    Attributes:
+        limit: a buffer, which a training may widen once attention has found what is worth looking at.
     """
+
+    limit: Tensor
 
     def __init__(self, limit: float) -> None:
         super().__init__()
-        self.limit = limit
+        self.start = limit
+        self.register_buffer("limit", torch.tensor(float(limit)))
+
+    def widen(self, times: float) -> None:
+        """Let the limit be so many times what it was at the start."""
+        self.limit.fill_(self.start * times)
 
     def forward(self, logits: Tensor) -> Tensor:
         """The bounded logits, of the same shape."""
         return self.limit * torch.tanh(logits / self.limit)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}limit", self.limit)  # of weights from before it was kept with them
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class SharingLayers(nn.Sequential):

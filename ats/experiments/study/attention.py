@@ -275,7 +275,7 @@ class _Bound:
     @property
     def limit(self) -> float | None:
         """Of the logits; None: there is no bound."""
-        return None if self._layer is None else self._layer.limit
+        return None if self._layer is None else float(self._layer.limit)
 
     def __enter__(self) -> None:
         self._handle = None if self._layer is None else self._layer.register_forward_hook(self._keep)
