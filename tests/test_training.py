@@ -23,7 +23,7 @@ from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.megapixel_mnist import MegapixelMNISTConfig, MegapixelMNISTData
 from ats.experiments.progress import ProgressLines
 from ats.experiments.registry import EXPERIMENTS, experiment_data, from_dict
-from ats.experiments.schedule import learning_rate_factor
+from ats.experiments.schedule import bound_factor, learning_rate_factor
 from ats.experiments.training import InterruptedRunError, train
 
 EPOCHS = 4
@@ -267,12 +267,21 @@ def test_a_configuration_of_another_version_is_named_as_such() -> None:
         ("data", "validation_images", -1),
         ("optim", "learning_rate", -1.0),
         ("optim", "warmup", 1.0),
+        ("optim", "widening", 0.5),
     ],
 )
 def test_impossible_options_are_refused(section: str, name: str, value: float) -> None:
     config = EXPERIMENTS["megapixel-mnist"].presets["demo"]
     with pytest.raises(ValueError, match=f"{section}.{name}"):
         dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
+
+
+def test_a_bound_that_is_not_there_cannot_widen() -> None:
+    config = EXPERIMENTS["megapixel-mnist"].presets["paper"]
+    with pytest.raises(ValueError, match=r"optim.widening=2.0 widens .* this model has none; leave it at 1"):
+        ClassificationTask(dataclasses.replace(config, optim=dataclasses.replace(config.optim, widening=2.0)))
+    optim = OptimConfig(widening=3.0)
+    assert [bound_factor(step, 5, optim) for step in range(6)] == [1.0, 1.5, 2.0, 2.5, 3.0, 3.0]
 
 
 def test_learning_rate_rises_then_falls() -> None:
