@@ -56,7 +56,7 @@ READ = {
     "ats reproduce figures": HOURS,
     "python -m bench.gigapixel_mnist --methods nested flat --draws 10x3 --test-sizes 32768 "
     "--output results/gigapixel-mnist": HOURS,
-    "ats synthesise gigapixel-mnist IMAGES --images 20": MINUTES,
+    "ats synthesise gigapixel-mnist IMAGES --images 40": MINUTES,
     "ats predict runs/gigapixel-mnist-demo-ats-10x2-seed-0 IMAGES/test-*.tif": MINUTES,
     "ats train images --data.manifest IMAGES/labels.csv …": MINUTES,
     "python -m bench.bench_small --against ../earlier": MINUTES,
