@@ -59,6 +59,16 @@ def test_help_and_version_import_no_torch() -> None:
     assert "unknown command 'nonsense', expected one of train, " in done.stderr
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """As of `ats --help | head -1`."""
+    script = "import sys; from ats.cli import main; sys.argv = ['ats', '--help']; main()"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_every_command_is_where_the_table_says(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0
