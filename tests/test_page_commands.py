@@ -50,6 +50,8 @@ READ = {
     "ats reproduce figures --no-train": HOURS,
     "ats reproduce mnist --minutes 60 --seeds 1": HOURS,
     "ats train gigapixel-mnist --preset demo --data.image-size 32768 --output runs/gigapixel": HOURS,
+    "ats train gigapixel-mnist --preset demo --data.image-size 32768 --optim.epochs 36 --data.clear-epochs 9 "
+    "--data.rising-epochs 7 --output runs/gigapixel-36": HOURS,
     "ats reproduce table2-all --seeds 1": HOURS,
     'ats reproduce table1 --methods ATS-10 ATS-50 "CNN 0.5" "Deep MIL" U-10': HOURS,
     'ats reproduce table2 --seeds 1 --methods ATS-5 "CNN 0.3" "Deep MIL" U-5': HOURS,
