@@ -23,8 +23,9 @@ from ats.experiments.build import build_model
 from ats.experiments.config import ExperimentConfig
 from ats.experiments.experiment import ExperimentData
 from ats.experiments.megapixel_mnist import PRESETS, MegapixelMNISTConfig, MegapixelMNISTData
-from ats.experiments.schedule import entropy_weight, learning_rate_factor
+from ats.experiments.schedule import bound_factor, entropy_weight, learning_rate_factor
 from ats.models import EvidenceClassifier
+from ats.models.classifier import SoftBound
 from bench.measure import synchronise
 
 IMAGES, TEST_IMAGES = 2000, 512
@@ -77,6 +78,7 @@ def train(
     torch.manual_seed(config.seed)
     data: ExperimentData[MegapixelMNISTConfig] = MegapixelMNISTData(config)
     model = build_model(config).to(device).train()
+    bounds = [layer for layer in model.modules() if isinstance(layer, SoftBound)]
     optim = config.optim
     optimizer = torch.optim.AdamW(model.parameters(), lr=optim.learning_rate, weight_decay=optim.weight_decay)
     count, batch = len(data.labels("train")), optim.batch_size
@@ -93,6 +95,8 @@ def train(
             at = int(_PER_MILLE * min(0.999, (clock() - start) / (_FOR_TESTING * seconds)))
             for group in optimizer.param_groups:
                 group["lr"] = optim.learning_rate * learning_rate_factor(at, _PER_MILLE, optim)
+            for bound in bounds:
+                bound.widen(bound_factor(at, _PER_MILLE, optim))
             indices = torch.randint(count, (batch,), generator=generator).to(device)
             view, image, label = data.load("train", indices, kind)
             evidence: torch.Tensor | float = 0.0
@@ -111,6 +115,7 @@ def train(
         found["steps"] += _WINDOW
         found["images"] += _WINDOW * batch
         found["training error"] = float(wrong) / (_WINDOW * batch)
+        found["bound"] = max((float(bound.limit) for bound in bounds), default=None)
         found["finite"] = bool(torch.isfinite(loss))
         found["ms a step"] = {
             name: 1e3 * statistics.median(values[1:] or values)  # the first compiles
