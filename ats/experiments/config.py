@@ -168,7 +168,7 @@ class TrainerConfig:
     strategy: str = "auto"
     """ddp, …"""
     precision: Precision = "32-true"
-    """Mixed precision keeps the weights in float32. On CPUs bf16-mixed is quicker where they have AMX, else slower."""
+    """Mixed precision keeps the weights in float32. On CPUs bf16-mixed pays where they have AMX."""
     checkpoint_seconds: float = 0.0
     """A checkpoint is written after an epoch if the last one is at least this old, and after the last epoch."""
     snapshots: int = 0
