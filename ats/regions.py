@@ -121,9 +121,12 @@ def _pad_and_shrink(
     parts: list[Tensor], begins: list[tuple[int, int]], size: tuple[int, int], scale: int, how: Reading
 ) -> Tensor:
     """What was read, M of (C, h, w) each, as views (1, M, C, h / scale, w / scale) of boxes that begin there."""
+    most = max(1, AT_ONCE // (4 * parts[0].shape[0] * size[0] * size[1]))
     if len({part.shape for part in parts}) > 1:  # some reach out of the image
-        pairs = zip(parts, begins, strict=True)
-        return torch.cat([_pad_and_shrink([part], [begin], size, scale, how) for part, begin in pairs], dim=1)
+        most = 1
+    if len(parts) > most:
+        groups = [slice(first, first + most) for first in range(0, len(parts), most)]
+        return torch.cat([_pad_and_shrink(parts[some], begins[some], size, scale, how) for some in groups], dim=1)
     origins = torch.tensor(begins, device="cpu")[:, None]  # (M, 1, 2)
     return _read_tensor(torch.stack(parts), origins, size, scale, how).transpose(0, 1)
 
