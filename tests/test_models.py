@@ -1,6 +1,7 @@
 """The experiments' networks are what they are said to be."""
 
 import dataclasses
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import ats
 from ats.experiments.build import build_model, view_size
+from ats.experiments.checkpoints import check_weights
 from ats.experiments.registry import EXPERIMENTS
 from ats.models import ATSClassifier, UniformAttention, colon_cancer, megapixel_mnist, speed_limits
 from ats.models.classifier import SoftBound
@@ -177,6 +179,9 @@ def test_a_bound_that_was_widened_is_kept_with_the_weights() -> None:
     older = SoftBound(5.0).double()
     older.load_state_dict({})
     assert torch.equal(older(logits), 5.0 * (logits / 5.0).tanh())
+    check_weights(Path("old.ckpt"), {}, older)
+    with pytest.raises(ValueError, match="'limit' does not fit"):
+        check_weights(Path("old.ckpt"), {"limit": torch.zeros(2)}, older)
 
 
 def test_unknown_networks_are_named() -> None:

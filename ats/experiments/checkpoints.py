@@ -16,6 +16,7 @@ from torch import nn
 
 from ats._files import write_whole
 from ats.experiments.records import MetricsRecord
+from ats.models.classifier import SoftBound
 
 _PARTS = {
     "state_dict": dict,
@@ -105,7 +106,11 @@ def check_resumable(path: Path, content: Mapping[str, Any], model: nn.Module) ->
 def check_weights(path: Path, state: Any, model: nn.Module) -> None:
     """Raise ValueError unless a checkpoint's weights are those of a model, of the same kind of numbers."""
     expected = model.state_dict()
+    bounds = (name for name, layer in model.named_modules() if isinstance(layer, SoftBound))
+    since = {f"{name}.limit".lstrip(".") for name in bounds}  # which runs from before it was kept with the weights lack
     for name in [*expected, *state] if isinstance(state, Mapping) else [None]:
+        if name in since and name not in state:
+            continue
         found, wanted = None if name is None else state.get(name), expected.get(str(name))
         if wanted is None or not _fits(found, wanted):
             raise ValueError(f"{path} is of another model, or of another version of ats: {name!r} does not fit")
