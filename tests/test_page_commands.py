@@ -60,7 +60,8 @@ READ = {
     "--output results/gigapixel-mnist": HOURS,
     "ats synthesise gigapixel-mnist IMAGES --images 40": MINUTES,
     "ats predict runs/gigapixel-mnist-demo-ats-10x2-seed-0 IMAGES/test-*.tif": MINUTES,
-    "ats train images --data.manifest IMAGES/labels.csv …": MINUTES,
+    "ats train images --data.manifest IMAGES/labels.csv --output runs/files --data.storage disk "
+    "--model.levels 128:10:4 8:2:4 --model.patch-size 50": MINUTES,
     "python -m bench.bench_small --against ../earlier": MINUTES,
     "python -m bench.recipes": MINUTES,
     "python -m bench.busy_threads": MINUTES,

@@ -17,9 +17,11 @@ from ats.datasets.synthetic.folder import integers
 from ats.datasets.synthetic.scenes import draw_biopsy, draw_tissue
 from ats.datasets.synthetic.slides import write_slides
 from ats.datasets.synthetic.stain import Spot, nuclei, plant
+from ats.experiments.commands import synthesise
 from ats.experiments.commands.command_line import run
 from ats.sources import slides
 from ats.sources.slides import SlideSource
+from tests.page_commands import problem, shown
 from tests.qupath import check_qupath
 
 SIDES = (440, 464)
@@ -133,6 +135,20 @@ def test_what_no_slides_can_be_cut_from_is_refused(tissue: Path, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["blank.png"]
 
 
+def test_no_training_is_named_where_test_images_are_of_a_class_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(folder: Path, train: int, test: int, **_: object) -> None:
+        folder.mkdir()
+        (folder / "labels.csv").write_text("path,label,split\na.tif,3,train\nb.tif,7,test\nc.tif,3,test\n")
+
+    monkeypatch.setattr(synthesise, "write_slides", write)
+    assert run(["synthesise", "slides", str(tmp_path / "few"), "--images", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "Too few to train on: no image to train on is of 7, as images to test on are." in said
+    assert "ats train" not in said
+
+
 def test_the_command_draws_tissue_and_what_it_writes_trains_from_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,7 +160,9 @@ def test_the_command_draws_tissue_and_what_it_writes_trains_from_disk(
     assert run(["synthesise", "slides", str(data), "--images", "4", "--seed", "2"]) == 0
     said = capsys.readouterr().out
     assert "test: negative: 1, positive: 1" in said
-    assert f"ats train images --data.manifest {data / 'labels.csv'}" in said.replace("\n", " ").replace("  ", " ")
+    (advice,) = shown(f"    {said.partition('Train on it with: ')[2].strip()}")
+    assert advice.words[:5] == ("ats", "train", "images", "--data.manifest", str(data / "labels.csv"))
+    assert not (wrong := problem(advice, monkeypatch)), wrong
     train = ["train", "images", "--data.manifest", str(data / "labels.csv"), "--output", str(folder)]
     train += [
         "--data.storage",

@@ -19,6 +19,14 @@ from ats.datasets.synthetic.write import write_colon_cancer, write_german, write
 from ats.experiments.console import say
 from ats.experiments.options import parse
 
+_TRAINED = {
+    "slides": "--preset quick --data.storage disk --data.tissue --data.symmetries --data.tint 0.05 "
+    "--model.view-scale 0.0625 --model.patch-size 48 --model.n-patches 20 --model.evidence cells --optim.epochs 60 "
+    "--optim.draws 1",
+    "gigapixel-mnist": "--data.storage disk --model.levels 128:10:4 8:2:4 --model.patch-size 50",
+}
+"""Options of `ats train images` for what is written with a manifest, as on the pages about it."""
+
 
 @dataclass(frozen=True)
 class SynthesiseOptions:
@@ -85,12 +93,22 @@ def _describe_slides(path: Path) -> list[str]:
     return lines
 
 
+def _unseen(path: Path) -> list[str]:
+    """The labels of a manifest's test images that none of those to train on has."""
+    labels = {split: {row.label for row in read_manifest(path).select(split)} for split in ("train", "test")}
+    return sorted(labels["test"] - labels["train"])
+
+
 def run_synthesise(arguments: list[str]) -> None:
     """`ats synthesise`."""
     options = parse(SynthesiseOptions, "ats synthesise", arguments)
     for line in synthesise(options):
         say(line)
     way = f"--data.folder {shlex.quote(str(options.folder))}"
-    if options.data in ("slides", "gigapixel-mnist"):
-        way = f"ats train images --data.manifest {shlex.quote(str(options.folder / 'labels.csv'))}"
+    if options.data in _TRAINED:
+        table = options.folder / "labels.csv"
+        if unseen := _unseen(table):
+            say(f"Too few to train on: no image to train on is of {', '.join(unseen)}, as images to test on are.")
+            return
+        way = f"ats train images --data.manifest {shlex.quote(str(table))} --output RUN {_TRAINED[options.data]}"
     say(f"Train on it with: {way}")

@@ -43,5 +43,5 @@ def run_train(arguments: list[str]) -> None:
         default=default,
         config=(tyro.conf.AvoidSubcommands,),  # the preset has the experiment's own kind of data
     )
-    checkpoint = train(config)
-    say(f"Evaluate with: ats evaluate {shlex.quote(str(checkpoint))}")
+    train(config)
+    say(f"Evaluate with: ats evaluate {shlex.quote(str(config.run_folder))}")
