@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ats.experiments import cost
 from ats.experiments.colon_cancer import ColonCancerConfig
 from ats.experiments.commands.command_line import run
 from ats.experiments.config import ExperimentConfig, ModelConfig, OptimConfig
+from ats.experiments.evaluation import Evaluation, evaluate
 from ats.experiments.megapixel_mnist import MegapixelMNISTData
 from ats.experiments.registry import EXPERIMENTS, tables
 from ats.experiments.reproduce import costs, figures, report, runs
@@ -122,6 +124,31 @@ def test_a_table_from_nothing_then_again_then_with_another_seed(
 
     only = reproduce("--seeds 2 --no-train --no-cost", output, data)  # reports what there is
     assert {row["method"]: row["runs"] for row in only} == {name: row["runs"] for name, row in more.items()}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_is_tested_in_the_precision_of_its_training(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def note(*arguments: Any, **options: Any) -> Evaluation:
+        found.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(runs, "evaluate", note)
+    line = "--seeds 1 --methods U-10 --no-cost --precision"
+    mixed = {row["method"]: row for row in reproduce(f"{line} bf16-mixed", tmp_path, data)}
+    assert "- Trained and tested in `bf16-mixed` precision.\n" in (tmp_path / "table1.md").read_text()
+    single = reproduce(f"{line} 32-true", tmp_path, data)
+    assert "Trained and tested" not in (tmp_path / "table1.md").read_text()
+    assert found == [torch.bfloat16, False]
+    assert mixed["U-10"]["precision"] == "bf16-mixed"
+    table = TABLES["table1"]
+    joined = [mixed["U-10"] | {"method": row["method"]} if row["method"] == "U-50" else row for row in single]
+    config = table.config(table.rows[0], "quick", 0, tmp_path, None)
+    said = report.markdown(table, "quick", config, joined)
+    assert "- Trained and tested in `bf16-mixed` precision: U-50." in said
 
 
 @pytest.mark.usefixtures("tiny")

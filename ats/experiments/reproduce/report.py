@@ -203,8 +203,10 @@ def _notes(table: Table, preset: str, config: ExperimentConfig, rows: Sequence[M
         "- Time (median) and memory (peak) of one sample, forward and backward, batch size 1, reading the patches from "
         "main memory included, always at the published sizes and with the published networks.",
     ]
-    if first["precision"] != "32-true":
-        notes.append(f"- Trained in `{first['precision']}` precision.")
+    for precision in sorted({row["precision"] for row in rows if row["runs"]} - {"32-true"}):
+        names = [row["method"] for row in rows if row["runs"] and row["precision"] == precision]
+        who = "" if len(names) == sum(row["runs"] > 0 for row in rows) else f": {', '.join(names)}"
+        notes.append(f"- Trained and tested in `{precision}` precision{who}.")
     if first["minutes"]:
         seen = "; ".join(f"{row['method']}: {row['images_seen']:,}" for row in rows if row["runs"])
         notes.append(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ class Result:
 def complete(config: ExperimentConfig, tested: Sequence[int] = ()) -> None:
     """Train, evaluate on the test split once training is over and, where the truth is known, compare attention with it.
 
-    Nothing is chosen on the test split: it is the last epoch that is evaluated, with `tested` patches as well.
+    Nothing is chosen on the test split: it is the last epoch that is evaluated, with `tested` patches as well, in the
+    precision of the training.
     """
     checkpoint = train(config)
     folder, method = config.run_folder, config.model.method
@@ -66,18 +68,24 @@ def complete(config: ExperimentConfig, tested: Sequence[int] = ()) -> None:
     trained = load(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
     data = held_out_data(trained, None, config.data.folder)
     repeats = REPEATS if method in ("ats", "uniform") else 1
-    if "evaluation" in wanted:
-        write_json(
-            folder / "evaluation.json", evaluate(trained, repeats=repeats, seed=config.seed, data=data).to_dict()
-        )
-    if "tested" in wanted:
-        found = {
-            str(n): evaluate(trained, n_patches=n, repeats=repeats, seed=config.seed, data=data).to_dict()
-            for n in tested
-        }
-        write_json(folder / "tested.json", found)
-    if "localisation" in wanted and data.knows_targets:
-        write_json(folder / "localisation.json", localise(trained, data, n_draws=DRAWS, seed=config.seed).to_dict())
+    with _precision(config, trained.device):
+        if "evaluation" in wanted:
+            found = evaluate(trained, repeats=repeats, seed=config.seed, data=data)
+            write_json(folder / "evaluation.json", found.to_dict())
+        if "tested" in wanted:
+            by_number = {
+                str(n): evaluate(trained, n_patches=n, repeats=repeats, seed=config.seed, data=data).to_dict()
+                for n in tested
+            }
+            write_json(folder / "tested.json", by_number)
+        if "localisation" in wanted and data.knows_targets:
+            write_json(folder / "localisation.json", localise(trained, data, n_draws=DRAWS, seed=config.seed).to_dict())
+
+
+def _precision(config: ExperimentConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision of a training, for what is evaluated with it."""
+    dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(config.trainer.precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def result_of(config: ExperimentConfig) -> Result | None:
