@@ -128,6 +128,8 @@ def test_the_demo_writes_its_numbers_and_picture_and_keeps_an_older_one(
     assert "ATS-16" in printed
     assert "uniform-16" in printed
     metrics = json.loads((folder / "metrics.json").read_text())
+    first = f"It errs on {metrics['test_error']:.3f} of 8 unseen images. What it looked at: {folder / 'attention.png'}"
+    assert first in printed.partition("Training with uniform attention")[0]  # there while the other one trains
     promised = {"test_error", "uniform_test_error", "seconds", "n_patches", "image_size", "train_images", "seed"}
     assert promised <= metrics.keys()
     assert (metrics["seed"], metrics["image_size"], metrics["train_images"]) == (3, 140, 24)

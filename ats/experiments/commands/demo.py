@@ -60,6 +60,7 @@ def run_demo(
         console.print(f"The demo that was in {folder} is now in {kept}.", soft_wrap=True)
     data = experiment_data(config)
     images, size = len(data.labels("train")), data.examples("test", torch.tensor([0], device="cpu"))[0].shape[-1]
+    picture = folder / "attention.png"
     results: dict[str, tuple[Evaluation, float]] = {}
     for attention, method in _METHODS.items():
         run = dataclasses.replace(
@@ -75,9 +76,13 @@ def run_demo(
         seconds = read_object(folder / attention / "training.json", "seconds")["seconds"]
         tested = evaluate(load(checkpoint), n_patches=_TEST_PATCHES, repeats=_REPEATS, seed=seed, data=data)
         results[attention] = tested, seconds
+        if attention == "learned":  # there to be looked at while the other one trains
+            _draw(checkpoint, data, picture)
+            console.print(
+                f"It errs on {tested.error:.3f} of {tested.images} unseen images. What it looked at: {picture}",
+                soft_wrap=True,
+            )
 
-    picture = folder / "attention.png"
-    _draw(folder / "learned" / "checkpoints" / "last.ckpt", data, picture)
     (ours, seconds), (uniform, uniform_seconds) = results["learned"], results["uniform"]
     metrics = {
         "test_error": ours.error,
@@ -99,7 +104,7 @@ def run_demo(
     }
     write_json(folder / "metrics.json", metrics)
     console.print(_table(results, config.model.patch_size, size))
-    console.print(f"What it looked at: {picture}\nThe numbers: {folder / 'metrics.json'}", soft_wrap=True)
+    console.print(f"The numbers: {folder / 'metrics.json'}", soft_wrap=True)
 
 
 def _table(results: dict[str, tuple[Evaluation, float]], patch_size: int, image_size: int) -> Table:
