@@ -146,8 +146,10 @@ def test_the_first_epochs_can_have_smaller_images(tmp_path: Path) -> None:
     assert shapes == [140] * 6 + [210] * 3 + [420] * 3
     with pytest.raises(ValueError, match=r"data\.small_epochs must be at least 0"):
         MegapixelMNISTConfig(small_epochs=-1)
-    with pytest.raises(ValueError, match=r"small_epochs=2 and data\.medium_epochs=1 leave none of optim\.epochs=3 for"):
-        dataclasses.replace(config, optim=dataclasses.replace(config.optim, epochs=3))
+    with pytest.raises(ValueError, match=r"small_epochs=2 and data\.medium_epochs=1 are more than optim\.epochs=2"):
+        dataclasses.replace(config, optim=dataclasses.replace(config.optim, epochs=2))
+    smaller = dataclasses.replace(config, optim=dataclasses.replace(config.optim, epochs=3))  # none of full size
+    assert experiment_data(smaller).stages() == [("small", 6), ("medium", 3)]
 
 
 @pytest.mark.parametrize(("option", "value"), [("every", -1), ("gradient_draws", -1), ("gradient_draws", 1)])
@@ -281,7 +283,8 @@ def test_a_bound_that_is_not_there_cannot_widen() -> None:
     with pytest.raises(ValueError, match=r"optim.widening=2.0 widens .* this model has none; leave it at 1"):
         ClassificationTask(dataclasses.replace(config, optim=dataclasses.replace(config.optim, widening=2.0)))
     optim = OptimConfig(widening=3.0)
-    assert [bound_factor(step, 5, optim) for step in range(6)] == [1.0, 1.5, 2.0, 2.5, 3.0, 3.0]
+    assert [bound_factor(step, 8, optim) for step in (0, 1, 2, 3, 4, 5, 8)] == [1.0, 1.5, 2.0, 2.5, 3.0, 3.0, 3.0]
+    assert bound_factor(0, 1, optim) == 1
 
 
 def test_learning_rate_rises_then_falls() -> None:

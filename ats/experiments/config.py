@@ -128,7 +128,7 @@ class OptimConfig:
     does, without a warm-up."""
     widening: Annotated[float, SAMPLING] = 1.0
     """How many times as wide the bound of the attention's logits is at the end as at the start. It widens from step to
-    step: a narrow one keeps attention from collapsing, a wide one lets it rank what it has found."""
+    step in the first half: a narrow one keeps attention from collapsing, a wide one lets it rank what it has found."""
     class_weights: bool = False
     """Weight the cross-entropy by the inverse of the classes' shares of the training images."""
     average: float = 0.0

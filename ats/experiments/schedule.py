@@ -11,8 +11,11 @@ def entropy_weight(step: int, total: int, optim: OptimConfig) -> float:
 
 
 def bound_factor(step: int, total: int, optim: OptimConfig) -> float:
-    """How many times as wide as at the start the bound of the attention's logits is at a step of `total`."""
-    return 1 + (optim.widening - 1) * min(1.0, step / max(1, total - 1))
+    """How many times as wide as at the start the bound of the attention's logits is at a step of `total`.
+
+    It is at its widest after half of them: what the wide bound ranks is learned while the learning rate is high.
+    """
+    return 1 + (optim.widening - 1) * min(1.0, step / max(1, total // 2))
 
 
 def learning_rate_factor(step: int, total: int, optim: OptimConfig) -> float:

@@ -35,7 +35,7 @@ _PER_MILLE = 1000
 
 
 def squeezed(images: int = IMAGES, test_images: int = TEST_IMAGES, image_size: int = 1500) -> ExperimentConfig:
-    """The preset with bundled digits, and as many images as are quickly made: small, medium and full ones."""
+    """The preset with bundled digits, and as many images of each size as are quickly made."""
     quick = PRESETS["quick"]
     assert isinstance(quick.data, MegapixelMNISTConfig)
     options = dataclasses.replace(
@@ -51,7 +51,7 @@ def squeezed(images: int = IMAGES, test_images: int = TEST_IMAGES, image_size: i
 
 
 def kind_of_images(progress: float) -> int:
-    """0: small, 1: medium, 2: of full size; as the preset has them by its epochs."""
+    """0: small, 1: medium, 2: of full size, where the preset has any; as it has them by its epochs."""
     quick, options = PRESETS["quick"], PRESETS["quick"].data
     assert isinstance(options, MegapixelMNISTConfig)
     epoch = int(progress * quick.optim.epochs)
