@@ -68,7 +68,7 @@ def test_topk_needs_no_seed_and_leaves_the_model_as_it_was(checkpoint: Path) -> 
     assert results[0] == results[1]
     assert results[0].n_patches == 4
     assert task.model.sampling.sampler.n_patches == 10
-    assert task.model.sampling.sampler.method == "sample"
+    assert task.model.sampling.sampler.selection == "sample"
     with pytest.raises(ValueError, match="repeats=2"):
         evaluate(task, method="topk", repeats=2)
 
@@ -161,7 +161,7 @@ def test_training_and_evaluating_from_the_command_line(tmp_path: Path, capsys: p
     checkpoint, result = folder / "checkpoints" / "last.ckpt", tmp_path / "result.json"
     evaluation = f"evaluate {checkpoint} --method topk --n-patches 5 --images 6 --n-patches 2 --output {result}"
     assert run(evaluation.split()) == 0
-    assert "6 test images of Megapixel MNIST of the bundled digits, 5 patches, topk" in " ".join(
+    assert "6 test images, 5 patches, topk. Data: Megapixel MNIST of the bundled digits" in " ".join(
         capsys.readouterr().out.split()
     )
     written = json.loads(result.read_text())

@@ -32,7 +32,7 @@ def test_the_toy_trains_and_is_looked_at_from_the_command_line(
     assert run(f"train toy --preset quick --data.side 24 --output {folder}".split()) == 0
     assert json.loads((folder / "config.json").read_text())["data"] == {"folder": None, "side": 24}
     assert run(f"evaluate {folder} --repeats 2 --output {tmp_path / 'result.json'}".split()) == 0
-    assert "6 test images of toy squares" in " ".join(capsys.readouterr().out.split())
+    assert "Data: toy squares" in " ".join(capsys.readouterr().out.split())
     (result,) = json.loads((tmp_path / "result.json").read_text())
     assert (result["images"], result["n_patches"]) == (6, 3)
     Image.new("L", (40, 30), 60).save(tmp_path / "image.png")

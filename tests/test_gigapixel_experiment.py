@@ -73,7 +73,7 @@ def test_it_is_evaluated_and_predicts_as_any_run(tiny, trained, tmp_path, capsys
     assert run(f"evaluate {tiny.output} --repeats 2 --output {tmp_path / 'found.json'}".split()) == 0
     (found,) = json.loads((tmp_path / "found.json").read_text())
     assert (found["images"], found["n_patches"], found["repeats"]) == (3, 6, 2)
-    assert "3 test images of Gigapixel MNIST of the bundled digits" in " ".join(capsys.readouterr().out.split())
+    assert "Data: Gigapixel MNIST of the bundled digits" in " ".join(capsys.readouterr().out.split())
     more = f"evaluate {tiny.output} --images 2 --n-patches 3x2 --n-patches 2X4 --output {tmp_path / 'more.json'}"
     assert run(more.split()) == 0
     assert [row["n_patches"] for row in json.loads((tmp_path / "more.json").read_text())] == [6, 8]

@@ -256,7 +256,7 @@ def test_all_of_it_from_the_command_line(
     )
     assert run(options.split()) == 0
     assert run(["evaluate", str(tmp_path / "run")]) == 0
-    assert "4 test images of synthetic CRCHistoPhenotypes, gated-mil" in " ".join(capsys.readouterr().out.split())
+    assert "4 test images, gated-mil. Data: synthetic CRCHistoPhenotypes" in " ".join(capsys.readouterr().out.split())
     assert run(["evaluate", str(tmp_path / "run"), "--n-patches", "3"]) == 1
     assert "gated-mil draws no patches" in capsys.readouterr().err
     assert run(["evaluate", str(tmp_path / "run"), "--images", "5"]) == 1

@@ -89,13 +89,12 @@ def run_evaluate(arguments: list[str]) -> None:
 
 def _evaluation_table(checkpoint: Path, result: Evaluation) -> Table:
     patches = f"{result.n_patches:.4g} patches, " if result.n_patches else ""
-    table = Table(
-        title=f"{printable(checkpoint)}: {result.images} test images of {result.data}, {patches}{result.method}"
-    )
+    what = f"{result.images} test images, {patches}{result.method}. Data: {result.data}"
+    table = Table(title=f"{printable(checkpoint)}: {what}")
     for column in ("", "error", "loss"):
         table.add_column(column, justify="left" if not column else "right")
     spread = f" ± {result.error_spread:.4f}" if result.repeats > 1 else ""
-    first = f"one draw (mean of {result.repeats})" if result.n_patches else ""
+    first = f"one draw (mean{' ± spread' if spread else ''} of {result.repeats})" if result.n_patches else ""
     table.add_row(first, f"{result.error:.4f}{spread}", f"{result.loss:.4f}")
     if result.repeats > 1:
         averaged = f"{result.averaged_error:.4f}", f"{result.averaged_loss:.4f}"
