@@ -58,6 +58,7 @@ READ = {
     "ats reproduce figures": HOURS,
     "python -m bench.gigapixel_mnist --methods nested flat --draws 10x3 --test-sizes 32768 "
     "--output results/gigapixel-mnist": HOURS,
+    "python -m bench.gigapixel_mnist --compare --minutes 8 --output results/gigapixel-mnist-flat": HOURS,
     "ats synthesise gigapixel-mnist IMAGES --images 40": MINUTES,
     "ats predict runs/gigapixel-mnist-demo-ats-10x2-seed-0 IMAGES/test-*.tif": MINUTES,
     "ats train images --data.manifest IMAGES/labels.csv --output runs/files --data.storage disk "
