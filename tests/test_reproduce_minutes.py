@@ -28,7 +28,7 @@ def test_minutes_decide_how_long_and_one_model_is_tested_with_every_number(
     )
     monkeypatch.setitem(mnist.presets, "quick", quick)
     arguments = ["reproduce", "mnist", "--output", str(tmp_path), "--seeds", "1", "--no-cost", "--minutes", "0.03"]
-    arguments += ["--methods", "ATS-10"]
+    arguments += ["--methods", "U-10", "ATS-10"]
     assert run(arguments) == 0
     folder = tmp_path / "mnist" / "quick-0.03-minutes"
     stages = json.loads((folder / "ats-10-steps.json").read_text())["stages"]
@@ -49,10 +49,11 @@ def test_minutes_decide_how_long_and_one_model_is_tested_with_every_number(
     text = (tmp_path / "mnist.md").read_text()
     assert "| ATS-10, tested with | 5 patches | 10 patches | 25 patches | 50 patches | 100 patches |" in text
     assert "Each method was trained for about 0.03 minutes" in text
+    assert "data.train_images: 5000 -> 64;" in " ".join(text.split())  # the preset's, not that of U-10's minutes
     capsys.readouterr()
     before = (folder / "ats-10-steps.json").stat().st_mtime_ns
     assert run(arguments) == 0
-    assert "1 runs, 1 of them complete" in capsys.readouterr().out
+    assert "2 runs, 2 of them complete" in capsys.readouterr().out
     assert (folder / "ats-10-steps.json").stat().st_mtime_ns == before
     assert run(["reproduce", "table2", "--minutes", "1", "--output", str(tmp_path)]) == 1
     assert "are taught before the training" in " ".join(capsys.readouterr().err.split())

@@ -123,7 +123,9 @@ def _table(table: Table, options: ReproduceOptions) -> None:
         results = {seed: result for seed, result in found.items() if result is not None}
         seen = dataclasses.replace(row, scale=table.scale(row, preset))
         rows.append(row_values(seen, preset, results, measured, source, options.minutes, options.precision))
-    paths = write_report(table, preset, any_config, rows, output)
+    # Described as the preset has it: with --minutes each row has a length of its own.
+    described = table.config(table.rows[0], preset, 0, output, _data_folder(table, options), options.precision)
+    paths = write_report(table, preset, described, rows, output)
     plain_console().print(paths[-1].read_text(), soft_wrap=True)
     plain_console().print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
 
