@@ -56,6 +56,7 @@ READ = {
     'ats reproduce table1 --methods ATS-10 ATS-50 "CNN 0.5" "Deep MIL" U-10': HOURS,
     'ats reproduce table1 --seeds 1 --precision bf16-mixed --methods U-50 "CNN 1" "Gated Deep MIL"': HOURS,
     'ats reproduce table2 --seeds 1 --methods ATS-5 "CNN 0.3" "Deep MIL" U-5': HOURS,
+    'ats reproduce table2 --seeds 1 --precision bf16-mixed --methods ATS-10 U-10 "CNN 0.5"': HOURS,
     "ats reproduce figures": HOURS,
     "python -m bench.gigapixel_mnist --methods nested flat --draws 10x3 --test-sizes 32768 "
     "--output results/gigapixel-mnist": HOURS,
