@@ -7,6 +7,10 @@
 """
 
 import os
+import signal
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import pytest
 import torch
@@ -16,6 +20,8 @@ HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 
 NO_GPU = "NOT RUN, needs a GPU: make gpu-check runs it where there is one"
 NO_INTERPRETER = "needs TRITON_INTERPRET=1: tests/test_interpreter.py runs it, in a process of its own"
+
+CPU_SECONDS = 240.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,6 +36,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
         if item.get_closest_marker("interpreter") and not (HAS_GPU or INTERPRETED):
             item.add_marker(pytest.mark.skip(reason=NO_INTERPRETER))
+
+
+@contextmanager
+def cpu_time_limit(seconds: float) -> Iterator[None]:
+    """Fails a test whose process computes for longer, wherever it is; waiting, and other processes, do not count."""
+
+    def fail(number: int, frame: FrameType | None) -> None:
+        pytest.fail(f"one test computed for {seconds:g} s: give it smaller data; a page's command may be read alone")
+
+    handler = signal.signal(signal.SIGPROF, fail)
+    outer = signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
+        signal.setitimer(signal.ITIMER_PROF, *outer)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    with cpu_time_limit(CPU_SECONDS):
+        return (yield)
 
 
 @pytest.fixture(scope="session")
