@@ -262,6 +262,7 @@ def test_presets_are_the_papers_where_they_say_so() -> None:
         "schedule": "constant", "gradient_clip": 1.0, "entropy_weight": 1e-4,
         "updates": 0, "class_weights": False, "average": 0.0, "draws": 1, "keep": "last", "patience": 0,
         "widening": 1.0,
+        "restart": 0.0,
     }  # fmt: skip
     model = values["model"]
     assert (model["networks"], model["feature_scale"]) == ("paper", 1.0)

@@ -1,7 +1,6 @@
 """Training: a seed repeats a run, a run that stopped ends as if it had not, and nothing is overwritten."""
 
 import dataclasses
-import itertools
 import json
 import os
 import shutil
@@ -23,7 +22,6 @@ from ats.experiments.lightning_module import ClassificationTask
 from ats.experiments.megapixel_mnist import MegapixelMNISTConfig, MegapixelMNISTData
 from ats.experiments.progress import ProgressLines
 from ats.experiments.registry import EXPERIMENTS, experiment_data, from_dict
-from ats.experiments.schedule import bound_factor, learning_rate_factor
 from ats.experiments.training import InterruptedRunError, train
 
 EPOCHS = 4
@@ -270,6 +268,7 @@ def test_a_configuration_of_another_version_is_named_as_such() -> None:
         ("optim", "learning_rate", -1.0),
         ("optim", "warmup", 1.0),
         ("optim", "widening", 0.5),
+        ("optim", "restart", 1.0),
     ],
 )
 def test_impossible_options_are_refused(section: str, name: str, value: float) -> None:
@@ -282,19 +281,6 @@ def test_a_bound_that_is_not_there_cannot_widen() -> None:
     config = EXPERIMENTS["megapixel-mnist"].presets["paper"]
     with pytest.raises(ValueError, match=r"optim.widening=2.0 widens .* this model has none; leave it at 1"):
         ClassificationTask(dataclasses.replace(config, optim=dataclasses.replace(config.optim, widening=2.0)))
-    optim = OptimConfig(widening=3.0)
-    assert [bound_factor(step, 8, optim) for step in (0, 1, 2, 3, 4, 5, 8)] == [1.0, 1.5, 2.0, 2.5, 3.0, 3.0, 3.0]
-    assert bound_factor(0, 1, optim) == 1
-
-
-def test_learning_rate_rises_then_falls() -> None:
-    optim = OptimConfig(warmup=0.1, schedule="cosine")
-    factors = [learning_rate_factor(step, 100, optim) for step in range(100)]
-    assert factors[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
-    assert factors[10] == 1.0
-    assert all(a > b for a, b in itertools.pairwise(factors[10:]))
-    assert 0.02 <= factors[-1] < 0.03
-    assert learning_rate_factor(99, 100, OptimConfig()) == 1.0
 
 
 def test_draws_differ_between_steps_ranks_and_seeds(monkeypatch: pytest.MonkeyPatch) -> None:

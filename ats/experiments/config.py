@@ -127,8 +127,10 @@ class OptimConfig:
     """λ of the entropy bonus, which keeps the attention from collapsing (paper, eq. 21). It falls as the learning rate
     does, without a warm-up."""
     widening: Annotated[float, SAMPLING] = 1.0
-    """How many times as wide the bound of the attention's logits is at the end as at the start. It widens from step to
-    step in the first half: a narrow one keeps attention from collapsing, a wide one lets it rank what it has found."""
+    """How many times as wide the bound of the attention's logits is at the end as at the start. It widens over the
+    first half, or at the restart: narrow, it keeps attention from collapsing; wide, it lets it rank what it found."""
+    restart: float = 0.0
+    """Last share of the steps, over which learning rate, from 0.6 of its height, and entropy weight fall once more."""
     class_weights: bool = False
     """Weight the cross-entropy by the inverse of the classes' shares of the training images."""
     average: float = 0.0
@@ -148,8 +150,9 @@ class OptimConfig:
             raise ValueError(f"optim.widening must be at least 1, got {self.widening}")
         if not 0 <= self.average < 1:
             raise ValueError(f"optim.average is a decay, in [0, 1), got {self.average}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"optim.warmup is a share of the steps, in [0, 1), got {self.warmup}")
+        for name, share in (("warmup", self.warmup), ("restart", self.restart)):
+            if not 0 <= share < 1:
+                raise ValueError(f"optim.{name} is a share of the steps, in [0, 1), got {share}")
 
 
 Precision = Literal["32-true", "16-mixed", "bf16-mixed"]

@@ -188,7 +188,7 @@ _RANKED = ModelConfig(networks="wide", evidence="peaks", **LESS_NOISE)
 _OPTIM = OptimConfig(
     batch_size=32, learning_rate=5e-3, weight_decay=0.05, warmup=0.03, schedule="cosine", entropy_weight=1e-3
 )
-_WIDENING = dataclasses.replace(_OPTIM, batch_size=16, widening=2.0)
+_WIDENING = dataclasses.replace(_OPTIM, batch_size=16, widening=2.0, restart=0.12)
 PRESETS = {
     "paper": ExperimentConfig(
         preset="paper",
@@ -203,15 +203,15 @@ PRESETS = {
     ),
     "quick": ExperimentConfig(
         preset="quick",
-        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=44),
+        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=58),
         model=_RANKED,
-        optim=dataclasses.replace(_WIDENING, epochs=50),
+        optim=dataclasses.replace(_WIDENING, epochs=64),
     ),
     "view-300": ExperimentConfig(
         preset="view-300",
-        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=44),
+        data=MegapixelMNISTConfig(small_epochs=6, medium_epochs=58),
         model=dataclasses.replace(_RANKED, networks="modern", view_scale=0.2),
-        optim=dataclasses.replace(_WIDENING, epochs=50),
+        optim=dataclasses.replace(_WIDENING, epochs=64),
     ),
     "demo": ExperimentConfig(
         preset="demo",
