@@ -13,7 +13,7 @@ def test_the_bound_widens_over_half_of_a_training_or_at_its_restart() -> None:
     optim = OptimConfig(widening=3.0)
     assert [bound_factor(step, 8, optim) for step in (0, 1, 2, 3, 4, 5, 8)] == [1.0, 1.5, 2.0, 2.5, 3.0, 3.0, 3.0]
     assert bound_factor(0, 1, optim) == 1
-    again = dataclasses.replace(optim, restart=0.25)
+    again = dataclasses.replace(optim, schedule="cosine", restart=0.25)
     assert [bound_factor(step, 8, again) for step in (0, 5, 6, 8)] == [1.0, 1.0, 3.0, 3.0]
 
 
@@ -37,3 +37,8 @@ def test_after_a_restart_the_schedule_runs_once_more() -> None:
     assert weights[90] == entropy_weight(10, 20, once)
     assert learning_rate_factor(1, 1, again) == pytest.approx(0.6 * 0.02)  # a training of one step
     assert learning_rate_factor(100, 100, once) == pytest.approx(0.02)
+
+
+def test_a_constant_schedule_has_nothing_to_begin_again() -> None:
+    with pytest.raises(ValueError, match=r"optim.restart has .* choose optim.schedule=cosine, or leave it at 0"):
+        OptimConfig(restart=0.1)

@@ -148,11 +148,11 @@ class OptimConfig:
             raise ValueError(f"optim.learning_rate must be positive, got {self.learning_rate}")
         if self.widening < 1:
             raise ValueError(f"optim.widening must be at least 1, got {self.widening}")
-        if not 0 <= self.average < 1:
-            raise ValueError(f"optim.average is a decay, in [0, 1), got {self.average}")
-        for name, share in (("warmup", self.warmup), ("restart", self.restart)):
-            if not 0 <= share < 1:
-                raise ValueError(f"optim.{name} is a share of the steps, in [0, 1), got {share}")
+        for name, what in ("average", "decay"), ("warmup", "share of the steps"), ("restart", "share of the steps"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} is a {what}, in [0, 1), got {getattr(self, name)}")
+        if self.restart and self.schedule == "constant":
+            raise ValueError("optim.restart has a schedule run again: choose optim.schedule=cosine, or leave it at 0")
 
 
 Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
