@@ -53,13 +53,15 @@ READ = {
     "ats train gigapixel-mnist --preset demo --data.image-size 32768 --optim.epochs 36 --data.clear-epochs 9 "
     "--data.rising-epochs 7 --output runs/gigapixel-36": HOURS,
     "ats reproduce table2-all --seeds 1": HOURS,
-    'ats reproduce table1 --methods ATS-10 ATS-50 "CNN 0.5" "Deep MIL" U-10': HOURS,
-    'ats reproduce table1 --seeds 1 --precision bf16-mixed --methods U-50 "CNN 1" "Gated Deep MIL"': HOURS,
+    'ats reproduce table1 --methods "CNN 0.5" "Deep MIL"': HOURS,
+    "ats reproduce table1 --seeds 5 --precision bf16-mixed --methods ATS-10 ATS-50 U-10 U-50": HOURS,
+    'ats reproduce table1 --seeds 1 --precision bf16-mixed --methods "CNN 1" "Gated Deep MIL"': HOURS,
     'ats reproduce table2 --seeds 1 --methods ATS-5 "CNN 0.3" "Deep MIL" U-5': HOURS,
     "ats reproduce table2 --seeds 1 --precision bf16-mixed "
     '--methods ATS-10 U-10 "CNN 0.5" "CNN 1" "Gated Deep MIL"': HOURS,
     "ats reproduce mnist --seeds 1 --precision bf16-mixed --minutes 10 "
     "--methods U-10 ATS-5 ATS-10 ATS-25 ATS-50 ATS-100": HOURS,
+    "ats reproduce mnist --seeds 1 --precision bf16-mixed --methods ATS-10": HOURS,
     "ats reproduce figures": HOURS,
     "python -m bench.gigapixel_mnist --methods nested flat --draws 10x3 --test-sizes 32768 "
     "--output results/gigapixel-mnist": HOURS,
