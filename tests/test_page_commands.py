@@ -59,6 +59,7 @@ READ = {
     'ats reproduce table2 --seeds 1 --methods ATS-5 "CNN 0.3" "Deep MIL" U-5': HOURS,
     "ats reproduce table2 --seeds 1 --precision bf16-mixed "
     '--methods ATS-10 U-10 "CNN 0.5" "CNN 1" "Gated Deep MIL"': HOURS,
+    'ats reproduce table2-all --seeds 1 --precision bf16-mixed --methods U-5 "Deep MIL" ATS-10': HOURS,
     "ats reproduce mnist --seeds 1 --precision bf16-mixed --minutes 10 "
     "--methods U-10 ATS-5 ATS-10 ATS-25 ATS-50 ATS-100": HOURS,
     "ats reproduce mnist --seeds 1 --precision bf16-mixed --methods ATS-10": HOURS,
