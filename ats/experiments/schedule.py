@@ -5,7 +5,7 @@ import math
 from ats.experiments.config import OptimConfig
 
 _AGAIN = 0.6
-"""The learning rate's height in the round of a restart; its full height forgets more than the round can learn."""
+"""The learning rate's height in the round of a restart; no other was tried."""
 
 
 def entropy_weight(step: int, total: int, optim: OptimConfig) -> float:
