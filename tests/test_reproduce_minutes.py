@@ -39,15 +39,19 @@ def test_minutes_decide_how_long_and_one_model_is_tested_with_every_number(
     expected = MegapixelMNISTData(quick).lengthened(0.03 * 60 / whole)
     assert (config.data, config.optim) == (dataclasses.replace(expected.data, folder=None), expected.optim)
     tested = json.loads((folder / "ats-10-seed-0" / "tested.json").read_text())
-    assert [(n, tested[n]["n_patches"], tested[n]["repeats"]) for n in tested] == [
-        (str(n), n, 5) for n in (5, 10, 25, 50, 100)
-    ]
+    for method, repeats in (("sample", 5), ("topk", 1)):
+        found = tested[method]
+        assert [(n, found[n]["method"], found[n]["n_patches"], found[n]["repeats"]) for n in found] == [
+            (str(n), method, n, repeats) for n in (5, 10, 25, 50, 100)
+        ]
     row = next(row for row in json.loads((tmp_path / "mnist.json").read_text()) if row["method"] == "ATS-10")
-    assert row["tested"]["10"] == {"test_error": row["test_error"], "test_error_sem": None}
+    assert row["tested"]["sample"]["10"] == {"test_error": row["test_error"], "test_error_sem": None}
+    assert row["tested"]["topk"]["25"] == {"test_error": tested["topk"]["25"]["error"], "test_error_sem": None}
     steps = json.loads((folder / "ats-10-seed-0" / "training.json").read_text())["steps"]
     assert (row["minutes"], row["images_seen"]) == (0.03, 8 * steps)
     text = (tmp_path / "mnist.md").read_text()
     assert "| ATS-10, tested with | 5 patches | 10 patches | 25 patches | 50 patches | 100 patches |" in text
+    assert f"| the most probable | {tested['topk']['5']['error']:.3f} | {tested['topk']['10']['error']:.3f} |" in text
     assert "Each method was trained for about 0.03 minutes" in text
     assert "data.train_images: 5000 -> 64;" in " ".join(text.split())  # the preset's, not that of U-10's minutes
     capsys.readouterr()
@@ -55,6 +59,10 @@ def test_minutes_decide_how_long_and_one_model_is_tested_with_every_number(
     assert run(arguments) == 0
     assert "2 runs, 2 of them complete" in capsys.readouterr().out
     assert (folder / "ats-10-steps.json").stat().st_mtime_ns == before
+    (folder / "ats-10-seed-0" / "tested.json").write_text(json.dumps(tested["sample"]))  # as it once was
+    assert run(arguments) == 0
+    assert "2 runs, 1 of them complete" in capsys.readouterr().out
+    assert json.loads((folder / "ats-10-seed-0" / "tested.json").read_text()) == tested
     assert run(["reproduce", "table2", "--minutes", "1", "--output", str(tmp_path)]) == 1
     assert "are taught before the training" in " ".join(capsys.readouterr().err.split())
 

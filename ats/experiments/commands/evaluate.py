@@ -94,7 +94,8 @@ def _evaluation_table(checkpoint: Path, result: Evaluation) -> Table:
     for column in ("", "error", "loss"):
         table.add_column(column, justify="left" if not column else "right")
     spread = f" ± {result.error_spread:.4f}" if result.repeats > 1 else ""
-    first = f"one draw (mean{' ± spread' if spread else ''} of {result.repeats})" if result.n_patches else ""
+    first = "the most probable" if result.method == "topk" else "one draw" if result.n_patches else ""
+    first += f" (mean ± spread of {result.repeats})" if spread else ""
     table.add_row(first, f"{result.error:.4f}{spread}", f"{result.loss:.4f}")
     if result.repeats > 1:
         averaged = f"{result.averaged_error:.4f}", f"{result.averaged_loss:.4f}"

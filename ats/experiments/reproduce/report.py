@@ -18,6 +18,7 @@ from ats.experiments.tables import SHORT, Published, Row, Table
 
 NOT_RUN, NOT_MEASURED = "not run", "not measured"
 _ATTENTION = ("mass", "uniform_mass", "times_uniform", "hit_rate", "draws_on_target", "average_precision")
+_TESTED = {"sample": "one draw", "topk": "the most probable"}
 _MEASURED = ("train_loss", "test_error", "seconds_per_sample", "bytes_per_sample")
 
 
@@ -85,12 +86,18 @@ def row_values(
     return values | {"not_run": [name for name in _MEASURED if values[name] is None]}
 
 
-def _tested(found: list[dict[str, Any]]) -> dict[str, dict[str, float | None]] | None:
-    """Means and standard errors over runs, by the number of patches that they were tested with."""
+def _tested(found: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]] | None:
+    """Means and standard errors over runs, by method and by the number of patches that they were tested with."""
     if not found:
         return None
-    errors = {n: mean_and_error([run[n]["error"] for run in found]) for n in found[0]}
-    return {n: {"test_error": mean, "test_error_sem": error} for n, (mean, error) in errors.items()}
+    errors = {
+        method: {n: mean_and_error([run[method][n]["error"] for run in found]) for n in found[0][method]}
+        for method in _TESTED
+    }
+    return {
+        method: {n: {"test_error": mean, "test_error_sem": error} for n, (mean, error) in by_number.items()}
+        for method, by_number in errors.items()
+    }
 
 
 def _attention(found: list[dict[str, Any]]) -> dict[str, float] | None:
@@ -184,9 +191,12 @@ def _by_patches(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         if tested := row["tested"]:
             lines += [
-                _line([f"{row['method']}, tested with", *(f"{n} patches" for n in tested)]),
-                _line(["---"] * (1 + len(tested))),
-                _line(["test error", *(_plus_minus(*values.values()) for values in tested.values())]),
+                _line([f"{row['method']}, tested with", *(f"{n} patches" for n in tested["sample"])]),
+                _line(["---"] * (1 + len(tested["sample"]))),
+                *(
+                    _line([said, *(_plus_minus(*values.values()) for values in tested[method].values())])
+                    for method, said in _TESTED.items()
+                ),
                 "",
             ]
     return lines

@@ -8,7 +8,7 @@ import os
 import queue
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,13 +23,15 @@ from ats.experiments.console import plain_console
 from ats.experiments.evaluation import evaluate, held_out_data
 from ats.experiments.localisation import localise
 from ats.experiments.registry import from_dict
-from ats.experiments.trained import load
+from ats.experiments.trained import Method, load
 from ats.experiments.training import train
 
 REPEATS = 5
 """Draws an image in testing: the error is the mean over them, that of one draw without its luck."""
 DRAWS = 10
 """Patches that are drawn to see whether attention hits."""
+_WAYS: Mapping[Method, int] = {"sample": REPEATS, "topk": 1}
+"""Draws an image of what is tested with other numbers of patches, by method."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Job:
 @dataclass(frozen=True)
 class Result:
     """What a complete run left: training.json, evaluation.json and, where the truth is known, localisation.json; where
-    it was tested with other numbers of patches, tested.json, which has an evaluation of each."""
+    it was tested with other numbers of patches, tested.json: an evaluation of each by draws ("sample") and by the most
+    probable cells ("topk")."""
 
     training: dict[str, Any]
     evaluation: dict[str, Any]
@@ -61,8 +64,8 @@ def complete(config: ExperimentConfig, tested: Sequence[int] = ()) -> None:
     checkpoint = train(config)
     folder, method = config.run_folder, config.model.method
     wanted = {"evaluation"} | ({"localisation"} if method in ("ats", "mil", "gated-mil") else set())
-    wanted |= {"tested"} if tested else set()
     wanted = {name for name in wanted if not (folder / f"{name}.json").exists()}
+    wanted |= {"tested"} if tested and _tested(folder) is None else set()
     if not wanted:
         return
     trained = load(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -70,14 +73,20 @@ def complete(config: ExperimentConfig, tested: Sequence[int] = ()) -> None:
     repeats = REPEATS if method in ("ats", "uniform") else 1
     with _precision(config, trained.device):
         if "evaluation" in wanted:
-            found = evaluate(trained, repeats=repeats, seed=config.seed, data=data)
-            write_json(folder / "evaluation.json", found.to_dict())
+            own = evaluate(trained, repeats=repeats, seed=config.seed, data=data)
+            write_json(folder / "evaluation.json", own.to_dict())
         if "tested" in wanted:
-            by_number = {
-                str(n): evaluate(trained, n_patches=n, repeats=repeats, seed=config.seed, data=data).to_dict()
-                for n in tested
+            found = {
+                way: {
+                    str(n): evaluate(trained, method=way, n_patches=n, repeats=times, seed=config.seed, data=data)
+                    for n in tested
+                }
+                for way, times in _WAYS.items()
             }
-            write_json(folder / "tested.json", by_number)
+            write_json(
+                folder / "tested.json",
+                {way: {n: one.to_dict() for n, one in by_number.items()} for way, by_number in found.items()},
+            )
         if "localisation" in wanted and data.knows_targets:
             write_json(folder / "localisation.json", localise(trained, data, n_draws=DRAWS, seed=config.seed).to_dict())
 
@@ -95,8 +104,8 @@ def result_of(config: ExperimentConfig) -> Result | None:
         ValueError: its folder holds a run with other options.
     """
     folder = config.run_folder
-    names = "config", "training", "evaluation", "localisation", "tested"
-    recorded, training, evaluation, localisation, tested = (read_json(folder / f"{name}.json") for name in names)
+    names = "config", "training", "evaluation", "localisation"
+    recorded, training, evaluation, localisation = (read_json(folder / f"{name}.json") for name in names)
     if recorded is None or training is None or evaluation is None:
         return None
     if found := differences(from_dict(recorded), config):
@@ -104,7 +113,13 @@ def result_of(config: ExperimentConfig) -> Result | None:
             f"{folder} holds a run with other options ({'; '.join(found)}); name another folder with --output, or "
             "remove that one"
         )
-    return Result(training, evaluation, localisation, tested)
+    return Result(training, evaluation, localisation, _tested(folder))
+
+
+def _tested(folder: Path) -> dict[str, Any] | None:
+    """A run's tested.json; None where it has draws alone, as it once had: then it is written anew."""
+    found = read_json(folder / "tested.json")
+    return found if found and found.keys() == _WAYS.keys() else None
 
 
 def check_same_data(folder: Path, source: Callable[[], str], *, look: bool) -> str:
