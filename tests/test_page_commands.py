@@ -62,6 +62,7 @@ READ = {
     'ats reproduce table2-all --seeds 1 --precision bf16-mixed --methods U-5 "Deep MIL" ATS-10': HOURS,
     "ats reproduce mnist --seeds 1 --precision bf16-mixed --minutes 10 "
     "--methods U-10 ATS-5 ATS-10 ATS-25 ATS-50 ATS-100": HOURS,
+    "ats reproduce mnist --preset view-300 --seeds 1 --precision bf16-mixed --methods ATS-10": HOURS,
     "ats reproduce figures": HOURS,
     "python -m bench.gigapixel_mnist --methods nested flat --draws 10x3 --test-sizes 32768 "
     "--output results/gigapixel-mnist": HOURS,
